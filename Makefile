@@ -1,0 +1,52 @@
+# The commands of this project: `make` lists them. Each sets up .venv first, when that is missing or out of date.
+
+PYTHON ?= python3
+ARGS ?=
+
+bin := .venv/bin
+stamp := .venv/.stamp
+docs := $(wildcard README.md docs/*.md)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(stamp) ## run the demo; ARGS="--help" shows what it takes
+	@$(bin)/stepwell demo $(ARGS)
+
+test: $(stamp) ## run the tests; ARGS="-k prodigy" picks some
+	@$(bin)/python -m pytest $(ARGS)
+
+check: $(stamp) ## format, lint, types, layers and the docs' examples; changes no file
+	@$(bin)/ruff format --check
+	@$(bin)/ruff check
+	@$(bin)/mypy
+	@$(bin)/lint-imports --no-logo
+ifneq ($(docs),)
+	@$(bin)/python -m pytest -q --doctest-glob='*.md' $(docs) || test $$? -eq 5 # 5: no page holds an example
+endif
+
+bench: $(stamp) ## run every benchmark, one after the other
+	@set -e; for benchmark in $(wildcard benchmarks/bench_*.py); do \
+		echo "== $$benchmark"; $(bin)/python $$benchmark $(ARGS); \
+	done
+
+clean: ## remove builds, caches and the demo's output; .venv stays
+	@rm -rf build dist stepwell-demo .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is the last thing a set-up writes and the first that the next one removes. Without it the last set-up did
+# not finish, and .venv is made anew; with it, but older than the two files, .venv is brought up to date in place.
+# PIP_CONSTRAINT and PIP_BUILD_CONSTRAINT pin what builds the package too: `-c` alone does not reach that (older pip
+# reads the first name there, newer pip the second).
+$(stamp): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Stepwell needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up .venv (the first time takes some minutes)"
+	@test -f $@ || $(PYTHON) -m venv --clear .venv
+	@rm -f $@
+	@$(bin)/pip install -q -c constraints.txt torch
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(bin)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,132 @@
+"""LAMB: Adam's direction, scaled per tensor to the parameter's norm."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from .rule import (
+    Coefficients,
+    Combined,
+    ReducingRule,
+    Scope,
+    Slot,
+    StepInputs,
+    Tiles,
+    adam_denominator,
+    read_betas,
+    read_float,
+    require,
+    tile_sum,
+)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class LAMBRule(ReducingRule):
+    r"""LAMB with bias correction and an unclamped trust ratio.
+
+    For each tensor, with t its own step count::
+
+        m   = beta1 * m + (1 - beta1) * g          m_hat = m / (1 - beta1^t)
+        v   = beta2 * v + (1 - beta2) * g^2        v_hat = v / (1 - beta2^t)
+        A   = m_hat / (sqrt(v_hat) + eps) + weight_decay * p
+        p   = p - lr * (||p||_2 / ||A||_2) * A
+
+    The ratio is 1 where either norm is 0. Norms are of the whole tensor, however it is sharded.
+
+    References:
+        Y. You et al.: Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, arXiv:1904.00962,
+        Algorithm 2, with phi the identity.
+
+    Differs:
+        Other implementations clamp ||p|| to 10 and leave bias correction out.
+    """
+
+    name: ClassVar[str] = "LAMB"
+    scope: ClassVar[Scope] = Scope.TENSOR
+    sums: ClassVar[tuple[str, ...]] = ("param_sq", "direction_sq")
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.hyper(self.defaults())
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """``exp_avg`` and ``exp_avg_sq``."""
+        return Slot("exp_avg"), Slot("exp_avg_sq")
+
+    @property
+    def initial_scalars(self) -> dict[str, float]:
+        """None: the trust ratios live for one step."""
+        return {}
+
+    def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
+        """lr, beta1, beta2, eps, weight_decay."""
+        beta1, beta2 = read_betas(group)
+        values = {key: read_float(group, key) for key in ("lr", "eps", "weight_decay")}
+        require(values["lr"] >= 0.0, "learning rate", values["lr"])
+        require(values["eps"] >= 0.0, "epsilon value", values["eps"])
+        require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
+        return {**values, "beta1": beta1, "beta2": beta2}
+
+    def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
+        """Moment updates, and what the direction needs."""
+        beta1, beta2 = step.per_tensor("beta1"), step.per_tensor("beta2")
+        return {
+            **self._direction_coefficients(step),
+            "m_decay": step.where_present(beta1, 1.0),
+            "m_gain": step.where_present(1.0 - beta1, 0.0),
+            "v_decay": step.where_present(beta2, 1.0),
+            "v_gain": step.where_present(1.0 - beta2, 0.0),
+        }
+
+    def local(self, tiles: Tiles, c: Coefficients) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """m and v; ||p||^2 and ||A||^2."""
+        slots = {
+            "exp_avg": tiles.slots["exp_avg"] * c["m_decay"] + tiles.grad * c["m_gain"],
+            "exp_avg_sq": tiles.slots["exp_avg_sq"] * c["v_decay"] + tiles.grad * tiles.grad * c["v_gain"],
+        }
+        direction = self._direction(tiles.param, slots, c)
+        sums = {"param_sq": tile_sum(tiles.param * tiles.param), "direction_sq": tile_sum(direction * direction)}
+        return slots, sums
+
+    def combine(self, step: StepInputs, totals: Mapping[str, Tensor]) -> Combined:
+        """Nothing is carried from step to step."""
+        return Combined(scalars={})
+
+    def apply_coefficients(
+        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The step size with the trust ratio in it."""
+        param_norm, direction_norm = totals["param_sq"].sqrt(), totals["direction_sq"].sqrt()
+        either_zero = (param_norm == 0.0) | (direction_norm == 0.0)
+        ratio = torch.where(either_zero, 1.0, param_norm / direction_norm)
+        step_size = step.where_present(step.per_tensor("lr") * ratio, 0.0)
+        return {**self._direction_coefficients(step), "step_size": step_size}
+
+    def apply(self, tiles: Tiles, c: Coefficients) -> tuple[Tensor, dict[str, Tensor]]:
+        """The direction again, from the slots and the old parameters, scaled."""
+        return tiles.param - c["step_size"] * self._direction(tiles.param, tiles.slots, c), {}
+
+    def _direction_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
+        beta1, beta2 = step.per_tensor("beta1"), step.per_tensor("beta2")
+        return {
+            "m_correction": step.where_present(1.0 - beta1**step.step_count, 1.0),
+            "v_correction": step.where_present(1.0 - beta2**step.step_count, 1.0),
+            "eps": step.per_tensor("eps"),
+            "weight_decay": step.per_tensor("weight_decay"),
+        }
+
+    def _direction(self, param: Tensor, slots: Mapping[str, Tensor], c: Coefficients) -> Tensor:
+        m_hat = slots["exp_avg"] / c["m_correction"]
+        v_hat = slots["exp_avg_sq"] / c["v_correction"]
+        return m_hat / adam_denominator(v_hat, c["eps"]) + c["weight_decay"] * param

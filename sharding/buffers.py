@@ -1,0 +1,210 @@
+"""A shard's memory: master parameters and slots of the tiles that it owns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Set
+
+import torch
+from torch import Tensor
+
+from ..optim import TILE_NUMEL, Rule, Slot, Tiles
+from .layout import Extent, Layout, Piece
+
+MASTER = Slot("master_param", "param")
+"""The fp32 (fp64) parameters themselves, kept and written like any slot."""
+
+Reader = Callable[[int, str, int, int], Tensor]
+"""Gives ``numel`` elements of a slot from ``offset``: ``(param, slot, offset, numel) -> (numel,)``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateSource:
+    """A whole state of a job, wherever it comes from: a worker's first parameters, a state dict, a checkpoint.
+
+    Attributes:
+        read: Gives elements of a slot.
+        available: The (param, slot) pairs that it has.
+        step_counts: Steps of each tensor so far, by parameter index; 0 where absent.
+        scalars: The rule's scalars; empty for their initial values.
+        sequence: Operations so far.
+        step: Steps so far, skipped ones included.
+        skipped_steps: Steps that were skipped.
+    """
+
+    read: Reader
+    available: Set[tuple[int, str]]
+    step_counts: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sequence: int = 0
+    step: int = 0
+    skipped_steps: int = 0
+
+
+class ExtentBuffers:
+    """One extent's buffers on one shard.
+
+    Attributes:
+        extent: The extent.
+        tiles: The tiles that the shard owns.
+        slots: Slot name to ``(len(tiles), width)`` in the extent's dtype; ``master_param`` among them.
+        tensor_of_tile: ``(len(tiles),)`` int64 on the CPU.
+    """
+
+    def __init__(self, extent: Extent, tiles: range, rule: Rule, device: torch.device) -> None:
+        self.extent = extent
+        self.tiles = tiles
+        self._declared = {slot.name: slot for slot in (MASTER, *rule.slots)}
+        self.slots = {
+            name: torch.zeros(len(tiles), slot.width, dtype=extent.dtype, device=device)
+            for name, slot in self._declared.items()
+        }
+        owned = slice(tiles.start, tiles.stop)
+        self.tensor_of_tile = torch.from_numpy(extent.tensor_of_tile[owned])
+        self._valid_numel = torch.from_numpy(extent.valid_numel[owned])
+        self._index_in_tensor = torch.from_numpy(extent.index_in_tensor[owned])
+        columns = torch.arange(TILE_NUMEL)
+        self._tail_rows = torch.nonzero(self._valid_numel < TILE_NUMEL).flatten().to(device)
+        self._padding = (columns >= self._valid_numel[self._tail_rows.cpu(), None]).to(device)
+        strides = {slot.stride for slot in rule.slots if slot.stride > 1}
+        assert len(strides) <= 1, "a rule has one stride"
+        self._stride = next(iter(strides), 1)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the owned tiles, padding included."""
+        return len(self.tiles) * TILE_NUMEL
+
+    def padding_is_zero(self, flat: Tensor) -> bool:
+        """Whether ``flat``, ``(numel,)`` laid out as the owned tiles, holds zeros between the tensors."""
+        tails = flat.view(-1, TILE_NUMEL)[self._tail_rows.to(flat.device)]
+        return not bool((tails[self._padding.to(flat.device)] != 0).any())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.slots.values())
+
+    def view(self, rows: slice, grad: Tensor) -> Tiles:
+        """The tiles of ``rows`` (relative to the owned ones), as a pass reads them."""
+        slots = {name: buffer[rows] for name, buffer in self.slots.items() if name != MASTER.name}
+        param = self.slots[MASTER.name][rows]
+        if self._stride == 1:
+            return Tiles(param, grad[rows], slots)
+        first = (-self._index_in_tensor[rows] * TILE_NUMEL) % self._stride
+        index = first[:, None] + torch.arange(-(-TILE_NUMEL // self._stride)) * self._stride
+        valid = index < TILE_NUMEL
+        index = torch.where(valid, index, 0)
+        return Tiles(param, grad[rows], slots, index.to(param.device), valid.to(param.device))
+
+    def store(self, rows: slice, slots: dict[str, Tensor]) -> None:
+        """Write what a pass returned."""
+        for name, values in slots.items():
+            self.slots[name][rows].copy_(values)
+
+    def pieces(self, slot: str) -> Iterator[Piece]:
+        """The owned parts of every tensor's ``slot``."""
+        return self.extent.pieces(self.tiles, self._declared[slot].stride)
+
+    def read(self, slot: str, piece: Piece) -> Tensor:
+        """Copy a piece out, ``(piece.numel,)``."""
+        rows, mask = self._cells(slot, piece)
+        return rows.reshape(-1)[: piece.numel].clone() if mask is None else rows[mask]
+
+    def write(self, slot: str, piece: Piece, values: Tensor) -> None:
+        """Copy a piece in; ``values`` is ``(piece.numel,)`` of any floating dtype."""
+        rows, mask = self._cells(slot, piece)
+        values = values.to(rows)
+        if mask is None:
+            rows.view(-1)[: piece.numel].copy_(values)
+        else:
+            rows[mask] = values
+
+    def _cells(self, slot: str, piece: Piece) -> tuple[Tensor, Tensor | None]:
+        """The rows that hold a piece, and which of their elements are it; None if they are simply the first ones."""
+        local = slice(piece.first_tile - self.tiles.start, piece.last_tile - self.tiles.start)
+        rows = self.slots[slot][local]
+        stride = self._declared[slot].stride
+        if stride == 1:
+            return rows, None
+        start = self._index_in_tensor[local] * TILE_NUMEL
+        stop = start + self._valid_numel[local]
+        counts = -(-stop // stride) + (-start // stride)
+        return rows, (torch.arange(rows.shape[1]) < counts[:, None]).to(rows.device)
+
+
+class Buffers:
+    """All of a shard's memory.
+
+    Args:
+        layout: The flat space.
+        rule: Says which slots there are.
+        shard: The shard's index.
+        num_shards: How many shards there are.
+        device: Where the buffers live.
+    """
+
+    def __init__(self, layout: Layout, rule: Rule, shard: int, num_shards: int, device: torch.device) -> None:
+        self.extents = tuple(
+            ExtentBuffers(extent, extent.tile_range(shard, num_shards), rule, device) for extent in layout.extents
+        )
+        self._rule = rule
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffers.size_bytes for buffers in self.extents)
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """``master_param`` and the rule's slots."""
+        return (MASTER.name, *(slot.name for slot in self._rule.slots))
+
+    def export(self) -> Iterator[tuple[str, Piece, Tensor]]:
+        """Every owned piece of every slot: slot name, piece, ``(piece.numel,)`` copy."""
+        for buffers in self.extents:
+            for slot in self.slot_names:
+                for piece in buffers.pieces(slot):
+                    yield slot, piece, buffers.read(slot, piece)
+
+    def load(self, source: StateSource) -> None:
+        """Take a whole state: parameters that ``source`` does not have stay, slots that it lacks start afresh."""
+        self._fill(MASTER.name, source)
+        for slot in self._rule.slots:
+            for buffers in self.extents:
+                if slot.init == "zeros":
+                    buffers.slots[slot.name].zero_()
+                else:
+                    self.copy_param(slot, buffers, range(len(buffers.tiles)))
+            self._fill(slot.name, source)
+
+    def _fill(self, slot: str, source: StateSource) -> None:
+        for buffers in self.extents:
+            for piece in buffers.pieces(slot):
+                if (piece.param, slot) in source.available:
+                    buffers.write(slot, piece, source.read(piece.param, slot, piece.offset, piece.numel))
+
+    def copy_param(self, slot: Slot, buffers: ExtentBuffers, rows: range) -> None:
+        """Set rows of a slot to the (strided) parameters."""
+        tiles = buffers.view(slice(rows.start, rows.stop), buffers.slots[MASTER.name])
+        values = tiles.sliced(tiles.param) if slot.stride > 1 else tiles.param
+        buffers.slots[slot.name][rows.start : rows.stop].copy_(values)
+
+    def reload(self, param: int, value: Tensor, never_stepped: bool) -> None:
+        """Take a parameter that was changed by hand; where it equals the master's rounding the master stays.
+
+        Args:
+            param: Parameter index.
+            value: ``(numel,)`` in the model's dtype.
+            never_stepped: Whether the parameter had no step yet, so that copies of the initial value follow it.
+        """
+        for buffers in self.extents:
+            for piece in (p for p in buffers.pieces(MASTER.name) if p.param == param):
+                held = buffers.read(MASTER.name, piece)
+                given = value[piece.offset : piece.offset + piece.numel].to(held.device)
+                buffers.write(MASTER.name, piece, torch.where(given == held.to(given.dtype), held, given.to(held.dtype)))
+                if never_stepped:
+                    rows = range(piece.first_tile - buffers.tiles.start, piece.last_tile - buffers.tiles.start)
+                    for slot in (s for s in self._rule.slots if s.init == "param"):
+                        self.copy_param(slot, buffers, rows)
+

@@ -1,0 +1,337 @@
+"""The checkpoint format: a msgpack manifest and one safetensors file per shard, under any fsspec URI.
+
+A checkpoint is keyed by parameter index; how many shards wrote it does not matter to whoever reads it. Files get names
+of their own for each save and the manifest is renamed into place last, so that a save which is cut short leaves the
+checkpoint that was there before. docs/checkpoint.md describes the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import posixpath
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import msgpack
+import torch
+from fsspec import AbstractFileSystem
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .buffers import Buffers, StateSource
+from .errors import CheckpointError, MessageError
+from .job import JobSpec
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.msgpack"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorPiece:
+    """Where a run of one slot of one parameter lies.
+
+    Attributes:
+        param: Parameter index.
+        slot: Slot name; ``master_param`` for the parameter itself.
+        offset: Where it starts in the slot's flattened tensor.
+        numel: Its elements.
+        file: Index into the manifest's files.
+    """
+
+    param: int
+    slot: str
+    offset: int
+    numel: int
+    file: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the safetensors file."""
+        return f"{self.param}/{self.slot}/{self.offset}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One shard's file: its name beside the manifest, its size, and ``[param, slot, offset, numel]`` of each tensor."""
+
+    name: str
+    size_bytes: int
+    pieces: tuple[tuple[int, str, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        spec: The job.
+        sequence, step, skipped_steps: As in :class:`StateSource`.
+        scalars: The rule's scalars.
+        step_counts: Steps of each parameter.
+        kernel_identity: What computed it.
+        files: File names, with their sizes in bytes.
+        pieces: Every piece.
+    """
+
+    spec: JobSpec
+    sequence: int
+    step: int
+    skipped_steps: int
+    scalars: Mapping[str, float]
+    step_counts: tuple[int, ...]
+    kernel_identity: str
+    files: tuple[tuple[str, int], ...]
+    pieces: tuple[TensorPiece, ...]
+
+    def pack(self) -> bytes:
+        """The manifest's bytes."""
+        fields = {
+            "format": "stepwell-checkpoint",
+            "version": FORMAT_VERSION,
+            "job": self.spec.to_dict(),
+            "sequence": self.sequence,
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "scalars": dict(self.scalars),
+            "step_counts": list(self.step_counts),
+            "kernel_identity": self.kernel_identity,
+            "files": [list(file) for file in self.files],
+            "pieces": [[piece.param, piece.slot, piece.offset, piece.numel, piece.file] for piece in self.pieces],
+        }
+        packed: bytes = msgpack.packb(fields)
+        return packed
+
+    @classmethod
+    def unpack(cls, data: bytes, uri: str) -> Manifest:
+        """The reverse of :meth:`pack`.
+
+        Raises:
+            CheckpointError: If the bytes are no manifest, a damaged one, or one of a newer format.
+        """
+        try:
+            fields: dict[str, Any] = msgpack.unpackb(data)
+            if fields["format"] != "stepwell-checkpoint":
+                raise ValueError(f"format is {fields['format']!r}")
+            if fields["version"] > FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{uri}: expected a checkpoint of format {FORMAT_VERSION} or older, got {fields['version']}; "
+                    "read it with a newer Stepwell"
+                )
+            return cls(
+                spec=JobSpec.from_dict(fields["job"]),
+                sequence=int(fields["sequence"]),
+                step=int(fields["step"]),
+                skipped_steps=int(fields["skipped_steps"]),
+                scalars={str(name): value for name, value in fields["scalars"].items()},
+                step_counts=tuple(int(count) for count in fields["step_counts"]),
+                kernel_identity=str(fields["kernel_identity"]),
+                files=tuple((str(name), int(size)) for name, size in fields["files"]),
+                pieces=tuple(TensorPiece(*piece) for piece in fields["pieces"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, MessageError, msgpack.UnpackException) as error:
+            raise CheckpointError(f"{uri}: the manifest is damaged ({type(error).__name__}: {error}); use another checkpoint") from error
+
+
+def write_shard(buffers: Buffers, uri: str, name: str) -> ShardFile:
+    """Write one shard's tensors beside where the manifest will be. Called by every shard, before the manifest.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    pieces = []
+    for slot, piece, values in buffers.export():
+        if piece.numel:
+            tensors[f"{piece.param}/{slot}/{piece.offset}"] = values.cpu()
+            pieces.append((piece.param, slot, piece.offset, piece.numel))
+    with tempfile.TemporaryDirectory(prefix="stepwell-save-") as scratch:
+        local = Path(scratch) / name
+        save_file(tensors, local)
+        size_bytes = local.stat().st_size
+        _put(local, uri, name)
+    return ShardFile(name, size_bytes, tuple(pieces))
+
+
+def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Write the manifest under a temporary name, rename it, and drop the files of the checkpoint it replaces.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
+    fs, path = _locate(uri)
+    try:
+        target = posixpath.join(path, MANIFEST_NAME)
+        with fs.open(target + ".tmp", "wb") as stream:
+            stream.write(manifest.pack())
+        fs.mv(target + ".tmp", target)
+        wanted = {name for name, _ in manifest.files}
+        for entry in fs.ls(path, detail=False):
+            if entry.endswith(".safetensors") and posixpath.basename(entry) not in wanted:
+                fs.rm_file(entry)
+    except OSError as error:
+        raise CheckpointError(f"{uri}: the manifest cannot be written ({error})") from error
+
+
+def read_manifest(uri: str) -> Manifest:
+    """Read a checkpoint's manifest and see that its files are there, whole.
+
+    Raises:
+        CheckpointError: If there is none, or something is missing or damaged.
+    """
+    fs, path = _locate(uri)
+    try:
+        data: bytes = fs.cat_file(posixpath.join(path, MANIFEST_NAME))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{uri}: there is no complete checkpoint here ({MANIFEST_NAME} is missing)") from error
+    except OSError as error:
+        raise CheckpointError(f"{uri}: cannot be read ({error})") from error
+    manifest = Manifest.unpack(data, uri)
+    for name, size_bytes in manifest.files:
+        _require_size(fs, uri, posixpath.join(path, name), size_bytes)
+    return manifest
+
+
+class CheckpointReader:
+    """Reads tensors of a checkpoint piece by piece; a context manager, as it holds files open.
+
+    Args:
+        uri: Where the checkpoint is.
+        manifest: Its manifest.
+    """
+
+    def __init__(self, uri: str, manifest: Manifest) -> None:
+        self._uri, self._manifest = uri, manifest
+        self._by_slot: dict[tuple[int, str], list[TensorPiece]] = {}
+        for piece in manifest.pieces:
+            self._by_slot.setdefault((piece.param, piece.slot), []).append(piece)
+        self._scratch = tempfile.TemporaryDirectory(prefix="stepwell-restore-")
+        self._open: dict[int, Any] = {}
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+        self._scratch.cleanup()
+
+    def source(self) -> StateSource:
+        """The checkpoint as a state to load. Reads happen while it is loaded."""
+        return StateSource(
+            read=self.read,
+            available=frozenset(self._by_slot),
+            step_counts=dict(enumerate(self._manifest.step_counts)),
+            scalars=self._manifest.scalars,
+            sequence=self._manifest.sequence,
+            step=self._manifest.step,
+            skipped_steps=self._manifest.skipped_steps,
+        )
+
+    def read(self, param: int, slot: str, offset: int, numel: int) -> Tensor:
+        """``numel`` elements of a slot from ``offset``, whichever files they lie in.
+
+        Raises:
+            CheckpointError: If they are not there.
+        """
+        parts = []
+        wanted = offset
+        for piece in sorted(self._by_slot[(param, slot)], key=lambda p: p.offset):
+            if piece.offset <= wanted < piece.offset + piece.numel and wanted < offset + numel:
+                stop = min(offset + numel, piece.offset + piece.numel)
+                parts.append(self._slice(piece, wanted - piece.offset, stop - piece.offset))
+                wanted = stop
+        if wanted != offset + numel:
+            raise CheckpointError(f"{self._uri}: elements {wanted} to {offset + numel} of {slot} of parameter {param} are missing")
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _slice(self, piece: TensorPiece, start: int, stop: int) -> Tensor:
+        try:
+            tensor: Tensor = self._file(piece.file).get_slice(piece.key)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._uri}: {self._manifest.files[piece.file][0]} is damaged ({error})") from error
+        if tensor.shape != (stop - start,):
+            raise CheckpointError(f"{self._uri}: {piece.key}: expected {piece.numel} elements, the file has fewer")
+        return tensor
+
+    def _file(self, index: int) -> Any:  # safetensors has no types
+        if index not in self._open:
+            self._open[index] = safe_open(self._local_path(self._manifest.files[index][0]), framework="pt")
+        return self._open[index]
+
+    def _local_path(self, name: str) -> str:
+        fs, path = _locate(self._uri)
+        remote = posixpath.join(path, name)
+        if "file" in _protocols(fs):
+            return remote
+        local = str(Path(self._scratch.name) / name)
+        fs.get_file(remote, local)
+        return local
+
+
+def check_restorable(manifest: Manifest, spec: JobSpec, uri: str) -> None:
+    """Refuse a checkpoint of another model or rule; the number of workers may differ.
+
+    Raises:
+        JobMismatchError: Naming the first difference.
+    """
+    dataclasses.replace(spec, world_size=manifest.spec.world_size).require_same(manifest.spec, whose=f"checkpoint {uri}")
+
+
+def build_manifest(
+    spec: JobSpec, files: Sequence[ShardFile], state: StateSource, kernel_identity: str
+) -> Manifest:
+    """Put the shards' files together; ``state`` gives the counters and scalars."""
+    pieces = [TensorPiece(*piece, file=index) for index, file in enumerate(files) for piece in file.pieces]
+    return Manifest(
+        spec=spec,
+        sequence=state.sequence,
+        step=state.step,
+        skipped_steps=state.skipped_steps,
+        scalars=state.scalars,
+        step_counts=tuple(state.step_counts.get(index, 0) for index in range(len(spec.params))),
+        kernel_identity=kernel_identity,
+        files=tuple((file.name, file.size_bytes) for file in files),
+        pieces=tuple(pieces),
+    )
+
+
+def shard_file_name(save_id: str, shard: int, num_shards: int) -> str:
+    """The file name of one shard in one save."""
+    return f"{save_id}-shard-{shard:05d}-of-{num_shards:05d}.safetensors"
+
+
+def _locate(uri: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"{uri}: expected a path or an fsspec URI ({error})") from error
+    return fs, path
+
+
+def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _put(local: Path, uri: str, name: str) -> None:
+    fs, path = _locate(uri)
+    try:
+        fs.makedirs(path, exist_ok=True)
+        target = posixpath.join(path, name)
+        fs.put_file(str(local), target + ".tmp")
+        fs.mv(target + ".tmp", target)
+    except OSError as error:
+        raise CheckpointError(f"{uri}: {name} cannot be written ({error})") from error
+
+
+def _require_size(fs: AbstractFileSystem, uri: str, path: str, size_bytes: int) -> None:
+    try:
+        found = fs.size(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{uri}: {posixpath.basename(path)} is missing; use another checkpoint") from error
+    if found != size_bytes:
+        raise CheckpointError(
+            f"{uri}: {posixpath.basename(path)} was cut short: expected {size_bytes} bytes, got {found}; use another checkpoint"
+        )

@@ -1,0 +1,91 @@
+"""Several shards in one process, in lockstep: the oracle of all other ways to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import StepAbortedError
+from .job import JobSpec
+from .buffers import StateSource
+from .partials import sum_vectors
+from .push import Push
+from .shard import Receipt, Reduction, Shard, StepResult
+
+
+class ShardGroup:
+    """All shards of one job, in this process.
+
+    Args:
+        spec: The job.
+        num_shards: How many shards.
+        device: Where they live.
+    """
+
+    def __init__(self, spec: JobSpec, *, num_shards: int = 1, device: torch.device | None = None) -> None:
+        self.spec = spec
+        self.shards = [Shard(spec, shard=index, num_shards=num_shards, device=device) for index in range(num_shards)]
+
+    def load(self, source: StateSource, *, timeline: int) -> None:
+        """Load a whole state into every shard."""
+        for shard in self.shards:
+            shard.load(source, timeline=timeline)
+
+    def admit(self, rank: int, incarnation: str) -> None:
+        """Let a worker's process push as ``rank``."""
+        for shard in self.shards:
+            shard.admit(rank, incarnation)
+
+    def push(self, pushes: Sequence[Push]) -> StepResult | None:
+        """Hand one worker's push to every shard, one part each; run the step if that completes it.
+
+        Returns:
+            The result once the step is decided, None while ranks are missing.
+        """
+        receipts = [shard.receive(push) for shard, push in zip(self.shards, pushes, strict=True)]
+        if all(receipt is Receipt.COMPLETE for receipt in receipts):
+            return self.run_step()
+        header = pushes[0].header
+        return self.shards[0].result(header.timeline, header.sequence)
+
+    def run_step(self) -> StepResult:
+        """Run the next step on every shard; with ranks missing it is given up.
+
+        Raises:
+            StepAbortedError: If it was given up.
+        """
+        result = run_in_lockstep([shard.step() for shard in self.shards])
+        if result.error is not None:
+            raise result.error
+        return result
+
+    def read(self, slot: str, param: int) -> Tensor:
+        """One whole slot of one parameter, flattened, in its state dtype."""
+        parts = []
+        for shard in self.shards:
+            for buffers in shard.buffers.extents:
+                parts += [buffers.read(slot, piece) for piece in buffers.pieces(slot) if piece.param == param]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.spec.params[param].state_dtype)
+
+
+def run_in_lockstep(steps: Sequence[Reduction]) -> StepResult:
+    """Drive every shard's step from reduction to reduction.
+
+    Raises:
+        StepAbortedError: If the shards came to different results, which a bug alone can do.
+    """
+    vectors = [next(step) for step in steps]
+    results: list[StepResult] = []
+    while not results:
+        total = sum_vectors(vectors)
+        vectors = []
+        for step in steps:
+            try:
+                vectors.append(step.send(total))
+            except StopIteration as stop:
+                results.append(stop.value)
+    if len(results) != len(steps) or len({result.decision for result in results}) != 1:
+        raise StepAbortedError(f"the shards disagree: {[result.decision.value for result in results]}")
+    return results[0]

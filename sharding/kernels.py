@@ -1,0 +1,74 @@
+"""Running a rule's passes over a shard's tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..optim import Coefficients, ReducingRule, Rule
+from .buffers import MASTER, Buffers, ExtentBuffers
+from .partials import SumTable
+
+PIECE_TILES = 256
+"""Tiles in one eager call: few enough for every operand to stay in cache. Never touches the bits."""
+
+
+class TileCoefficients:
+    """A step's coefficients, looked up per tile.
+
+    Args:
+        per_tensor: Name to ``(num_tensors,)`` float64.
+        buffers: The extent that they are for.
+    """
+
+    def __init__(self, per_tensor: Mapping[str, Tensor], buffers: ExtentBuffers) -> None:
+        self._names = list(per_tensor)
+        self._tensor_of_tile = buffers.tensor_of_tile
+        self._stacked = torch.stack(list(per_tensor.values())).to(buffers.extent.dtype)
+        self._device = buffers.slots[MASTER.name].device
+
+    def of(self, rows: slice) -> Coefficients:
+        """Name to ``(tiles, 1)`` for the tiles of ``rows``."""
+        values = self._stacked[:, self._tensor_of_tile[rows]].unsqueeze(-1).to(self._device)
+        return dict(zip(self._names, values, strict=True))
+
+
+def run_local(
+    rule: ReducingRule, buffers: Buffers, grads: Sequence[Tensor], c: Mapping[str, Tensor], table: SumTable
+) -> Tensor:
+    """First pass over everything the shard owns.
+
+    Args:
+        rule: The rule.
+        buffers: The shard's memory; slots change.
+        grads: Averaged gradient per extent, ``(tiles, 256)``.
+        c: Coefficients per tensor.
+        table: Where partials go.
+
+    Returns:
+        ``(len(rule.sums), num_segments)`` float64, 0 where the shard owns nothing.
+    """
+    partials = table.empty(len(rule.sums))
+    for index, (extent, grad) in enumerate(zip(buffers.extents, grads, strict=True)):
+        coefficients = TileCoefficients(c, extent)
+        for rows in _rows(len(extent.tiles)):
+            slots, sums = rule.local(extent.view(rows, grad), coefficients.of(rows))
+            extent.store(rows, slots)
+            table.fold(partials, index, extent.tiles.start + rows.start, [sums[name] for name in rule.sums])
+    return partials
+
+
+def run_apply(rule: Rule, buffers: Buffers, grads: Sequence[Tensor], c: Mapping[str, Tensor]) -> None:
+    """Second pass over everything the shard owns; parameters and slots change. Arguments as for :func:`run_local`."""
+    for extent, grad in zip(buffers.extents, grads, strict=True):
+        coefficients = TileCoefficients(c, extent)
+        for rows in _rows(len(extent.tiles)):
+            param, slots = rule.apply(extent.view(rows, grad), coefficients.of(rows))
+            extent.store(rows, {**slots, MASTER.name: param})
+
+
+def _rows(num_tiles: int) -> Iterator[slice]:
+    for first in range(0, num_tiles, PIECE_TILES):
+        yield slice(first, min(first + PIECE_TILES, num_tiles))

@@ -1,0 +1,198 @@
+"""The flat space: where every parameter lies, in tiles, blocks and chunks.
+
+All parameters are flattened in index order into *extents*, one per state dtype. Each tensor starts on a tile boundary.
+Tiles and blocks fix the bits of every sum and depend on the parameters alone; a chunk is the unit of ownership and never
+touches the bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..optim import TILE_NUMEL
+from .errors import UnsupportedParameterError
+
+MAX_BLOCK_NUMEL = 2**18
+MAX_CHUNK_NUMEL = 2**20
+WANTED_BLOCKS = 64
+"""A small model is cut into about this many blocks, so that shards find work."""
+
+_MODEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """The dtype of ``name`` (``"float32"``, ...).
+
+    Raises:
+        UnsupportedParameterError: If it is not a real floating-point dtype that the service keeps.
+    """
+    if name not in _MODEL_DTYPES:
+        raise UnsupportedParameterError(f"expected a dtype of {', '.join(_MODEL_DTYPES)}; got {name}")
+    return _MODEL_DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of ``dtype`` without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter, as the job registers it. Its position among all is its parameter index.
+
+    Attributes:
+        name: Its name with wrappers' prefixes stripped, or ``param.<index>`` where none is known.
+        shape: Its shape.
+        dtype: The model's dtype for it, by name.
+        group: The index of its parameter group.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """float64 for float64 parameters, else float32."""
+        return torch.float64 if dtype_from_name(self.dtype) == torch.float64 else torch.float32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of one slot of one tensor, inside a run of tiles.
+
+    Attributes:
+        param: Parameter index.
+        offset: Where it starts in the slot's flattened tensor.
+        numel: Its elements.
+        first_tile, last_tile: The tiles of the extent that hold it, the last one exclusive.
+    """
+
+    param: int
+    offset: int
+    numel: int
+    first_tile: int
+    last_tile: int
+
+
+class Extent:
+    """A contiguous part of the flat space with one state dtype.
+
+    Attributes:
+        dtype: The state dtype.
+        params: Parameter indices, in order.
+        num_tiles: Tiles in all.
+        tiles_per_block, tiles_per_chunk: Powers of two.
+        first_tile: ``(len(params) + 1,)`` int64, where each parameter starts.
+        tensor_of_tile: ``(num_tiles,)`` int64, parameter index of each tile.
+        index_in_tensor: ``(num_tiles,)`` int64, position of the tile inside its tensor.
+        valid_numel: ``(num_tiles,)`` int64, elements of the tile that are not padding.
+    """
+
+    def __init__(self, dtype: torch.dtype, params: Sequence[int], numels: Sequence[int], chunk_numel: int | None) -> None:
+        self.dtype = dtype
+        self.params = tuple(params)
+        self._numels = dict(zip(params, numels, strict=True))
+        counts = -(-np.asarray(numels, dtype=np.int64) // TILE_NUMEL)
+        self.first_tile: NDArray[np.int64] = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        self.num_tiles = int(self.first_tile[-1])
+        self.tensor_of_tile: NDArray[np.int64] = np.repeat(np.asarray(params, dtype=np.int64), counts)
+        self.index_in_tensor = np.arange(self.num_tiles, dtype=np.int64) - np.repeat(self.first_tile[:-1], counts)
+        remaining = np.repeat(np.asarray(numels, dtype=np.int64), counts) - self.index_in_tensor * TILE_NUMEL
+        self.valid_numel = np.minimum(remaining, TILE_NUMEL)
+        wanted = _power_of_two_at_most(max(self.padded_numel // WANTED_BLOCKS, TILE_NUMEL))
+        self.tiles_per_block = min(wanted, MAX_BLOCK_NUMEL) // TILE_NUMEL
+        self.tiles_per_chunk = self._tiles_per_chunk(wanted, chunk_numel)
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements, padding included."""
+        return self.num_tiles * TILE_NUMEL
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks; the last may be short."""
+        return -(-self.num_tiles // self.tiles_per_chunk)
+
+    def tile_range(self, shard: int, num_shards: int) -> range:
+        """The tiles that ``shard`` owns: an equal run of chunks, possibly empty."""
+        first, last = (self.num_chunks * edge // num_shards for edge in (shard, shard + 1))
+        return range(
+            min(first * self.tiles_per_chunk, self.num_tiles), min(last * self.tiles_per_chunk, self.num_tiles)
+        )
+
+    def pieces(self, tiles: range, stride: int = 1) -> Iterator[Piece]:
+        """The parts of every tensor that lie in ``tiles``, of a slot that holds every ``stride``-th element."""
+        if len(tiles) == 0:
+            return
+        first = int(np.searchsorted(self.first_tile, tiles.start, side="right")) - 1
+        for position in range(first, len(self.params)):
+            begin, end = int(self.first_tile[position]), int(self.first_tile[position + 1])
+            if begin >= tiles.stop:
+                return
+            lo, hi = max(begin, tiles.start), min(end, tiles.stop)
+            if lo >= hi:
+                continue
+            param = self.params[position]
+            elements = [min((edge - begin) * TILE_NUMEL, self._numels[param]) for edge in (lo, hi)]
+            offset, stop = (-(-edge // stride) for edge in elements)
+            yield Piece(param, offset, stop - offset, lo, hi)
+
+    def _tiles_per_chunk(self, wanted_numel: int, chunk_numel: int | None) -> int:
+        chunk = min(wanted_numel, MAX_CHUNK_NUMEL) if chunk_numel is None else chunk_numel
+        block = self.tiles_per_block * TILE_NUMEL
+        if chunk % TILE_NUMEL or chunk & (chunk - 1):
+            raise ValueError(f"chunk_numel: expected a power of two of at least {TILE_NUMEL}, got {chunk}")
+        return max(chunk, block) // TILE_NUMEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The whole flat space.
+
+    Attributes:
+        params: Every parameter, by index.
+        extents: The extents, in canonical order.
+    """
+
+    params: tuple[ParamSpec, ...]
+    extents: tuple[Extent, ...]
+
+    @classmethod
+    def build(cls, params: Sequence[ParamSpec], *, chunk_numel: int | None = None) -> Layout:
+        """Lay out ``params`` in index order, an extent per state dtype, float32 first.
+
+        Args:
+            params: The parameters.
+            chunk_numel: Elements in a chunk, a power of two; None chooses by the model's size. Never below a block.
+        """
+        extents = []
+        for dtype in (torch.float32, torch.float64):
+            members = [index for index, param in enumerate(params) if param.state_dtype == dtype]
+            if members:
+                extents.append(Extent(dtype, members, [params[index].numel for index in members], chunk_numel))
+        return cls(tuple(params), tuple(extents))
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters, without padding."""
+        return sum(param.numel for param in self.params)
+
+    def group_of_tensor(self) -> torch.Tensor:
+        """``(num_tensors,)`` int64."""
+        return torch.tensor([param.group for param in self.params], dtype=torch.int64)
+
+
+def _power_of_two_at_most(value: int) -> int:
+    return 1 << (value.bit_length() - 1)

@@ -1,0 +1,165 @@
+"""What a worker sends for one step, and the box in which a shard keeps it until all workers are in."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import msgpack
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import AttemptError, DTypeMismatchError, HyperparameterError, MessageError, ShapeMismatchError
+
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PushHeader:
+    """The small part of a push, the same for every shard.
+
+    Attributes:
+        timeline: Which history of the service the worker follows; a restore or load begins a new one.
+        sequence: Number of the operation that this push is part of.
+        rank: The worker's rank.
+        incarnation: Names the worker's process.
+        attempt: Counts the worker's tries at this sequence number, from 0.
+        present: ``(num_tensors,)`` bool, packed eight to a byte, first tensor in the highest bit: which tensors have a
+            gradient on this rank.
+        hyper: Rank 0 only: hyperparameter name to one float per group.
+        scalars: Rank 0 only: scalars that a person wrote into the parameter groups.
+    """
+
+    timeline: int
+    sequence: int
+    rank: int
+    incarnation: str
+    attempt: int
+    present: bytes
+    hyper: Mapping[str, Sequence[float]] | None = None
+    scalars: Mapping[str, float] | None = None
+
+    def digest(self) -> bytes:
+        """Digest of the whole header, equal on all shards that hold the same push."""
+        return hashlib.sha256(msgpack.packb(dataclasses.astuple(self))).digest()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Push:
+    """One worker's part of one step, as one shard receives it.
+
+    Attributes:
+        header: See there.
+        gradient: Per extent, ``(owned tiles * 256,)`` in the wire's dtype, laid out as the shard's tiles. Padding is
+            zero; elements of absent tensors may hold anything.
+        reloaded: Rank 0 only: parameter index to its whole value, flattened, for parameters changed by hand since the
+            last step.
+    """
+
+    header: PushHeader
+    gradient: tuple[Tensor, ...]
+    reloaded: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def pack_present(present: Sequence[bool]) -> bytes:
+    """Pack one bool per tensor, eight to a byte."""
+    return np.packbits(np.asarray(present, dtype=np.bool_)).tobytes()
+
+
+def unpack_present(packed: bytes, num_tensors: int) -> Tensor:
+    """The reverse of :func:`pack_present`: ``(num_tensors,)`` bool.
+
+    Raises:
+        ShapeMismatchError: If the mask is not of ``num_tensors`` bits.
+    """
+    expected = -(-num_tensors // 8)
+    if len(packed) != expected:
+        raise ShapeMismatchError(
+            f"present: expected a mask of {expected} bytes for {num_tensors} tensors, got {len(packed)} bytes"
+        )
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=num_tensors)
+    return torch.from_numpy(bits.astype(np.bool_))
+
+
+def check_gradient(gradient: Sequence[Tensor], expected_numels: Sequence[int], rank: int) -> None:
+    """Refuse a gradient that does not fit a shard's tiles.
+
+    Raises:
+        ShapeMismatchError: If the number of extents or a length is off.
+        DTypeMismatchError: If a dtype cannot be averaged.
+    """
+    got = [int(part.numel()) for part in gradient]
+    if got != list(expected_numels):
+        raise ShapeMismatchError(
+            f"gradient of rank {rank}: expected {list(expected_numels)} elements per extent, got {got}; "
+            "the worker's layout is not the shard's"
+        )
+    for part in gradient:
+        if part.dtype not in GRADIENT_DTYPES:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_DTYPES)
+            raise DTypeMismatchError(f"gradient of rank {rank}: expected one of {wanted}, got {part.dtype}")
+
+
+def check_hyper(header: PushHeader, names: Sequence[str], num_groups: int) -> None:
+    """Refuse a header whose hyperparameters are not those of the job.
+
+    Raises:
+        MessageError: If rank 0 sends none, another rank sends some, or a name is off.
+        ShapeMismatchError: If there is not one value per group.
+        HyperparameterError: If a value is NaN.
+    """
+    if (header.hyper is not None) != (header.rank == 0):
+        raise MessageError(f"hyperparameters: expected from rank 0 alone; rank {header.rank} is off")
+    if header.hyper is None:
+        return
+    if sorted(header.hyper) != sorted(names):
+        raise MessageError(f"hyperparameters: expected {sorted(names)}, got {sorted(header.hyper)}")
+    for name, values in header.hyper.items():
+        if len(values) != num_groups:
+            raise ShapeMismatchError(f"{name}: expected {num_groups} values, one per group, got {len(values)}")
+        if any(value != value for value in values):
+            raise HyperparameterError(f"{name}: expected numbers, got {list(values)}")
+
+
+class Inbox:
+    """The pushes of one sequence number that have come so far. Nothing of the shard's state is in here."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._pushes: dict[int, Push] = {}
+
+    def put(self, push: Push) -> None:
+        """Keep a push. A repeated one is dropped; a newer attempt replaces an older one.
+
+        Raises:
+            AttemptError: If a newer attempt of this rank is here already.
+        """
+        header = push.header
+        held = self._pushes.get(header.rank)
+        if held is not None and held.header.incarnation == header.incarnation:
+            if held.header.attempt > header.attempt:
+                raise AttemptError(
+                    f"rank {header.rank}, step {header.sequence}: attempt {header.attempt} came after attempt "
+                    f"{held.header.attempt}; the newer one counts"
+                )
+            if held.header.attempt == header.attempt:
+                return
+        self._pushes[header.rank] = push
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks that have not pushed."""
+        return [rank for rank in range(self._world_size) if rank not in self._pushes]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no rank has pushed."""
+        return not self._pushes
+
+    def take(self) -> list[Push]:
+        """All pushes in rank order; the box is empty afterwards."""
+        pushes = [self._pushes[rank] for rank in sorted(self._pushes)]
+        self._pushes = {}
+        return pushes

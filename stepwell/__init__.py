@@ -1,0 +1,1 @@
+"""A distributed optimizer service: sharded optimizer state and parameters on Ray."""
