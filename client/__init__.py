@@ -1,1 +1,1 @@
-"""client."""
+"""What a training process holds: the optimizers and their lines to a service."""

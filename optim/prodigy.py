@@ -90,7 +90,9 @@ class ProdigyRule(ReducingRule):
     def slots(self) -> tuple[Slot, ...]:
         """``s`` and ``p0`` (strided by slice_p), ``exp_avg`` unless beta1 is 0, ``exp_avg_sq``."""
         momentum = (Slot("exp_avg"),) if self._has_momentum else ()
-        return (Slot("s", stride=self.slice_p), Slot("p0", "param", self.slice_p), *momentum, Slot("exp_avg_sq"))
+        s = Slot("s", stride=self.slice_p, flat=True)
+        p0 = Slot("p0", init="param", stride=self.slice_p, flat=True)
+        return (s, p0, *momentum, Slot("exp_avg_sq"))
 
     @property
     def initial_scalars(self) -> dict[str, float]:

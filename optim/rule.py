@@ -47,11 +47,13 @@ class Slot:
         name: The reference implementation's name for it (``exp_avg``, ``s``, ...).
         init: ``"zeros"``, or ``"param"`` for a copy of the parameter as registered.
         stride: The slot holds every ``stride``-th element of the flattened tensor, ``ceil(numel / stride)`` in all.
+        flat: Whether the reference's state dict keeps it flattened, not in the parameter's shape.
     """
 
     name: str
     init: Literal["zeros", "param"] = "zeros"
     stride: int = 1
+    flat: bool = False
 
     @property
     def width(self) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 from .buffers import Buffers, StateSource
 from .errors import CheckpointError, MessageError
 from .job import JobSpec
+from .shard import ShardStatus
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.msgpack"
@@ -280,19 +281,17 @@ def check_restorable(manifest: Manifest, spec: JobSpec, uri: str) -> None:
     dataclasses.replace(spec, world_size=manifest.spec.world_size).require_same(manifest.spec, whose=f"checkpoint {uri}")
 
 
-def build_manifest(
-    spec: JobSpec, files: Sequence[ShardFile], state: StateSource, kernel_identity: str
-) -> Manifest:
-    """Put the shards' files together; ``state`` gives the counters and scalars."""
+def build_manifest(spec: JobSpec, files: Sequence[ShardFile], status: ShardStatus) -> Manifest:
+    """Put the shards' files together; ``status`` is that of any shard, at rest."""
     pieces = [TensorPiece(*piece, file=index) for index, file in enumerate(files) for piece in file.pieces]
     return Manifest(
         spec=spec,
-        sequence=state.sequence,
-        step=state.step,
-        skipped_steps=state.skipped_steps,
-        scalars=state.scalars,
-        step_counts=tuple(state.step_counts.get(index, 0) for index in range(len(spec.params))),
-        kernel_identity=kernel_identity,
+        sequence=status.sequence,
+        step=status.step,
+        skipped_steps=status.skipped_steps,
+        scalars=status.scalars,
+        step_counts=status.step_counts,
+        kernel_identity=status.kernel_identity,
         files=tuple((file.name, file.size_bytes) for file in files),
         pieces=tuple(pieces),
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import msgpack
 import torch
 
 from ..optim import RULES, Rule
@@ -69,10 +67,6 @@ class JobSpec:
         except (KeyError, TypeError, ValueError) as error:
             raise MessageError(f"expected a job description; {type(error).__name__}: {error}") from error
 
-    def digest(self) -> str:
-        """Hex digest of everything that must be equal on all workers."""
-        return hashlib.sha256(msgpack.packb(self._compared())).hexdigest()
-
     def require_same(self, other: JobSpec, *, whose: str) -> None:
         """Compare a worker's job with this one.
 
@@ -83,36 +77,37 @@ class JobSpec:
         Raises:
             JobMismatchError: Naming the first difference.
         """
-        if self.digest() == other.digest():
-            return
         difference = self._first_difference(other)
+        if difference is None:
+            return
         raise JobMismatchError(
             f"{whose} does not match the service's job: {difference}. "
             "Build the same model and optimizer, or use another service."
         )
 
-    def _compared(self) -> dict[str, Any]:
-        fields = self.to_dict()
-        structural = self.rule.structural
-        fields["rule_fields"] = {key: value for key, value in fields["rule_fields"].items() if key in structural}
-        fields["slots"] = [[slot.name, slot.stride] for slot in self.rule.slots]
-        del fields["chunk_numel"]
-        return fields
-
-    def _first_difference(self, other: JobSpec) -> str:
-        mine, theirs = self._compared(), other._compared()
-        for key, label in (("rule", "rule"), ("world_size", "world_size"), ("num_groups", "number of parameter groups")):
-            if mine[key] != theirs[key]:
-                return f"{label}: the service has {mine[key]}, this worker {theirs[key]}"
-        for index, (param, theirs_param) in enumerate(zip(self.params, other.params, strict=False)):
-            if param != theirs_param:
-                return f"parameter {index}: the service has {_describe(param)}, this worker {_describe(theirs_param)}"
+    def _first_difference(self, other: JobSpec) -> str | None:
+        ours, theirs = "the service has", "this worker"
+        whole = (
+            ("rule", self.rule.name, other.rule.name),
+            ("world_size", self.world_size, other.world_size),
+            ("number of parameter groups", self.num_groups, other.num_groups),
+        )
+        for label, mine, other_value in whole:
+            if mine != other_value:
+                return f"{label}: {ours} {mine}, {theirs} {other_value}"
+        for index, (param, other_param) in enumerate(zip(self.params, other.params, strict=False)):
+            if not _same(param, other_param):
+                return f"parameter {index}: {ours} {_describe(param)}, {theirs} {_describe(other_param)}"
         if len(self.params) != len(other.params):
-            return f"number of parameters: the service has {len(self.params)}, this worker {len(other.params)}"
-        for key in mine["rule_fields"]:
-            if mine["rule_fields"][key] != theirs["rule_fields"].get(key):
-                return f"{key}: the service has {mine['rule_fields'][key]}, this worker {theirs['rule_fields'].get(key)}"
-        return f"slots: the service has {mine['slots']}, this worker {theirs['slots']}"
+            return f"number of parameters: {ours} {len(self.params)}, {theirs} {len(other.params)}"
+        for key in sorted(self.rule.structural):
+            mine, other_value = getattr(self.rule, key), getattr(other.rule, key)
+            if mine != other_value:
+                return f"{key}: {ours} {mine}, {theirs} {other_value}"
+        if self.rule.slots != other.rule.slots:
+            slots = [", ".join(slot.name for slot in rule.slots) for rule in (self.rule, other.rule)]
+            return f"state: {ours} {slots[0]}, {theirs} {slots[1]}"
+        return None
 
 
 def kernel_identity(device: torch.device) -> str:
@@ -120,6 +115,12 @@ def kernel_identity(device: torch.device) -> str:
     if device.type == "cuda":
         return f"torch {torch.__version__}, eager, {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__}, eager, {device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _same(param: ParamSpec, other: ParamSpec) -> bool:
+    """Whether two parameters are one; a name that is not known fits any."""
+    same_name = param.name == other.name or not param.name or not other.name
+    return same_name and (param.shape, param.dtype, param.group) == (other.shape, other.dtype, other.group)
 
 
 def _describe(param: ParamSpec) -> str:

@@ -46,7 +46,7 @@ class ParamSpec:
     """One parameter, as the job registers it. Its position among all is its parameter index.
 
     Attributes:
-        name: Its name with wrappers' prefixes stripped, or ``param.<index>`` where none is known.
+        name: Its name with wrappers' prefixes stripped, empty where none is known.
         shape: Its shape.
         dtype: The model's dtype for it, by name.
         group: The index of its parameter group.

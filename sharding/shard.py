@@ -84,6 +84,7 @@ class ShardStatus:
     size_bytes: int
     kernel_identity: str
     scalars: Mapping[str, float]
+    step_counts: tuple[int, ...]
     in_flight: bool
 
 
@@ -103,7 +104,7 @@ class Shard:
     """
 
     def __init__(
-        self, spec: JobSpec, *, shard: int = 0, num_shards: int = 1, device: torch.device | None = None, timeline: int = 1
+        self, spec: JobSpec, *, shard: int = 0, num_shards: int = 1, device: torch.device | None = None, timeline: int = 0
     ) -> None:
         self.spec = spec
         self.layout = spec.layout()
@@ -146,6 +147,7 @@ class Shard:
             size_bytes=self.buffers.size_bytes,
             kernel_identity=kernel_identity(self.device),
             scalars=self.scalars,
+            step_counts=tuple(int(count) for count in self.step_count.tolist()),
             in_flight=self._deciding is not None,
         )
 
@@ -172,6 +174,7 @@ class Shard:
             raise TimelineError(f"expected a timeline after {self.timeline}, got {timeline}")
         if self._deciding is not None:
             raise StepAbortedError(f"step {self.sequence + 1} is being decided; load when it is done")
+        self._lost = f"shard {self._shard} was interrupted while it loaded a state"
         self.buffers.load(source)
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)

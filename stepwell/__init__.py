@@ -1,1 +1,46 @@
-"""A distributed optimizer service: sharded optimizer state and parameters on Ray."""
+"""Stepwell: a distributed optimizer service. State sharded, results exact.
+
+    import stepwell
+
+    optimizer = stepwell.Prodigy(model.parameters())
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import optim
+from .client.inprocess import InProcessService
+from .client.optimizer import ServiceOptimizer
+from .client.optimizers import LAMB, AdamW, Prodigy
+from .sharding.errors import StepwellError
+
+if TYPE_CHECKING:
+    from .server.service import Service, connect, launch
+
+__version__ = "0.1.0"
+
+_NEED_RAY = ("Service", "connect", "launch")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Ray when it is first asked for."""
+    if name in _NEED_RAY:
+        from .server import service
+
+        return getattr(service, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "LAMB",
+    "AdamW",
+    "InProcessService",
+    "Prodigy",
+    "Service",
+    "ServiceOptimizer",
+    "StepwellError",
+    "connect",
+    "launch",
+    "optim",
+]

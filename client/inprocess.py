@@ -1,0 +1,213 @@
+"""Shards in the training process itself: no Ray, no start-up, no copies. For a single worker."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..server.messages import LoadHeader, Registration, pack_job
+from ..sharding.buffers import StateSource
+from ..sharding.checkpoint import (
+    CheckpointReader,
+    build_manifest,
+    check_restorable,
+    read_manifest,
+    shard_file_name,
+    write_manifest,
+    write_shard,
+)
+from ..sharding.errors import JobMismatchError, NotRegisteredError, StepAbortedError
+from ..sharding.inprocess import ShardGroup
+from ..sharding.job import JobSpec
+from ..sharding.layout import Layout
+from ..sharding.push import Push, PushHeader
+from ..sharding.shard import Decision, ShardStatus, StepResult
+from .flat import FlatBuffer
+from .transport import Transport, Values, join_pieces
+
+
+class InProcessService:
+    """A service whose shards are objects of this process. It serves one optimizer.
+
+    Args:
+        num_shards: Shards; more than one is of use in tests alone.
+        device: Where they live.
+    """
+
+    name = "inprocess"
+
+    def __init__(self, *, num_shards: int = 1, device: torch.device | None = None) -> None:
+        self._num_shards, self._device = num_shards, device
+        self._group: ShardGroup | None = None
+
+    def status(self) -> dict[str, Any]:
+        """As :meth:`stepwell.Service.status`."""
+        shards = [shard.status() for shard in self.group.shards]
+        first, spec = shards[0], self.group.spec
+        return {
+            "name": self.name,
+            "num_shards": self._num_shards,
+            "generation": 1,
+            "rule": spec.rule.name,
+            "world_size": spec.world_size,
+            "num_params": len(spec.params),
+            "numel": sum(param.numel for param in spec.params),
+            "step": first.step,
+            "skipped_steps": first.skipped_steps,
+            "sequence": first.sequence,
+            "timeline": first.timeline,
+            "scalars": dict(first.scalars),
+            "kernel": first.kernel_identity,
+            "size_bytes": [shard.size_bytes for shard in shards],
+        }
+
+    def save(self, uri: str) -> int:
+        """As :meth:`stepwell.Service.save`."""
+        save_id, shards = uuid.uuid4().hex[:12], self.group.shards
+        files = [
+            write_shard(shard.buffers, uri, shard_file_name(save_id, index, len(shards)))
+            for index, shard in enumerate(shards)
+        ]
+        status = shards[0].status()
+        write_manifest(uri, build_manifest(self.group.spec, files, status))
+        return status.step
+
+    def restore(self, uri: str) -> int:
+        """As :meth:`stepwell.Service.restore`; call ``optimizer.refresh()`` afterwards."""
+        manifest = read_manifest(uri)
+        check_restorable(manifest, self.group.spec, uri)
+        with CheckpointReader(uri, manifest) as reader:
+            self.group.load(reader.source(), timeline=self.group.shards[0].timeline + 1)
+        return manifest.step
+
+    def shutdown(self) -> None:
+        """Forget the state."""
+        self._group = None
+
+    @property
+    def group(self) -> ShardGroup:
+        """The shards.
+
+        Raises:
+            NotRegisteredError: Before an optimizer has registered.
+        """
+        if self._group is None:
+            raise NotRegisteredError("this in-process service has no job yet; give it to an optimizer")
+        return self._group
+
+    def register(self, spec: JobSpec) -> ShardGroup:
+        """Lay out a job; called by the optimizer.
+
+        Raises:
+            JobMismatchError: If it serves another optimizer already, or there is more than one worker.
+        """
+        if self._group is not None:
+            raise JobMismatchError("this in-process service has an optimizer already; make one service for each")
+        if spec.world_size != 1:
+            raise JobMismatchError(
+                f"service 'inprocess' is for a single worker, got world_size {spec.world_size}; "
+                "leave service out, or start one with `stepwell up NAME`"
+            )
+        self._group = ShardGroup(spec, num_shards=self._num_shards, device=self._device)
+        return self._group
+
+
+class InProcessTransport(Transport):
+    """The line to an :class:`InProcessService`.
+
+    Args:
+        service: The service.
+    """
+
+    def __init__(self, service: InProcessService) -> None:
+        self.service: InProcessService = service
+
+    def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
+        """See :class:`Transport`."""
+        self.service.register(spec).admit(rank, incarnation)
+        return self._registration(needs_parameters=True)
+
+    def attach(self, layout: Layout) -> None:
+        """See :class:`Transport`."""
+        self._layout = layout
+
+    def load(self, values: Values, header: LoadHeader) -> Registration:
+        """See :class:`Transport`."""
+        source = StateSource(
+            read=lambda param, slot, offset, numel: values[param, slot][offset : offset + numel],
+            available=frozenset(values),
+            step_counts=header.step_counts,
+            scalars=header.scalars,
+            sequence=header.sequence,
+            step=header.step,
+            skipped_steps=header.skipped_steps,
+        )
+        group = self.service.group
+        group.load(source, timeline=group.shards[0].timeline + 1)
+        return self._registration()
+
+    def wait_until_loaded(self, after_timeline: int) -> Registration:
+        """See :class:`Transport`; there is no other rank to wait for."""
+        return self._registration()
+
+    def refresh(self) -> Registration:
+        """See :class:`Transport`."""
+        return self._registration()
+
+    def step(
+        self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
+    ) -> StepResult:
+        """See :class:`Transport`."""
+        shards = self.service.group.shards
+        pushes = [
+            Push(header, tuple(gradient.shard_parts(self._layout, index, len(shards))), reloaded)
+            for index in range(len(shards))
+        ]
+        result = self.service.group.push(pushes)
+        if result is None:
+            raise StepAbortedError(f"step {header.sequence}: the shards hold different pushes of it; call step() again")
+        if result.decision is Decision.COMMIT:
+            self.read_parameters(params)
+        return result
+
+    def decided(self, timeline: int, sequence: int) -> StepResult | None:
+        """See :class:`Transport`."""
+        return self.service.group.shards[0].result(timeline, sequence)
+
+    def read_parameters(self, params: FlatBuffer) -> None:
+        """See :class:`Transport`."""
+        shards = self.service.group.shards
+        dtypes = [part.dtype for part in params.parts]
+        for index, shard in enumerate(shards):
+            targets = params.shard_parts(self._layout, index, len(shards))
+            for target, part in zip(targets, shard.parameters(dtypes), strict=True):
+                target.copy_(part)
+
+    def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
+        """See :class:`Transport`."""
+        shards = self.service.group.shards
+        pieces = [
+            (piece.param, slot, piece.offset, values.cpu())
+            for shard in shards
+            for slot, piece, values in shard.buffers.export()
+        ]
+        return join_pieces(pieces), shards[0].status()
+
+    def close(self, rank: int, world_size: int) -> None:
+        """See :class:`Transport`."""
+        self.service.shutdown()
+
+    def _registration(self, *, needs_parameters: bool = False) -> Registration:
+        status = self.service.group.shards[0].status()
+        return Registration(
+            spec=pack_job(self.service.group.spec),
+            timeline=status.timeline,
+            sequence=status.sequence,
+            step=status.step,
+            scalars=status.scalars,
+            needs_parameters=needs_parameters,
+        )

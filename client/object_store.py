@@ -1,0 +1,130 @@
+"""Shards as Ray actors, reached through Ray's object store with flat numpy arrays. Works from any node of the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from ..server.calls import wait_for
+from ..server.config import COLLECTIVE_MARGIN_S
+from ..server.messages import LoadHeader, Registration, from_wire, pack_job, pack_push, to_wire
+from ..server.service import Service
+from ..sharding.errors import StepwellError
+from ..sharding.job import JobSpec
+from ..sharding.layout import Layout, dtype_name
+from ..sharding.push import PushHeader
+from ..sharding.shard import Decision, ShardStatus, StepResult
+from .flat import FlatBuffer
+from .transport import Transport, Values, join_pieces
+
+STATE_TIMEOUT_S = 1800.0
+LEAVE_TIMEOUT_S = 10.0
+
+
+class ObjectStoreTransport(Transport):
+    """The line to a :class:`stepwell.Service`.
+
+    Args:
+        service: The service.
+        owned: Whether closing ends the service: so for one that was embedded in this process.
+    """
+
+    def __init__(self, service: Service, *, owned: bool = False) -> None:
+        self.service: Service = service
+        self._owned = owned
+        self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
+
+    def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
+        """See :class:`Transport`."""
+        return self._ask("register", pack_job(spec), rank, incarnation, what="the registration")
+
+    def attach(self, layout: Layout) -> None:
+        """See :class:`Transport`."""
+        self._layout = layout
+
+    def load(self, values: Values, header: LoadHeader) -> Registration:
+        """See :class:`Transport`."""
+        reference = ray.put({key: to_wire(tensor) for key, tensor in values.items()})
+        return self._ask("load", [reference], header, what="the shards to take the state")
+
+    def wait_until_loaded(self, after_timeline: int) -> Registration:
+        """See :class:`Transport`."""
+        timeout_s = self.service.config.worker_timeout_s
+        return self._ask("wait_for_timeline", after_timeline, timeout_s, what="rank 0 to load its state")
+
+    def refresh(self) -> Registration:
+        """See :class:`Transport`."""
+        return self._ask("refresh", what="the coordinator")
+
+    def step(
+        self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
+    ) -> StepResult:
+        """See :class:`Transport`."""
+        shards, request = self.service.shards, pack_push(header)
+        changed = {index: to_wire(value) for index, value in reloaded.items()}
+        dtypes = [dtype_name(part.dtype) for part in params.parts]
+        pushes, pulls = [], []
+        for index, shard in enumerate(shards):
+            parts = gradient.shard_parts(self._layout, index, len(shards))
+            pushes.append(shard.push.remote(request, [to_wire(part) for part in parts], changed))
+            pulls.append(shard.pull.remote(header.timeline, header.sequence, dtypes, self._step_timeout_s))
+        try:
+            wait_for(pushes, timeout_s=STATE_TIMEOUT_S, what=f"the shards to take the push of step {header.sequence}")
+        except StepwellError:
+            for pull in pulls:
+                ray.cancel(pull)
+            raise
+        replies = self._wait(pulls, what=f"step {header.sequence}")
+        for reply, _ in replies:
+            if reply.error is not None:
+                raise reply.error
+        result: StepResult = replies[0][0]
+        if result.decision is Decision.COMMIT:
+            self._fill(params, [parts for _, parts in replies])
+        return result
+
+    def decided(self, timeline: int, sequence: int) -> StepResult | None:
+        """See :class:`Transport`."""
+        calls = [shard.decided.remote(timeline, sequence, self._step_timeout_s) for shard in self.service.shards]
+        results = self._wait(calls, what=f"the result of step {sequence}")
+        return next((result for result in results if result is not None and result.error is None), None)
+
+    def read_parameters(self, params: FlatBuffer) -> None:
+        """See :class:`Transport`."""
+        dtypes = [dtype_name(part.dtype) for part in params.parts]
+        calls = [shard.parameters.remote(dtypes) for shard in self.service.shards]
+        self._fill(params, self._wait(calls, what="the parameters"))
+
+    def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
+        """See :class:`Transport`."""
+        replies = self._wait([shard.export.remote() for shard in self.service.shards], what="the state")
+        pieces = [
+            (param, slot, offset, from_wire(wire)) for exported, _ in replies for param, slot, offset, wire in exported
+        ]
+        return join_pieces(pieces), replies[0][1]
+
+    def close(self, rank: int, world_size: int) -> None:
+        """See :class:`Transport`. Who owns the service waits a while for the other ranks before ending it."""
+        if not ray.is_initialized():
+            return
+        if self._owned:
+            self._ask("wait_until_left", [r for r in range(world_size) if r != rank], LEAVE_TIMEOUT_S, what="the other ranks")
+            self.service.shutdown()
+        else:
+            self._ask("leave", rank, what="the coordinator")
+
+    def _fill(self, params: FlatBuffer, replies: Sequence[Sequence[Any]]) -> None:
+        for index, parts in enumerate(replies):
+            targets = params.shard_parts(self._layout, index, len(replies))
+            for target, wire in zip(targets, parts, strict=True):
+                target.copy_(from_wire(wire))
+
+    def _wait(self, calls: Sequence[Any], *, what: str) -> list[Any]:
+        return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
+
+    def _ask(self, method: str, *args: Any, what: str) -> Any:
+        call = getattr(self.service.coordinator, method).remote(*args)
+        return wait_for([call], timeout_s=STATE_TIMEOUT_S, what=f"service {self.service.name!r}: {what}")[0]

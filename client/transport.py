@@ -1,0 +1,105 @@
+"""How a worker reaches its shards: one interface, one class for each way."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..server.messages import LoadHeader, Registration
+from ..sharding.job import JobSpec
+from ..sharding.layout import Layout
+from ..sharding.push import PushHeader
+from ..sharding.shard import ShardStatus, StepResult
+from .flat import FlatBuffer
+
+Values = Mapping[tuple[int, str], Tensor]
+"""Whole slots, flattened: (parameter index, slot name) to ``(numel,)``."""
+
+
+class ServiceHandle(Protocol):
+    """What ``optimizer.service`` offers, wherever the shards live."""
+
+    @property
+    def name(self) -> str:
+        """The service's name."""
+
+    def status(self) -> dict[str, Any]:
+        """Where the service stands, as plain values."""
+
+    def save(self, uri: str) -> int:
+        """Write a checkpoint; the number of steps in it."""
+
+    def restore(self, uri: str) -> int:
+        """Take over a checkpoint; the number of steps in it."""
+
+    def shutdown(self) -> None:
+        """End the service."""
+
+
+class Transport(abc.ABC):
+    """One worker's line to the shards of one service. Methods raise the errors of ``stepwell.sharding.errors``."""
+
+    service: ServiceHandle
+
+    @abc.abstractmethod
+    def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
+        """Register this worker. Called once by every rank."""
+
+    @abc.abstractmethod
+    def attach(self, layout: Layout) -> None:
+        """Take note of the layout that the registration named."""
+
+    @abc.abstractmethod
+    def load(self, values: Values, header: LoadHeader) -> Registration:
+        """Load a state, beginning a new timeline. Called by rank 0."""
+
+    @abc.abstractmethod
+    def wait_until_loaded(self, after_timeline: int) -> Registration:
+        """Wait for rank 0's :meth:`load`. Called by the other ranks."""
+
+    @abc.abstractmethod
+    def refresh(self) -> Registration:
+        """Where the service stands now."""
+
+    @abc.abstractmethod
+    def step(
+        self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
+    ) -> StepResult:
+        """Push to every shard and wait for the decision; after a COMMIT ``params`` holds the new parameters.
+
+        Raises:
+            RequestError: If a shard refused the push.
+            StepAbortedError: If the step was given up.
+            ServiceError: If the service did not answer; whether the step was taken is then open, see :meth:`decided`.
+        """
+
+    @abc.abstractmethod
+    def decided(self, timeline: int, sequence: int) -> StepResult | None:
+        """The result of a step if it was taken; waits for one that is under way, never for one that is not."""
+
+    @abc.abstractmethod
+    def read_parameters(self, params: FlatBuffer) -> None:
+        """Fill ``params`` with the service's parameters."""
+
+    @abc.abstractmethod
+    def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
+        """Every whole slot, flattened, in its state dtype on the CPU, and where the shards stand."""
+
+    @abc.abstractmethod
+    def close(self, rank: int, world_size: int) -> None:
+        """Say goodbye; ends what this worker started."""
+
+
+def join_pieces(pieces: Sequence[tuple[int, str, int, Tensor]]) -> dict[tuple[int, str], Tensor]:
+    """Put (param, slot, offset, values) from all shards together into whole slots."""
+    by_slot: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
+    for param, slot, offset, values in pieces:
+        by_slot.setdefault((param, slot), []).append((offset, values))
+    return {
+        key: torch.cat([values for _, values in sorted(parts, key=lambda part: part[0])])
+        for key, parts in by_slot.items()
+    }

@@ -1,0 +1,53 @@
+"""Waiting for Ray: every wait has a limit, and every failure becomes one of our errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from ..sharding.errors import ServiceTimeoutError, ShardLostError, StepwellError
+
+
+def wait_for(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
+    """Wait for actor calls, outside of an event loop.
+
+    Args:
+        refs: Ray object references.
+        timeout_s: Limit for all of them together.
+        what: Names the wait in messages, such as ``"the shards to take the push of step 3"``.
+
+    Raises:
+        StepwellError: Whatever the service raised.
+        ServiceTimeoutError: If the limit ran out.
+        ShardLostError: If an actor died.
+    """
+    try:
+        results: list[Any] = ray.get(list(refs), timeout=timeout_s)
+    except (RayTaskError, RayActorError, GetTimeoutError) as error:
+        raise translate(error, timeout_s=timeout_s, what=what) from None
+    return results
+
+
+async def gather(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
+    """As :func:`wait_for`, on an actor's event loop."""
+    try:
+        return list(await asyncio.wait_for(asyncio.gather(*refs), timeout_s))
+    except (RayTaskError, RayActorError, TimeoutError) as error:
+        raise translate(error, timeout_s=timeout_s, what=what) from None
+
+
+def translate(error: Exception, *, timeout_s: float, what: str) -> Exception:
+    """The error of ours that a failed wait means."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        return cause if isinstance(cause, StepwellError) else error
+    if isinstance(error, RayActorError):
+        return ShardLostError(
+            f"a process of the service died while waiting for {what}. "
+            "Restore the service from its last checkpoint: stepwell.launch(..., restore=URI)"
+        )
+    return ServiceTimeoutError(f"waited {timeout_s:g} s for {what}; see `stepwell status`")

@@ -1,0 +1,89 @@
+"""What a service is made of, and the one place that reads the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal, get_args
+
+Placement = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+NAMESPACE = "stepwell"
+COLLECTIVE_MARGIN_S = 30.0
+"""How much longer a shard waits for its peers than they wait for a rank."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """A service's settings, fixed when it is launched.
+
+    Attributes:
+        name: Its name in the cluster.
+        num_shards: Shards.
+        num_gpus_per_shard: GPUs of each, 0 for CPU shards.
+        num_cpus_per_shard: CPUs of each.
+        placement: Ray's placement strategy for the shards.
+        chunk_numel: Elements in a chunk, a power of two; None chooses by the model's size.
+        detached: Whether it outlives the process that launches it.
+        worker_timeout_s: How long a step waits for the last rank after the first.
+        placement_timeout_s: How long a launch waits for room in the cluster.
+
+    Raises:
+        ValueError: If a value is out of range; the message holds it.
+    """
+
+    name: str
+    num_shards: int = 1
+    num_gpus_per_shard: float = 0
+    num_cpus_per_shard: float = 1
+    placement: Placement = "SPREAD"
+    chunk_numel: int | None = None
+    detached: bool = True
+    worker_timeout_s: float = 1800.0
+    placement_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and "/" not in self.name, "name", "a name without '/'", self.name)
+        _require(self.num_shards >= 1, "num_shards", "at least 1", self.num_shards)
+        _require(self.num_gpus_per_shard >= 0, "num_gpus_per_shard", "0 or more", self.num_gpus_per_shard)
+        _require(self.num_cpus_per_shard >= 0, "num_cpus_per_shard", "0 or more", self.num_cpus_per_shard)
+        _require(self.placement in get_args(Placement), "placement", f"one of {get_args(Placement)}", self.placement)
+        _require(self.worker_timeout_s > 0, "worker_timeout_s", "more than 0", self.worker_timeout_s)
+        _require(self.placement_timeout_s > 0, "placement_timeout_s", "more than 0", self.placement_timeout_s)
+
+    @property
+    def coordinator_name(self) -> str:
+        """The coordinator's actor name."""
+        return f"{self.name}/coordinator"
+
+    def shard_name(self, shard: int) -> str:
+        """A shard's actor name."""
+        return f"{self.name}/shard-{shard}"
+
+
+def default_service() -> str | None:
+    """The service that ``$STEPWELL_SERVICE`` names, if any."""
+    return os.environ.get("STEPWELL_SERVICE") or None
+
+
+def ray_address() -> str | None:
+    """The cluster that ``$RAY_ADDRESS`` names, if any."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def state_folder() -> Path:
+    """Where the command line remembers the Ray that it started: ``$XDG_STATE_HOME/stepwell``."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "stepwell"
+
+
+def set_ray_defaults() -> None:
+    """Settle what Ray would otherwise decide by itself: no token file in the home folder, no usage reports."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def _require(condition: bool, what: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{what}: expected {expected}, got {got!r}")

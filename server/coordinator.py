@@ -1,0 +1,201 @@
+"""The coordinator: registers the job and its workers, forms the shards' group, saves and restores.
+
+It is on no step's path and holds nothing that the shards do not know: a step needs the shards alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from ..sharding.checkpoint import build_manifest, check_restorable, read_manifest, write_manifest
+from ..sharding.errors import NotRegisteredError, ServiceError, ServiceTimeoutError, UnknownRankError
+from ..sharding.job import JobSpec
+from ..sharding.shard import ShardStatus
+from .calls import gather
+from .config import ServiceConfig
+from .messages import LoadHeader, Registration, pack_job, unpack_job
+
+FORMING_TIMEOUT_S = 60.0
+STATE_TIMEOUT_S = 1800.0
+"""Limit for operations that move the whole state."""
+HOLD_TRIES = 3
+POLL_S = 0.05
+
+
+class Coordinator:
+    """One per service; every method is called through Ray, on its event loop.
+
+    Args:
+        config: The service's settings.
+    """
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+        self._shards: list[Any] = []
+        self._generation = 0
+        self._spec: JobSpec | None = None
+        self._timeline = 0
+        self._loaded = asyncio.Event()
+        self._has_workers = False
+        self._left: set[int] = set()
+        self._changing = asyncio.Lock()
+
+    async def start(self, shards: Sequence[Any]) -> None:
+        """Take the shards and form their group; called once, by the launcher."""
+        self._shards = list(shards)
+        await self._form_group()
+
+    async def describe(self) -> tuple[ServiceConfig, list[Any]]:
+        """The settings and the shards' handles."""
+        return self._config, self._shards
+
+    async def register(self, job: bytes, rank: int, incarnation: str) -> Registration:
+        """Register a worker; the first one's job is the service's, every other must be the same.
+
+        Returns as soon as rank 0 may send its parameters; other ranks wait with :meth:`wait_for_timeline`.
+
+        Raises:
+            JobMismatchError: Naming the first difference.
+            UnknownRankError: If the rank is not below the world size.
+        """
+        spec = dataclasses.replace(unpack_job(job), chunk_numel=self._config.chunk_numel)
+        if not 0 <= rank < spec.world_size:
+            raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
+        async with self._changing:
+            await self._adopt(spec, rank)
+            self._has_workers = True
+            self._left.discard(rank)
+            await self._all("admit", rank, incarnation, what=f"the shards to admit rank {rank}")
+        return await self._registration()
+
+    async def wait_for_timeline(self, after: int, timeout_s: float) -> Registration:
+        """Wait until the service is on a later timeline than ``after``: what other ranks do while rank 0 loads."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._timeline <= after or not self._loaded.is_set():
+            if asyncio.get_running_loop().time() > deadline:
+                raise ServiceTimeoutError(f"rank 0 did not load its state within {timeout_s:g} s")
+            await asyncio.sleep(POLL_S)
+        return await self._registration()
+
+    async def refresh(self) -> Registration:
+        """Where the service stands now."""
+        if self._spec is None or not self._loaded.is_set():
+            raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
+        return await self._registration()
+
+    async def load(self, values: Sequence[Any], header: LoadHeader) -> Registration:
+        """Load a state that rank 0 holds, beginning a new timeline. ``values`` is a list of one reference, passed on."""
+        async with self._changing:
+            self._timeline += 1
+            await self._all("load", values[0], header, self._timeline, what="the shards to take the state")
+            self._loaded.set()
+        return await self._registration()
+
+    async def restore(self, uri: str) -> Registration:
+        """Load a checkpoint, beginning a new timeline; without a job yet, the checkpoint's own."""
+        async with self._changing:
+            manifest = await asyncio.to_thread(read_manifest, uri)
+            if self._spec is None:
+                await self._lay_out(dataclasses.replace(manifest.spec, chunk_numel=self._config.chunk_numel))
+            else:
+                check_restorable(manifest, self._spec, uri)
+            if not await self._is_whole():
+                await self._form_group()
+                await self._lay_out(self._require_spec())
+            self._timeline += 1
+            await self._all("restore", uri, self._timeline, what=f"the shards to read {uri}")
+            self._loaded.set()
+        return await self._registration()
+
+    async def save(self, uri: str) -> int:
+        """Write a checkpoint between two steps; returns the number of steps in it."""
+        async with self._changing:
+            spec = self._require_spec()
+            try:
+                status = await self._settle()
+                files = await self._all("save", uri, uuid.uuid4().hex[:12], what=f"the shards to write {uri}")
+                manifest = build_manifest(spec, files, status)
+                await asyncio.to_thread(write_manifest, uri, manifest)
+            finally:
+                await self._all("release", what="the shards to go on")
+        return status.step
+
+    async def status(self) -> tuple[ServiceConfig, JobSpec | None, int, list[ShardStatus | None]]:
+        """Settings, job, generation and every shard's status."""
+        shards = await self._all("status", what="the shards' status", timeout_s=FORMING_TIMEOUT_S)
+        return self._config, self._spec, self._generation, shards
+
+    async def leave(self, rank: int) -> None:
+        """A worker says goodbye."""
+        self._left.add(rank)
+
+    async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
+        """Wait until all of ``ranks`` have said goodbye; whether they did within ``timeout_s``."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not self._left.issuperset(ranks):
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
+
+    # Within
+
+    async def _adopt(self, spec: JobSpec, rank: int) -> None:
+        if self._spec is None:
+            await self._lay_out(spec)
+            return
+        if not self._has_workers and spec.world_size != self._spec.world_size:
+            self._spec = dataclasses.replace(self._spec, world_size=spec.world_size)
+            await self._all("set_world_size", spec.world_size, what="the shards to take the number of workers")
+        self._spec.require_same(spec, whose=f"rank {rank}")
+
+    async def _lay_out(self, spec: JobSpec) -> None:
+        await self._all("register", pack_job(spec), what="the shards to allocate their buffers")
+        self._spec = spec
+
+    async def _registration(self) -> Registration:
+        spec = self._require_spec()
+        status: ShardStatus = (await self._all("status", what="the shards' status"))[0]
+        return Registration(
+            spec=pack_job(spec),
+            timeline=status.timeline,
+            sequence=status.sequence,
+            step=status.step,
+            scalars=status.scalars,
+            needs_parameters=not self._loaded.is_set(),
+        )
+
+    async def _form_group(self) -> None:
+        self._generation += 1
+        store = (await gather([self._shards[0].open_store.remote(FORMING_TIMEOUT_S)], timeout_s=FORMING_TIMEOUT_S, what="shard 0"))[0]
+        await self._all("join", self._generation, store, FORMING_TIMEOUT_S, what="the shards to form their group")
+
+    async def _is_whole(self) -> bool:
+        """Whether every shard still has the job; one that was restarted has not."""
+        return all(status is not None for status in await self._all("status", what="the shards' status"))
+
+    async def _settle(self) -> ShardStatus:
+        """Bring all shards to rest after the same step; they stay held."""
+        for _ in range(HOLD_TRIES):
+            target = max(await self._all("hold", what="the shards to come to rest"))
+            timeout_s = self._config.worker_timeout_s
+            statuses: list[ShardStatus] = await self._all(
+                "settle", target, timeout_s, what="the shards to come to rest", timeout_s=timeout_s + FORMING_TIMEOUT_S
+            )
+            if len({status.sequence for status in statuses}) == 1:
+                return statuses[0]
+        raise ServiceError("the shards did not come to rest after the same step; try the save again")
+
+    async def _all(self, method: str, *args: Any, what: str, timeout_s: float = STATE_TIMEOUT_S) -> list[Any]:
+        calls = [getattr(shard, method).remote(*args) for shard in self._shards]
+        return await gather(calls, timeout_s=timeout_s, what=what)
+
+    def _require_spec(self) -> JobSpec:
+        if self._spec is None:
+            raise NotRegisteredError(f"service {self._config.name!r} has no job yet; start a training script first")
+        return self._spec
+

@@ -1,0 +1,176 @@
+"""Messages between workers, coordinator and shards: small parts in msgpack, tensors as flat numpy arrays.
+
+A message is a map with a version and a kind. It is checked field by field before anything looks at its meaning; what a
+push means (rank, step, lengths) is checked by the shard that receives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..sharding.errors import DTypeMismatchError, MessageError, TruncatedMessageError, UnknownVersionError
+from ..sharding.job import JobSpec
+from ..sharding.layout import dtype_from_name, dtype_name
+from ..sharding.push import PushHeader
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 2**28
+
+WireTensor = tuple[str, NDArray[Any]]
+"""A dtype's name and the flat array; bfloat16, which numpy lacks, travels as int16."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Registration:
+    """What a worker is told when it registers.
+
+    Attributes:
+        spec: The job as the service runs it, packed.
+        timeline, sequence, step: Where the service stands.
+        scalars: The rule's scalars.
+        needs_parameters: Rank 0 is to send its parameters; the others wait for them.
+    """
+
+    spec: bytes
+    timeline: int
+    sequence: int
+    step: int
+    scalars: Mapping[str, float]
+    needs_parameters: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadHeader:
+    """The small part of a state to load; see :class:`stepwell.sharding.StateSource`."""
+
+    step_counts: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sequence: int = 0
+    step: int = 0
+    skipped_steps: int = 0
+
+
+def pack_push(header: PushHeader) -> bytes:
+    """A push's header as bytes."""
+    fields = {field.name: getattr(header, field.name) for field in dataclasses.fields(header)}
+    return _pack("push", fields)
+
+
+def unpack_push(data: bytes) -> PushHeader:
+    """The reverse of :func:`pack_push`.
+
+    Raises:
+        UnknownVersionError: If it is of another protocol version.
+        TruncatedMessageError: If it ends early.
+        MessageError: If it is anything else than a push, or a field is missing or of a wrong type.
+    """
+    fields = _unpack("push", data)
+    return PushHeader(
+        timeline=_field(fields, "timeline", _is_count),
+        sequence=_field(fields, "sequence", _is_count),
+        rank=_field(fields, "rank", _is_count),
+        incarnation=_field(fields, "incarnation", lambda value: isinstance(value, str)),
+        attempt=_field(fields, "attempt", _is_count),
+        present=_field(fields, "present", lambda value: isinstance(value, bytes)),
+        hyper=_field(fields, "hyper", lambda value: value is None or _is_map_of(value, _is_floats)),
+        scalars=_field(fields, "scalars", lambda value: value is None or _is_map_of(value, _is_float)),
+    )
+
+
+def pack_job(spec: JobSpec) -> bytes:
+    """A job's description as bytes."""
+    return _pack("job", spec.to_dict())
+
+
+def unpack_job(data: bytes) -> JobSpec:
+    """The reverse of :func:`pack_job`; raises as :func:`unpack_push`."""
+    return JobSpec.from_dict(_unpack("job", data))
+
+
+def to_wire(tensor: Tensor) -> WireTensor:
+    """A tensor as a flat array; on the CPU it shares memory."""
+    flat = tensor.detach().reshape(-1).cpu()
+    name = dtype_name(flat.dtype)
+    return name, (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
+
+
+def from_wire(wire: WireTensor) -> Tensor:
+    """The tensor of a flat array; it shares the array's memory and must not be written.
+
+    Raises:
+        DTypeMismatchError: If the array is not of the dtype that it is said to be.
+    """
+    name, array = wire
+    dtype = dtype_from_name(name)
+    carried = np.dtype(np.int16) if dtype == torch.bfloat16 else np.dtype(name)
+    if not isinstance(array, np.ndarray) or array.dtype != carried or array.ndim != 1:
+        raise DTypeMismatchError(f"expected a flat {carried} array for {name}, got {_describe(array)}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
+
+
+def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
+    packed: bytes = msgpack.packb({"version": PROTOCOL_VERSION, "kind": kind, **fields})
+    return packed
+
+
+def _unpack(kind: str, data: bytes) -> dict[str, Any]:
+    if not isinstance(data, bytes) or len(data) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"expected at most {MAX_MESSAGE_BYTES} bytes, got {_describe(data)}")
+    try:
+        fields = msgpack.unpackb(data, strict_map_key=False)
+    except (msgpack.StackError, msgpack.ExtraData, msgpack.FormatError) as error:
+        raise MessageError(f"expected one {kind} message; the bytes are not msgpack ({type(error).__name__})") from error
+    except (ValueError, msgpack.UnpackException) as error:
+        raise TruncatedMessageError(f"expected a whole {kind} message, got {len(data)} bytes that end early ({error})") from error
+    if not isinstance(fields, dict) or "version" not in fields:
+        raise MessageError(f"expected a {kind} message, got something else in msgpack")
+    if fields["version"] != PROTOCOL_VERSION:
+        raise UnknownVersionError(
+            f"expected protocol version {PROTOCOL_VERSION}, got {fields['version']!r}; "
+            "run the same Stepwell release on workers and service"
+        )
+    if fields.get("kind") != kind:
+        raise MessageError(f"expected a {kind} message, got kind {fields.get('kind')!r}")
+    return fields
+
+
+def _field(fields: Mapping[str, Any], name: str, is_valid: Callable[[Any], bool]) -> Any:
+    if name not in fields:
+        raise MessageError(f"the message has no field {name!r}")
+    if not is_valid(fields[name]):
+        raise MessageError(f"field {name!r}: got {_describe(fields[name])}, which it cannot be")
+    return fields[name]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_floats(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and all(map(_is_float, value))
+
+
+def _is_map_of(value: object, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and is_valid(item) for key, item in value.items())
+
+
+def _describe(value: object) -> str:
+    text = repr(value)
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    return f"{type(value).__name__} {shown}"

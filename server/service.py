@@ -1,0 +1,313 @@
+"""Starting a service, finding one, and what one does with it."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoundError, StepwellError
+from . import cluster
+from .calls import wait_for
+from .config import NAMESPACE, Placement, ServiceConfig
+from .coordinator import FORMING_TIMEOUT_S, STATE_TIMEOUT_S, Coordinator
+from .shard_actor import ShardActor
+
+ACTOR_START_TIMEOUT_S = 120.0
+
+
+class Service:
+    """A running service. :func:`launch` and :func:`connect` make it; as a context manager it shuts down on exit.
+
+    Attributes:
+        config: Its settings.
+        coordinator: Handle of its coordinator actor.
+        shards: Handles of its shard actors.
+    """
+
+    def __init__(self, config: ServiceConfig, coordinator: Any, shards: list[Any], *, owns_ray: bool = False) -> None:
+        self.config, self.coordinator, self.shards = config, coordinator, shards
+        self._owns_ray = owns_ray
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def __repr__(self) -> str:
+        return f"<Service {self.name!r}, {len(self.shards)} shards>"
+
+    @property
+    def name(self) -> str:
+        """Its name in the cluster."""
+        return self.config.name
+
+    def status(self) -> dict[str, Any]:
+        """Where the service stands, as plain values.
+
+        Returns:
+            ``name``, ``num_shards``, ``generation``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``,
+            ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
+        """
+        config, spec, generation, shards = self._call("status", what="its status")
+        fields: dict[str, Any] = {"name": config.name, "num_shards": config.num_shards, "generation": generation}
+        if spec is None or shards[0] is None:
+            return {**fields, "rule": None, "step": 0}
+        first = shards[0]
+        return {
+            **fields,
+            "rule": spec.rule.name,
+            "world_size": spec.world_size,
+            "num_params": len(spec.params),
+            "numel": sum(param.numel for param in spec.params),
+            "step": first.step,
+            "skipped_steps": first.skipped_steps,
+            "sequence": first.sequence,
+            "timeline": first.timeline,
+            "scalars": dict(first.scalars),
+            "kernel": first.kernel_identity,
+            "size_bytes": [0 if shard is None else shard.size_bytes for shard in shards],
+        }
+
+    def save(self, uri: str) -> int:
+        """Write a checkpoint to ``uri``, a path or fsspec URI that every shard can reach, between two steps.
+
+        Called by one process, at any time. A save that fails leaves the checkpoint that was there before.
+
+        Returns:
+            The number of steps in it.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+            NotRegisteredError: If the service has no job yet.
+        """
+        step: int = self._call("save", uri, what=f"the checkpoint {uri}")
+        return step
+
+    def restore(self, uri: str) -> int:
+        """Take over the checkpoint at ``uri``, written by any number of shards. Called by one process.
+
+        Workers that are connected call ``optimizer.refresh()`` afterwards.
+
+        Returns:
+            The number of steps in it.
+
+        Raises:
+            CheckpointError: If there is none, or it is damaged.
+            JobMismatchError: If it is of another model or rule.
+        """
+        step: int = self._call("restore", uri, what=f"the checkpoint {uri}").step
+        return step
+
+    def shutdown(self) -> None:
+        """End the service and free its place in the cluster. State that was not saved is gone."""
+        if not ray.is_initialized():
+            return
+        for actor in (*self.shards, self.coordinator):
+            ray.kill(actor)
+        _remove_group(self.config)
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _call(self, method: str, *args: Any, what: str) -> Any:
+        ref = getattr(self.coordinator, method).remote(*args)
+        return wait_for([ref], timeout_s=STATE_TIMEOUT_S, what=f"service {self.name!r}: {what}")[0]
+
+
+def launch(
+    name: str | None = None,
+    *,
+    num_shards: int = 1,
+    num_gpus_per_shard: float = 0,
+    num_cpus_per_shard: float = 1,
+    placement: Placement = "SPREAD",
+    chunk_numel: int | None = None,
+    restore: str | None = None,
+    worker_timeout_s: float = 1800.0,
+    placement_timeout_s: float = 60.0,
+) -> Service:
+    """Start a service.
+
+    Args:
+        name: Its name; it then outlives this process, until ``shutdown`` or ``stepwell down``. None: unnamed, ends with
+            this process, in a Ray of its own unless this process is in one already.
+        num_shards: Shards.
+        num_gpus_per_shard: GPUs of each; 0 keeps the state in CPU memory.
+        num_cpus_per_shard: CPUs of each.
+        placement: Ray's placement strategy for them.
+        chunk_numel: Elements in a chunk, a power of two; None chooses by the model's size. Never touches the result.
+        restore: A checkpoint to begin with.
+        worker_timeout_s: How long a step waits for the last rank after the first.
+        placement_timeout_s: How long to wait for room in the cluster.
+
+    Raises:
+        ServiceExistsError: If there is a service of this name.
+        PlacementError: If the cluster has no room for the shards.
+        CheckpointError: If ``restore`` cannot be read.
+        ValueError: If an argument is out of range.
+    """
+    config = ServiceConfig(
+        name=name or f"unnamed-{uuid.uuid4().hex[:12]}",
+        num_shards=num_shards,
+        num_gpus_per_shard=num_gpus_per_shard,
+        num_cpus_per_shard=num_cpus_per_shard,
+        placement=placement,
+        chunk_numel=chunk_numel,
+        detached=name is not None,
+        worker_timeout_s=worker_timeout_s,
+        placement_timeout_s=placement_timeout_s,
+    )
+    owns_ray = name is None and not ray.is_initialized()
+    if owns_ray:
+        cluster.start_embedded(num_cpus=max(1, round(num_shards * num_cpus_per_shard)))
+    else:
+        cluster.attach()
+    try:
+        service = _start(config, owns_ray)
+        if restore is not None:
+            _restore_or_end(service, restore)
+    except StepwellError:
+        if owns_ray:
+            ray.shutdown()
+        raise
+    return service
+
+
+def connect(name: str, *, address: str | None = None) -> Service:
+    """Find a running service by name.
+
+    Args:
+        name: The name it was launched with.
+        address: Its Ray cluster; None takes the one this process is in, ``$RAY_ADDRESS``, or the one ``stepwell up``
+            started on this machine.
+
+    Raises:
+        ServiceNotFoundError: If there is no such service, or no cluster.
+    """
+    cluster.attach(address)
+    coordinator = _find_coordinator(name)
+    if coordinator is None:
+        running = service_names()
+        raise ServiceNotFoundError(
+            f"there is no service {name!r} in this cluster; running: {', '.join(running) or 'none'}. "
+            f"Start it with `stepwell up {name}`"
+        )
+    config, shards = wait_for([coordinator.describe.remote()], timeout_s=FORMING_TIMEOUT_S, what=f"service {name!r}")[0]
+    return Service(config, coordinator, shards)
+
+
+def service_names() -> list[str]:
+    """Names of the services in the cluster that this process is in."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return sorted(name.removesuffix("/coordinator") for name in names if name.endswith("/coordinator"))
+
+
+def _start(config: ServiceConfig, owns_ray: bool) -> Service:
+    if _find_coordinator(config.name) is not None:
+        raise ServiceExistsError(
+            f"there is a service {config.name!r} already; connect to it with stepwell.connect({config.name!r}), "
+            f"or end it with `stepwell down {config.name}`"
+        )
+    _require_resources(config)
+    group = _reserve(config)
+    lifetime = "detached" if config.detached else None
+    common: dict[str, Any] = {"namespace": NAMESPACE, "lifetime": lifetime, "max_task_retries": 0}
+    strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(config.num_shards)]
+    actors: list[Any] = []
+    try:
+        coordinator = ray.remote(Coordinator).options(
+            name=config.coordinator_name, num_cpus=0, max_restarts=0, scheduling_strategy=strategies[0], **common
+        ).remote(config)  # fmt: skip
+        actors.append(coordinator)
+        shards = [
+            ray.remote(ShardActor).options(
+                name=config.shard_name(index),
+                num_cpus=config.num_cpus_per_shard,
+                num_gpus=config.num_gpus_per_shard,
+                max_restarts=-1,
+                scheduling_strategy=strategy,
+                **common,
+            ).remote(config, index)
+            for index, strategy in enumerate(strategies)
+        ]  # fmt: skip
+        actors += shards
+        wait_for(
+            [coordinator.start.remote(shards)], timeout_s=ACTOR_START_TIMEOUT_S, what=f"service {config.name!r} to start"
+        )
+    except StepwellError:
+        for actor in actors:
+            ray.kill(actor)
+        remove_placement_group(group)
+        raise
+    return Service(config, coordinator, shards, owns_ray=owns_ray)
+
+
+def _restore_or_end(service: Service, uri: str) -> None:
+    try:
+        service.restore(uri)
+    except StepwellError:
+        service.shutdown()
+        raise
+
+
+def _find_coordinator(name: str) -> Any | None:
+    try:
+        return ray.get_actor(f"{name}/coordinator", namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _require_resources(config: ServiceConfig) -> None:
+    """Refuse at once what the whole cluster, were it idle, has no room for."""
+    there = ray.cluster_resources()
+    for resource, each in (("GPU", config.num_gpus_per_shard), ("CPU", config.num_cpus_per_shard)):
+        wanted, total = each * config.num_shards, there.get(resource, 0.0)
+        if wanted > total:
+            raise PlacementError(
+                f"{config.num_shards} shards with {each:g} {resource} each need {wanted:g} {resource}s; "
+                f"the cluster has {total:g} on {len(ray.nodes())} node(s). "
+                f"Ask for fewer shards, set num_{resource.lower()}s_per_shard lower, or add nodes."
+            )
+
+
+def _reserve(config: ServiceConfig) -> PlacementGroup:
+    bundle = {"CPU": config.num_cpus_per_shard, "GPU": config.num_gpus_per_shard}
+    bundle = {resource: amount for resource, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
+    group = placement_group(
+        [dict(bundle) for _ in range(config.num_shards)],
+        strategy=config.placement,
+        name=f"{config.name}/shards",
+        lifetime="detached" if config.detached else None,
+    )
+    try:
+        ray.get(group.ready(), timeout=config.placement_timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        remove_placement_group(group)
+        free = ray.available_resources()
+        raise PlacementError(
+            f"no room for {config.num_shards} shards of {bundle} ({config.placement}) within "
+            f"{config.placement_timeout_s:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
+            "End another service with `stepwell down`, or ask for fewer shards."
+        ) from error
+    return group
+
+
+def _remove_group(config: ServiceConfig) -> None:
+    try:
+        group = get_placement_group(f"{config.name}/shards")
+    except ValueError:
+        return
+    remove_placement_group(group)
+
+
+def describe_for_peers(service: Service) -> dict[str, str]:
+    """What another process of this host needs to find ``service``: the cluster's address and the service's name."""
+    return {"address": cluster.address(), "name": service.name}
+
+
+__all__ = ["Service", "connect", "describe_for_peers", "launch", "service_names"]
