@@ -18,7 +18,8 @@ import ray
 from ..sharding.errors import ServiceError, ServiceNotFoundError, ServiceTimeoutError
 from .config import NAMESPACE, ray_address, set_ray_defaults, state_folder
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""Ray replaces 127.0.0.1 by the host's outward address; any other loopback address it leaves alone."""
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
@@ -57,7 +58,7 @@ def address() -> str:
 
 
 def start_own(num_cpus: int) -> str:
-    """Start a Ray on this machine that outlives this process, and remember it; returns its address.
+    """Start a Ray on this machine that outlives this process, remember and attach to it; returns its address.
 
     Raises:
         ServiceTimeoutError: If it does not come up.
@@ -75,10 +76,10 @@ def start_own(num_cpus: int) -> str:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    found = f"{LOOPBACK}:{port}"
-    _state_file().write_text(json.dumps({"address": found, "pid": process.pid}))
     _await_port(process, port, log_path)
-    return found
+    _init(f"{LOOPBACK}:{port}")
+    _state_file().write_text(json.dumps({"address": address(), "pid": process.pid}))
+    return address()
 
 
 def stop_own() -> None:

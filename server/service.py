@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from typing import Any
 
@@ -219,6 +220,8 @@ def _start(config: ServiceConfig, owns_ray: bool) -> Service:
     common: dict[str, Any] = {"namespace": NAMESPACE, "lifetime": lifetime, "max_task_retries": 0}
     strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(config.num_shards)]
     actors: list[Any] = []
+    # Ray warns that removing the group ends its actors; that is what shutdown does.
+    logging.getLogger("ray.actor").addFilter(_is_news)
     try:
         coordinator = ray.remote(Coordinator).options(
             name=config.coordinator_name, num_cpus=0, max_restarts=0, scheduling_strategy=strategies[0], **common
@@ -245,6 +248,10 @@ def _start(config: ServiceConfig, owns_ray: bool) -> Service:
         remove_placement_group(group)
         raise
     return Service(config, coordinator, shards, owns_ray=owns_ray)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "restartable detached actor with a placement group" not in record.getMessage()
 
 
 def _restore_or_end(service: Service, uri: str) -> None:

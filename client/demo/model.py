@@ -17,10 +17,10 @@ VOCABULARY = 256
 class GPTSettings:
     """The model's size: heads of `width / num_heads`, a feed-forward layer of `4 * width`."""
 
-    width: int = 128
-    num_layers: int = 4
+    width: int = 192
+    num_layers: int = 2
     num_heads: int = 4
-    context_numel: int = 128
+    context_numel: int = 64
 
 
 class Block(nn.Module):

@@ -30,16 +30,16 @@ class DemoSettings:
         seed: fixes the model's first parameters and every batch.
     """
 
-    LEARNING_RATES: ClassVar[dict[str, float]] = {"prodigy": 1.0, "adamw": 3e-3, "lamb": 1e-2}
+    LEARNING_RATES: ClassVar[dict[str, float]] = {"prodigy": 1.0, "adamw": 1e-3, "lamb": 1e-2}
 
     rule: str = "prodigy"
-    steps: int = 500
+    steps: int = 1200
     num_shards: int = 2
     num_workers: int = 2
     resume: str | None = None
     out: str = "stepwell-demo"
-    batch_size: int = 32
-    context_numel: int = 128
+    batch_size: int = 16
+    context_numel: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:

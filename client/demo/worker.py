@@ -6,13 +6,14 @@ to stdout, a line each. The process ends when its stdin does, so that none outli
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import torch
@@ -67,18 +68,6 @@ class Training:
             sample = generate(self.model, PROMPT, num_bytes=SAMPLE_BYTES, seed=self.demo.seed)
             text = sample.decode("utf-8", errors="replace")
             self.emit(events.Done(step=self.step, params_digest=params_digest(self.model), sample=text))
-
-    def close(self, *, orderly: bool) -> None:
-        """Leaves the service: rank 0, which started it, last.
-
-        Args:
-            orderly: all ranks are here; otherwise none is waited for.
-        """
-        if self.rank == 0 and orderly:
-            dist.barrier()
-        self.optimizer.close()
-        if self.rank != 0 and orderly:
-            dist.barrier()
 
     def _train_step(self, scheduler: LambdaLR) -> None:
         began = time.perf_counter()
@@ -157,38 +146,75 @@ class Training:
 
 def make_optimizer(demo: DemoSettings, model: GPT) -> Optimizer:
     """Starts the embedded service on rank 0 and joins it on every rank."""
-    params = list(model.parameters())
+    params, lr, num_shards = list(model.parameters()), demo.learning_rate, demo.num_shards
     match demo.rule:
         case "prodigy":
-            return Prodigy(params, lr=demo.learning_rate, service="embedded", num_shards=demo.num_shards)
+            # Over so few steps both options pay: without them d stops at its first jump and the
+            # held-out loss ends near 2.5 instead of 1.8 nats per byte (800 steps, prodigyopt too).
+            return Prodigy(
+                params,
+                lr=lr,
+                use_bias_correction=True,
+                safeguard_warmup=True,
+                service="embedded",
+                num_shards=num_shards,
+            )
         case "adamw":
-            return AdamW(params, lr=demo.learning_rate, service="embedded", num_shards=demo.num_shards)
+            return AdamW(params, lr=lr, service="embedded", num_shards=num_shards)
         case _:
-            return LAMB(params, lr=demo.learning_rate, service="embedded", num_shards=demo.num_shards)
+            return LAMB(params, lr=lr, service="embedded", num_shards=num_shards)
 
 
 def train(settings: WorkerSettings, emit: Emit) -> None:
-    """One rank's whole run, its process group and its optimizer included."""
-    demo = settings.demo
-    if demo.num_workers > 1:
+    """One rank's whole run, its process group and its optimizer included.
+
+    Args:
+        settings: what to do.
+        emit: takes what there is to tell.
+
+    Raises:
+        StepwellError: the service refused or was lost; already told.
+        DemoError: the demo cannot go on; already told.
+    """
+    if settings.demo.num_workers > 1:
         torch.set_num_threads(1)
+    with _process_group(settings):
+        with contextlib.ExitStack() as stack:
+            with _failure_told(emit):
+                training = Training(settings, emit)
+                stack.callback(training.optimizer.close)
+                training.run()
+            if settings.rank == 0:
+                dist.barrier()  # rank 0 started the service and leaves it last
+                emit(events.Phase("stopping the service"))
+        if settings.rank != 0:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def _process_group(settings: WorkerSettings) -> Iterator[None]:
+    num_workers = settings.demo.num_workers
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(settings.rendezvous, demo.num_workers),
+        store=dist.FileStore(settings.rendezvous, num_workers),
         rank=settings.rank,
-        world_size=demo.num_workers,
+        world_size=num_workers,
         timeout=datetime.timedelta(minutes=5),
     )
     try:
-        training = Training(settings, emit)
-        finished = False
-        try:
-            training.run()
-            finished = True
-        finally:
-            training.close(orderly=finished)
+        yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _failure_told(emit: Emit) -> Iterator[None]:
+    # Around the work alone: the clean-up that follows can take seconds.
+    try:
+        yield
+    except (StepwellError, DemoError) as error:
+        emit(events.Failed(" ".join(str(error).split())))
+        raise
 
 
 def main() -> int:
@@ -202,14 +228,9 @@ def main() -> int:
             stream.write(events.encode(event) + "\n")
             stream.flush()
 
-    def train_or_say_why() -> None:
-        # Said before the clean-up of `train` unwinds, which can take seconds.
-        train(settings, emit)
-
     try:
-        train_or_say_why()
-    except (StepwellError, DemoError) as error:
-        emit(events.Failed(" ".join(str(error).split())))
+        train(settings, emit)
+    except (StepwellError, DemoError):
         return 1
     return 0
 

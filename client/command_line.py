@@ -1,0 +1,31 @@
+"""The `stepwell` command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from ..server import commands
+from ..sharding.errors import StepwellError
+from .demo.command import demo
+
+app = typer.Typer(
+    name="stepwell",
+    help="A distributed optimizer service: sharded state, exact results.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, commands.up, commands.status, commands.save, commands.down):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line and exit code 1."""
+    try:
+        app()
+    except (StepwellError, ValueError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,165 @@
+"""The command line's service commands: up, status, save, down."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any
+
+import ray
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..sharding.errors import ServiceNotFoundError, StepwellError
+from . import cluster
+from .config import Placement
+from .service import connect, launch, service_names
+
+Name = Annotated[str, typer.Argument(help="The service's name.", show_default=False)]
+Uri = Annotated[str, typer.Argument(help="A path or fsspec URI that every shard can reach.", show_default=False)]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster. Default: $RAY_ADDRESS, else the one that `stepwell up` started on this machine."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+console = Console()
+notes = Console(stderr=True)
+
+
+def up(
+    name: Name,
+    shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 1,
+    gpus_per_shard: Annotated[float, typer.Option(min=0, help="GPUs of each shard; 0 keeps the state in CPU memory.")] = 0,
+    cpus_per_shard: Annotated[float, typer.Option(min=0, help="CPUs of each shard.")] = 1,
+    placement: Annotated[str, typer.Option(help="PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.")] = "SPREAD",
+    restore: Annotated[str | None, typer.Option(help="A checkpoint to begin with.")] = None,
+    placement_timeout_s: Annotated[float, typer.Option(min=1, help="Seconds to wait for room in the cluster.")] = 60.0,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Start a named service that outlives this command.
+
+    Without a Ray cluster (no --address, no $RAY_ADDRESS) one is started on this machine; `stepwell down` ends it with its
+    last service.
+
+    Example: stepwell up trainer --shards 2
+    """
+    started = _enter_cluster(address, shards, cpus_per_shard)
+    try:
+        with notes.status(f"starting {shards} shard(s) of service {name!r} ..."):
+            service = launch(
+                name,
+                num_shards=shards,
+                num_gpus_per_shard=gpus_per_shard,
+                num_cpus_per_shard=cpus_per_shard,
+                placement=_placement(placement),
+                restore=restore,
+                placement_timeout_s=placement_timeout_s,
+            )
+    except StepwellError:
+        if started:
+            _leave_own_cluster()
+        raise
+    where = cluster.address()
+    if as_json:
+        _print_json({**service.status(), "address": where})
+        return
+    console.print(f"service [bold]{name}[/] is up: {shards} shard(s), Ray at {where}")
+    console.print(f'use it:  stepwell.Prodigy(model.parameters(), service="{name}")', highlight=False)
+
+
+def status(
+    name: Annotated[str | None, typer.Argument(help="The service's name; all services if left out.")] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a service stands, or all of them.
+
+    Example: stepwell status trainer --json
+    """
+    cluster.attach(address)
+    names = [name] if name is not None else service_names()
+    found = [connect(each).status() for each in names]
+    if as_json:
+        _print_json(found[0] if name is not None else {"services": found})
+    elif not found:
+        console.print("no services are running in this cluster")
+    else:
+        for fields in found:
+            console.print(_status_table(fields))
+
+
+def save(name: Name, uri: Uri, address: Address = None, as_json: Json = False) -> None:
+    """Write a checkpoint of a running service, between two steps.
+
+    Example: stepwell save trainer /checkpoints/trainer
+    """
+    service = connect(name, address=address)
+    with notes.status(f"saving service {name!r} to {uri} ..."):
+        step = service.save(uri)
+    if as_json:
+        _print_json({"name": name, "uri": uri, "step": step})
+    else:
+        console.print(f"saved step {step} of service [bold]{name}[/] to {uri}", highlight=False)
+
+
+def down(name: Name, address: Address = None, as_json: Json = False) -> None:
+    """End a service. State that was not saved is gone.
+
+    Example: stepwell down trainer
+    """
+    service = connect(name, address=address)
+    with notes.status(f"ending service {name!r} ..."):
+        service.shutdown()
+        ends_ray = cluster.is_own() and not [other for other in service_names() if other != name]
+        if ends_ray:
+            _leave_own_cluster()
+    if as_json:
+        _print_json({"name": name, "ended_ray": ends_ray})
+    else:
+        console.print(f"service [bold]{name}[/] is down" + (", and its Ray with it" if ends_ray else ""))
+
+
+def _enter_cluster(address: str | None, shards: int, cpus_per_shard: float) -> bool:
+    """Attach to a cluster, starting one on this machine if there is none; whether it was started."""
+    try:
+        cluster.attach(address)
+    except ServiceNotFoundError:
+        with notes.status("starting Ray on this machine ..."):
+            cluster.start_own(num_cpus=max(os.cpu_count() or 1, round(shards * cpus_per_shard)))
+        return True
+    return False
+
+
+def _leave_own_cluster() -> None:
+    ray.shutdown()
+    cluster.stop_own()
+
+
+def _placement(text: str) -> Placement:
+    by_name: dict[str, Placement] = {
+        "PACK": "PACK",
+        "SPREAD": "SPREAD",
+        "STRICT_PACK": "STRICT_PACK",
+        "STRICT_SPREAD": "STRICT_SPREAD",
+    }
+    if text.upper() not in by_name:
+        raise typer.BadParameter(f"expected one of {', '.join(by_name)}, got {text}", param_hint="--placement")
+    return by_name[text.upper()]
+
+
+def _status_table(fields: dict[str, Any]) -> Table:
+    table = Table(title=f"service {fields['name']}", show_header=False, title_justify="left")
+    shown = {**fields, **fields.get("scalars", {})}
+    if fields["rule"] is None:
+        shown["rule"] = "none yet: no worker has registered"
+    for key, value in shown.items():
+        if key not in ("name", "scalars"):
+            table.add_row(key, str(value))
+    return table
+
+
+def _print_json(fields: dict[str, Any]) -> None:
+    typer.echo(json.dumps(fields))
