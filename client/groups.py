@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,13 @@ from ..sharding.push import GRADIENT_DTYPES
 
 Group = dict[str, Any]
 
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPERS = frozenset({"module", "_orig_mod"})
+
+
+def plain_rule(rule: Rule) -> Rule:
+    """The rule with numbers where it was given 0-dim tensors, so that it can travel; the groups keep the tensors."""
+    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    return dataclasses.replace(rule, **{name: _plain(value) for name, value in fields.items()})
 
 
 def read_hyper(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -30,8 +37,8 @@ def read_hyper(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> dict[str, lis
         for name in sorted(rule.structural):
             if group[name] != getattr(rule, name):
                 raise HyperparameterError(
-                    f"{name} of group {index}: expected {getattr(rule, name)!r} as in the whole job, got {group[name]!r}; "
-                    "give it to the optimizer, not to a group"
+                    f"{name} of group {index}: expected {getattr(rule, name)!r} as in the whole job, "
+                    f"got {group[name]!r}; give it to the optimizer, not to a group"
                 )
         try:
             per_group.append(rule.hyper(group))
@@ -52,7 +59,9 @@ def param_specs(groups: Sequence[Mapping[str, Any]]) -> Iterator[ParamSpec]:
             yield ParamSpec(_bare_name(name), tuple(param.shape), _dtype_of(param, name), index)
 
 
-def written_scalars(rule: Rule, groups: Sequence[Mapping[str, Any]], shown: Mapping[str, float]) -> dict[str, float] | None:
+def written_scalars(
+    rule: Rule, groups: Sequence[Mapping[str, Any]], shown: Mapping[str, float]
+) -> dict[str, float] | None:
     """Scalars that a person wrote into a group since :func:`show_scalars`; the first group with a change counts.
 
     Raises:
@@ -60,12 +69,22 @@ def written_scalars(rule: Rule, groups: Sequence[Mapping[str, Any]], shown: Mapp
     """
     written = {}
     for name in rule.initial_scalars:
-        values = [float(group[name]) for group in groups if group.get(name, shown[name]) != shown[name]]
-        if values and not math.isfinite(values[0]):
-            raise HyperparameterError(f"{name}: expected a finite number, got {values[0]}")
-        if values:
-            written[name] = values[0]
+        changed = [group[name] for group in groups if group.get(name, shown[name]) != shown[name]]
+        if changed:
+            written[name] = read_scalar(name, changed[0])
     return written or None
+
+
+def read_scalar(name: str, value: Any) -> float:
+    """A scalar that stands in a group; an int stays one.
+
+    Raises:
+        HyperparameterError: If it is not a finite number.
+    """
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise HyperparameterError(f"{name}: expected a finite number, got {number!r}")
+    return number
 
 
 def show_scalars(groups: Sequence[Group], scalars: Mapping[str, float]) -> None:
@@ -79,12 +98,16 @@ def pack_groups(groups: Sequence[Mapping[str, Any]]) -> list[Group]:
     packed, start = [], 0
     for group in groups:
         stop = start + len(group["params"])
-        packed.append({**{key: value for key, value in group.items() if key != "params"}, "params": list(range(start, stop))})
+        packed.append(
+            {**{key: value for key, value in group.items() if key != "params"}, "params": list(range(start, stop))}
+        )
         start = stop
     return packed
 
 
-def unpack_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group], defaults: Mapping[str, Any]) -> list[Group]:
+def unpack_groups(
+    saved: Sequence[Mapping[str, Any]], groups: Sequence[Group], defaults: Mapping[str, Any]
+) -> list[Group]:
     """Groups of a state dict with the present parameters; keys that it lacks take their defaults.
 
     Raises:
@@ -98,8 +121,8 @@ def unpack_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group], d
     for index, (old, group) in enumerate(zip(saved, groups, strict=True)):
         if len(old["params"]) != len(group["params"]):
             raise ValueError(
-                f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group {index}: "
-                f"expected {len(group['params'])}, got {len(old['params'])}"
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group "
+                f"{index}: expected {len(group['params'])}, got {len(old['params'])}"
             )
         names = {"param_names": group["param_names"]} if "param_names" in group else {}
         kept = {key: copy.deepcopy(value) for key, value in old.items() if key not in ("params", "param_names")}
@@ -108,10 +131,14 @@ def unpack_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group], d
 
 
 def _bare_name(name: str) -> str:
-    """A parameter's name without the prefixes of DDP and torch.compile."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+    """A parameter's name without what DDP and torch.compile put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _dtype_of(param: Tensor, name: str) -> str:

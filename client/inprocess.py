@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,11 +40,16 @@ class InProcessService:
     Args:
         num_shards: Shards; more than one is of use in tests alone.
         device: Where they live.
+
+    Raises:
+        ValueError: If ``num_shards`` is less than 1.
     """
 
     name = "inprocess"
 
     def __init__(self, *, num_shards: int = 1, device: torch.device | None = None) -> None:
+        if num_shards < 1:
+            raise ValueError(f"num_shards: expected at least 1, got {num_shards}")
         self._num_shards, self._device = num_shards, device
         self._group: ShardGroup | None = None
 
@@ -167,7 +176,8 @@ class InProcessTransport(Transport):
             Push(header, tuple(gradient.shard_parts(self._layout, index, len(shards))), reloaded)
             for index in range(len(shards))
         ]
-        result = self.service.group.push(pushes)
+        with _uninterrupted():
+            result = self.service.group.push(pushes)
         if result is None:
             raise StepAbortedError(f"step {header.sequence}: the shards hold different pushes of it; call step() again")
         if result.decision is Decision.COMMIT:
@@ -211,3 +221,20 @@ class InProcessTransport(Transport):
             scalars=status.scalars,
             needs_parameters=needs_parameters,
         )
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done: a step that is cut off half-way loses the state with it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        handler(*held[0])

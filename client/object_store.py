@@ -1,4 +1,4 @@
-"""Shards as Ray actors, reached through Ray's object store with flat numpy arrays. Works from any node of the cluster."""
+"""Shards as Ray actors, reached from any node of the cluster through Ray's object store, with flat numpy arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..server.calls import wait_for
 from ..server.config import COLLECTIVE_MARGIN_S
 from ..server.messages import LoadHeader, Registration, from_wire, pack_job, pack_push, to_wire
 from ..server.service import Service
-from ..sharding.errors import StepwellError
+from ..sharding.errors import ShardLostError, StepwellError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, dtype_name
 from ..sharding.push import PushHeader
@@ -39,7 +39,7 @@ class ObjectStoreTransport(Transport):
 
     def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
         """See :class:`Transport`."""
-        return self._ask("register", pack_job(spec), rank, incarnation, what="the registration")
+        return self._ask_where("register", pack_job(spec), rank, incarnation, what="the registration")
 
     def attach(self, layout: Layout) -> None:
         """See :class:`Transport`."""
@@ -48,16 +48,16 @@ class ObjectStoreTransport(Transport):
     def load(self, values: Values, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
         reference = ray.put({key: to_wire(tensor) for key, tensor in values.items()})
-        return self._ask("load", [reference], header, what="the shards to take the state")
+        return self._ask_where("load", [reference], header, what="the shards to take the state")
 
     def wait_until_loaded(self, after_timeline: int) -> Registration:
         """See :class:`Transport`."""
         timeout_s = self.service.config.worker_timeout_s
-        return self._ask("wait_for_timeline", after_timeline, timeout_s, what="rank 0 to load its state")
+        return self._ask_where("wait_for_timeline", after_timeline, timeout_s, what="rank 0 to load its state")
 
     def refresh(self) -> Registration:
         """See :class:`Transport`."""
-        return self._ask("refresh", what="the coordinator")
+        return self._ask_where("refresh", what="the coordinator")
 
     def step(
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
@@ -70,17 +70,24 @@ class ObjectStoreTransport(Transport):
         for index, shard in enumerate(shards):
             parts = gradient.shard_parts(self._layout, index, len(shards))
             pushes.append(shard.push.remote(request, [to_wire(part) for part in parts], changed))
-            pulls.append(shard.pull.remote(header.timeline, header.sequence, dtypes, self._step_timeout_s))
+            pulls.append(
+                shard.pull.remote(
+                    header.timeline, header.sequence, header.rank, header.attempt, dtypes, self._step_timeout_s
+                )
+            )
         try:
-            wait_for(pushes, timeout_s=STATE_TIMEOUT_S, what=f"the shards to take the push of step {header.sequence}")
+            _require_none(
+                wait_for(
+                    pushes, timeout_s=STATE_TIMEOUT_S, what=f"the shards to take the push of step {header.sequence}"
+                )
+            )
         except StepwellError:
             for pull in pulls:
                 ray.cancel(pull)
             raise
         replies = self._wait(pulls, what=f"step {header.sequence}")
-        for reply, _ in replies:
-            if reply.error is not None:
-                raise reply.error
+        _require_none([reply for reply, _ in replies])
+        _require_none([reply.error for reply, _ in replies])
         result: StepResult = replies[0][0]
         if result.decision is Decision.COMMIT:
             self._fill(params, [parts for _, parts in replies])
@@ -90,7 +97,13 @@ class ObjectStoreTransport(Transport):
         """See :class:`Transport`."""
         calls = [shard.decided.remote(timeline, sequence, self._step_timeout_s) for shard in self.service.shards]
         results = self._wait(calls, what=f"the result of step {sequence}")
-        return next((result for result in results if result is not None and result.error is None), None)
+        taken = [result for result in results if result is not None and result.decision is not Decision.ABORT]
+        if 0 < len(taken) < len(results):
+            raise ShardLostError(
+                f"step {sequence} was taken by {len(taken)} of {len(results)} shards; the others failed in it. "
+                "Restore the service from its last checkpoint with service.restore(URI), then call refresh()"
+            )
+        return taken[0] if taken else None
 
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
@@ -111,7 +124,9 @@ class ObjectStoreTransport(Transport):
         if not ray.is_initialized():
             return
         if self._owned:
-            self._ask("wait_until_left", [r for r in range(world_size) if r != rank], LEAVE_TIMEOUT_S, what="the other ranks")
+            self._ask(
+                "wait_until_left", [r for r in range(world_size) if r != rank], LEAVE_TIMEOUT_S, what="the other ranks"
+            )
             self.service.shutdown()
         else:
             self._ask("leave", rank, what="the coordinator")
@@ -125,6 +140,17 @@ class ObjectStoreTransport(Transport):
     def _wait(self, calls: Sequence[Any], *, what: str) -> list[Any]:
         return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
 
+    def _ask_where(self, method: str, *args: Any, what: str) -> Registration:
+        registration: Registration = self._ask(method, *args, what=what)
+        return registration
+
     def _ask(self, method: str, *args: Any, what: str) -> Any:
         call = getattr(self.service.coordinator, method).remote(*args)
         return wait_for([call], timeout_s=STATE_TIMEOUT_S, what=f"service {self.service.name!r}: {what}")[0]
+
+
+def _require_none(replies: Sequence[Any]) -> None:
+    """Raise the first error among the shards' replies."""
+    for reply in replies:
+        if isinstance(reply, StepwellError):
+            raise reply

@@ -14,7 +14,7 @@ from ..optim import Rule
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
 from ..sharding.shard import Decision
-from .groups import pack_groups, param_specs, read_hyper, show_scalars, unpack_groups, written_scalars
+from .groups import pack_groups, param_specs, plain_rule, read_hyper, show_scalars, unpack_groups, written_scalars
 from .inprocess import InProcessService
 from .resolve import resolve_ranks, resolve_service
 from .state_dict import from_states, load_header, to_param_state
@@ -38,8 +38,8 @@ class ServiceOptions(TypedDict, total=False):
 class ServiceOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose state and master parameters live in a Stepwell service.
 
-    Every rank makes one, with the same model, and calls ``step()`` at the same times; gradients are each rank's own, and
-    the service averages them over the ranks that have one. Rank 0's initial parameters go to all ranks, unless the
+    Every rank makes one, with the same model, and calls ``step()`` at the same times; gradients are each rank's own,
+    and the service averages them over the ranks that have one. Rank 0's initial parameters go to all ranks, unless the
     service holds this job's parameters already: then those do. Rank 0's ``param_groups`` count.
 
     Args:
@@ -60,6 +60,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         JobMismatchError: If the service runs another job.
     """
 
+    _worker: Worker | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -73,14 +75,13 @@ class ServiceOptimizer(torch.optim.Optimizer):
     ) -> None:
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite: expected 'skip' or 'raise', got {on_nonfinite!r}")
-        self._worker: Worker | None = None
         super().__init__(params, rule.defaults())
-        self.rule, self._on_nonfinite = rule, on_nonfinite
-        read_hyper(rule, self.param_groups)
+        self.rule, self._on_nonfinite = plain_rule(rule), on_nonfinite
+        read_hyper(self.rule, self.param_groups)
         rank, world_size = resolve_ranks(rank, world_size)
         flat_params = [param for group in self.param_groups for param in group["params"]]
-        spec = JobSpec(rule, tuple(param_specs(self.param_groups)), len(self.param_groups), world_size)
-        device = flat_params[0].device
+        spec = JobSpec(self.rule, tuple(param_specs(self.param_groups)), len(self.param_groups), world_size)
+        device = flat_params[0].device if flat_params else torch.device("cpu")
         transport = resolve_service(service, rank=rank, world_size=world_size, num_shards=num_shards, device=device)
         self._world_size = world_size
         self._worker = Worker(transport, spec, flat_params, rank)
@@ -113,16 +114,17 @@ class ServiceOptimizer(torch.optim.Optimizer):
             NonFiniteGradientError: With ``on_nonfinite="raise"``, if it was skipped.
             ServiceError: If the service did not answer. The next call finds out what became of the step.
         """
+        worker = self._settled()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        worker = self._registered
         hyper = read_hyper(self.rule, self.param_groups)
         written = written_scalars(self.rule, self.param_groups, worker.scalars)
         result = worker.step(hyper, written) if worker.rank == 0 else worker.step(None, None)
-        show_scalars(self.param_groups, worker.scalars)
-        if result.decision is Decision.SKIP:
+        if result.decision is Decision.COMMIT:
+            show_scalars(self.param_groups, worker.scalars)
+        else:
             message = f"step {result.sequence} was skipped on all shards: the averaged gradient holds inf or NaN"
             if self._on_nonfinite == "raise":
                 raise NonFiniteGradientError(message)
@@ -130,7 +132,10 @@ class ServiceOptimizer(torch.optim.Optimizer):
         return loss
 
     def refresh(self) -> None:
-        """Take over the service's parameters, scalars and step number, after ``service.restore``. Called on every rank."""
+        """Take over the service's parameters, scalars and step number, after ``service.restore``.
+
+        Called on every rank.
+        """
         self._registered.refresh()
         show_scalars(self.param_groups, self._registered.scalars)
 
@@ -155,7 +160,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        worker = self._registered
+        worker = self._settled()
         values, status = worker.transport.read_state()
         state = {
             index: to_param_state(worker.spec, index, values, count)
@@ -168,8 +173,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if hooked is None else hooked
         return state_dict
 
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict of this class or of the reference optimizer. Called on every rank; rank 0's state counts.
 
         Raises:
@@ -183,7 +188,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         worker = self._registered
         groups = unpack_groups(loaded["param_groups"], self.param_groups, self.defaults)
         read_hyper(self.rule, groups)
-        values, step_counts = from_states(worker.spec, loaded["state"])
+        values, step_counts = from_states(worker.spec, loaded["param_groups"], loaded["state"])
         header = load_header(worker.spec, step_counts, groups, worker.sequence)
         worker.load(values, header)
         self.param_groups = groups
@@ -195,16 +200,23 @@ class ServiceOptimizer(torch.optim.Optimizer):
         """Add a group, before the optimizer is registered; torch's constructor calls it."""
         if self._worker is not None:
             raise NotImplementedError(
-                "add_param_group after the optimizer was made is not supported yet: pass all groups to the constructor, "
-                "those to be trained later with lr=0 or requires_grad=False"
+                "add_param_group after the optimizer was made is not supported yet: pass all groups to the "
+                "constructor, those to be trained later with lr=0 or requires_grad=False"
             )
         super().add_param_group(param_group)
 
     @property
     def _registered(self) -> Worker:
         if self._worker is None:
-            raise RuntimeError("this optimizer is closed")
+            raise RuntimeError("this optimizer is closed, or a copy of another; make one with the constructor")
         return self._worker
+
+    def _settled(self) -> Worker:
+        """The worker, once it is known what became of its last step."""
+        worker = self._registered
+        if worker.settle():
+            show_scalars(self.param_groups, worker.scalars)
+        return worker
 
 
 def _close_at_exit(reference: weakref.ref[ServiceOptimizer]) -> None:

@@ -81,7 +81,12 @@ class AdamW(ServiceOptimizer):
         weight_decay: Decoupled weight decay.
         amsgrad: Use the largest squared average so far.
         maximize: Go up the gradient.
+        foreach, fused: Accepted as torch's; have no effect, since the service computes the update.
+        capturable, differentiable: Accepted as torch's, as long as they are False.
         options: See :class:`stepwell.ServiceOptimizer`.
+
+    Raises:
+        ValueError: If ``capturable`` or ``differentiable`` is True.
     """
 
     def __init__(
@@ -94,10 +99,21 @@ class AdamW(ServiceOptimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **options: Unpack[ServiceOptions],
     ) -> None:
+        for name, wanted in (("capturable", capturable), ("differentiable", differentiable)):
+            if wanted:
+                raise ValueError(
+                    f"{name}: expected False, got {wanted}; a step leaves this process and its CUDA graphs"
+                )
         rule = AdamWRule(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         super().__init__(params, rule, **options)
+        for group in self.param_groups:
+            group.update(foreach=foreach, fused=fused)
 
 
 class LAMB(ServiceOptimizer):

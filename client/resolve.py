@@ -54,17 +54,22 @@ def resolve_service(
     """
     wanted = service or default_service() or ("inprocess" if world_size == 1 else "embedded")
     if num_shards is not None and wanted not in ("inprocess", "embedded"):
-        raise ValueError(f"num_shards: expected None, as service {wanted!r} has its own number of shards, got {num_shards}")
+        raise ValueError(
+            f"num_shards: expected None, as service {wanted!r} has its own number of shards, got {num_shards}"
+        )
     if isinstance(wanted, InProcessService):
         return InProcessTransport(wanted)
     if wanted == "inprocess":
         if world_size != 1:
-            raise JobMismatchError(f"service 'inprocess' is for one worker, got world_size {world_size}; leave service out")
-        return InProcessTransport(InProcessService(num_shards=num_shards or 1, device=device))
+            raise JobMismatchError(
+                f"service 'inprocess' is for one worker, got world_size {world_size}; leave service out"
+            )
+        return InProcessTransport(InProcessService(num_shards=1 if num_shards is None else num_shards, device=device))
     from .object_store import ObjectStoreTransport
 
     if wanted == "embedded":
-        return ObjectStoreTransport(_embedded(rank, world_size, num_shards or world_size), owned=rank == 0)
+        wanted_shards = world_size if num_shards is None else num_shards
+        return ObjectStoreTransport(_embedded(rank, world_size, wanted_shards), owned=rank == 0)
     if isinstance(wanted, str):
         from ..server.service import connect
 
@@ -83,7 +88,7 @@ def _embedded(rank: int, world_size: int, num_shards: int) -> Service:
         )
     if rank == 0:
         try:
-            service = launch(num_shards=num_shards)
+            service = launch(num_shards=num_shards, num_cpus_per_shard=0)
         except StepwellError as error:
             _broadcast({"error": str(error)}, world_size)
             raise
@@ -94,8 +99,8 @@ def _embedded(rank: int, world_size: int, num_shards: int) -> Service:
         raise ServiceError(f"rank 0 could not start the embedded service: {found['error']}")
     if found["host"] != socket.gethostname():
         raise ServiceNotFoundError(
-            f"an embedded service serves one host: rank 0 is on {found['host']}, rank {rank} on {socket.gethostname()}. "
-            "Start one for the cluster with `stepwell up NAME` and pass service=NAME"
+            f"an embedded service serves one host: rank 0 is on {found['host']}, rank {rank} on "
+            f"{socket.gethostname()}. Start one for the cluster with `stepwell up NAME` and pass service=NAME"
         )
     return connect(found["name"], address=found["address"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,11 @@ from ..sharding.buffers import MASTER
 from ..sharding.errors import JobMismatchError
 from ..sharding.job import JobSpec
 from ..sharding.layout import ParamSpec, dtype_from_name
+from .groups import read_scalar
 from .transport import Values
 
 
-def to_param_state(
-    spec: JobSpec, index: int, values: Values, step_count: int
-) -> dict[str, Any]:
+def to_param_state(spec: JobSpec, index: int, values: Values, step_count: int) -> dict[str, Any]:
     """One parameter's state, as the reference optimizer would hold it.
 
     A model dtype below the state's loses bits in the parameter itself, so the full one is added as ``master_param``.
@@ -35,53 +34,69 @@ def to_param_state(
     return state
 
 
-def from_states(spec: JobSpec, states: Mapping[int, Mapping[str, Any]]) -> tuple[dict[tuple[int, str], Tensor], dict[int, int]]:
+def from_states(
+    spec: JobSpec, groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Mapping[str, Any]]
+) -> tuple[dict[tuple[int, str], Tensor], dict[int, int]]:
     """Slots and step counts of a state dict's ``state``.
+
+    Args:
+        spec: The job.
+        groups: The state dict's groups; as for torch, their ``params`` are the keys of ``states`` in index order:
+            indices, or names where torch.distributed.checkpoint was at work.
+        states: The state dict's ``state``.
 
     Raises:
         JobMismatchError: If a slot is missing, unknown or of another length; the message names parameter and slot.
     """
     values: dict[tuple[int, str], Tensor] = {}
     step_counts: dict[int, int] = {}
-    for index, state in states.items():
-        if not isinstance(index, int) or not 0 <= index < len(spec.params):
-            raise JobMismatchError(f"state dict: expected parameter indices 0 to {len(spec.params) - 1}, got {index!r}")
+    index_of = {key: index for index, key in enumerate(key for group in groups for key in group["params"])}
+    for key, state in states.items():
+        if key not in index_of:
+            raise JobMismatchError(f"state dict: expected states of its groups' parameters only, got one of {key!r}")
+        index = index_of[key]
         step_counts[index] = int(state["step"]) if "step" in state else 0
         known = {slot.name: slot for slot in (*spec.rule.slots, MASTER)}
         for name, value in state.items():
             if name == "step":
                 continue
             if name not in known:
-                raise JobMismatchError(_describe(spec, index) + f"has {name!r}, which {spec.rule.name} here does not keep; it keeps {', '.join(known)}")
+                raise JobMismatchError(
+                    _describe(spec, index)
+                    + f"has {name!r}, which {spec.rule.name} here does not keep; it keeps {', '.join(known)}"
+                )
             values[index, name] = _slot_values(spec, index, known[name], value)
         for slot in spec.rule.slots:
             if slot.name not in state:
-                raise JobMismatchError(_describe(spec, index) + f"lacks {slot.name!r}; it is not of {_rule_text(spec.rule)}")
+                raise JobMismatchError(
+                    _describe(spec, index) + f"lacks {slot.name!r}; it is not of {_rule_text(spec.rule)}"
+                )
     return values, step_counts
 
 
-def load_header(spec: JobSpec, step_counts: Mapping[int, int], groups: list[dict[str, Any]], sequence: int) -> LoadHeader:
+def load_header(
+    spec: JobSpec, step_counts: Mapping[int, int], groups: list[dict[str, Any]], sequence: int
+) -> LoadHeader:
     """The counters and scalars that a state dict holds; scalars are read from its first group."""
     first = groups[0] if groups else {}
-    scalars = {name: _number(first[name]) for name in spec.rule.initial_scalars if name in first}
+    scalars = {name: read_scalar(name, first[name]) for name in spec.rule.initial_scalars if name in first}
     step = max(step_counts.values(), default=0)
     return LoadHeader(step_counts=dict(step_counts), scalars=scalars, sequence=sequence, step=step)
 
 
 def _slot_values(spec: JobSpec, index: int, slot: Slot, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise JobMismatchError(_describe(spec, index) + f"has {slot.name} of type {type(value).__name__}; expected a tensor")
+        raise JobMismatchError(
+            _describe(spec, index) + f"has {slot.name} of type {type(value).__name__}; expected a tensor"
+        )
     expected = -(-spec.params[index].numel // slot.stride)
     if value.dim() == 0 and expected != 1:
         value = value.expand(expected)
     if value.numel() != expected:
-        raise JobMismatchError(_describe(spec, index) + f"has {slot.name} with {value.numel()} elements; expected {expected}")
+        raise JobMismatchError(
+            _describe(spec, index) + f"has {slot.name} with {value.numel()} elements; expected {expected}"
+        )
     return value.detach().reshape(-1).to(spec.params[index].state_dtype)
-
-
-def _number(value: Any) -> float | int:
-    number: float | int = value.item() if isinstance(value, Tensor) else value
-    return number
 
 
 def _describe(spec: JobSpec, index: int) -> str:

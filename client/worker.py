@@ -42,11 +42,11 @@ class Worker:
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._attempt = 0
         self._is_open = False
+        device = _common_device(params)
         registration = transport.register(spec, rank, self._incarnation)
         self.spec = unpack_job(registration.spec)
         self.layout = self.spec.layout()
         transport.attach(self.layout)
-        device = _common_device(params)
         self._gradient = FlatBuffer(self.layout, device)
         self._flat_params = FlatBuffer(self.layout, device)
         self._adopt(registration)
@@ -56,9 +56,7 @@ class Worker:
             logger.info("rank %d joined service %r at step %d", rank, transport.service.name, registration.step)
         self.take_parameters()
 
-    def step(
-        self, hyper: Mapping[str, Sequence[float]] | None, scalars: Mapping[str, float] | None
-    ) -> StepResult:
+    def step(self, hyper: Mapping[str, Sequence[float]] | None, scalars: Mapping[str, float] | None) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
 
         After a failure the next call first asks whether the failed step was taken after all: if so it takes its result
@@ -71,8 +69,7 @@ class Worker:
         Returns:
             The result, COMMIT or SKIP.
         """
-        if self._is_open:
-            self._settle()
+        self.settle()
         header = PushHeader(
             timeline=self.timeline,
             sequence=self.sequence + 1,
@@ -91,10 +88,28 @@ class Worker:
         except StepAbortedError:
             self._is_open = False
             raise
-        self._close_step(result)
         if result.decision is Decision.COMMIT:
             self._write_parameters()
+        self._close_step(result)
         return result
+
+    def settle(self) -> bool:
+        """Find out what became of a step that failed under way, if the last one did.
+
+        Returns:
+            Whether it had been committed; this worker has then taken its result over, parameters included.
+        """
+        if not self._is_open:
+            return False
+        result = self.transport.decided(self.timeline, self.sequence + 1)
+        if result is None or result.decision is Decision.ABORT:
+            self._is_open = False
+            return False
+        logger.warning("step %d had been decided although it failed here; going on after it", result.sequence)
+        if result.decision is Decision.COMMIT:
+            self.take_parameters()
+        self._close_step(result)
+        return result.decision is Decision.COMMIT
 
     def load(self, values: Values, header: LoadHeader) -> None:
         """Load a state into the service; called on every rank, the values of rank 0 count."""
@@ -120,7 +135,8 @@ class Worker:
     def _adopt(self, registration: Registration) -> None:
         self.timeline, self.sequence = registration.timeline, registration.sequence
         self.scalars, self.num_steps = registration.scalars, registration.step
-        self._attempt, self._is_open = 0, False
+        # Attempts go on counting: an inbox may still hold a push of this step, and takes the next try for its repeat.
+        self._is_open = False
 
     def _hand_out_parameters(self) -> Registration:
         if self.rank != 0:
@@ -128,16 +144,8 @@ class Worker:
         values = {(index, MASTER.name): _flat(param) for index, param in enumerate(self._params)}
         return self.transport.load(values, LoadHeader())
 
-    def _settle(self) -> None:
-        """Find out what became of a step that failed under way."""
-        result = self.transport.decided(self.timeline, self.sequence + 1)
-        self._is_open = False
-        if result is not None and result.decision is not Decision.ABORT:
-            logger.warning("step %d had been taken although it failed here; going on after it", result.sequence)
-            self._close_step(result)
-            self.take_parameters()
-
     def _close_step(self, result: StepResult) -> None:
+        # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.
         self.sequence, self.scalars = result.sequence, result.scalars
         self.num_steps += 1
         self._attempt, self._is_open = 0, False

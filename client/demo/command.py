@@ -13,7 +13,7 @@ from . import events, picture
 from .display import Display
 from .processes import Workers
 from .record import Record
-from .settings import DemoError, DemoSettings, Json
+from .settings import DemoError, DemoSettings, Json, counted
 
 _DEFAULTS = DemoSettings()
 
@@ -44,7 +44,7 @@ def demo(
         raise typer.Exit(2) from None
     try:
         summary = run(settings, Console(stderr=True))
-    except DemoError as error:
+    except (DemoError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -75,13 +75,20 @@ def run(demo: DemoSettings, console: Console) -> dict[str, Json]:
         raise DemoError(f"cannot write to {out}: {error.strerror}; name another folder with --out") from error
     with stream, Display(demo, console) as display:
         record = Record(stream)
-        display.show(events.Phase(f"starting {demo.num_workers} training processes"))
+        display.show(events.Phase(f"starting {counted(demo.num_workers, 'worker')}"))
         with Workers(demo, out=out, checkpoint=str(checkpoint)) as workers:
-            for event in workers.events():
-                record.add(event)
-                display.show(event)
+            try:
+                for event in workers.events():
+                    record.add(event)
+                    display.show(event)
+            except (DemoError, KeyboardInterrupt):
+                display.show(events.Phase("stopping every process"))
+                raise
     path = out / "loss.png"
-    title = f"{demo.rule}, {demo.num_shards} shards, {demo.num_workers} workers: a byte-level GPT reads Python"
+    title = (
+        f"A byte-level GPT learns Python's source: {demo.rule}, "
+        f"{counted(demo.num_workers, 'worker')}, {counted(demo.num_shards, 'shard')}"
+    )
     picture.draw(path, title=title, steps=record.steps, held_out=record.held_out)
     return record.summary(demo, picture=path)
 
@@ -96,13 +103,15 @@ def _located(uri: str | None) -> str | None:
 
 
 def _told(summary: dict[str, Json]) -> str:
+    before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
+    step_ms, seconds = summary["step_ms_median"], summary["seconds"]
     lines = [
-        f"held-out loss  {summary['held_out_loss_before']:.3f} -> {summary['held_out_loss_after']:.3f} nats per byte",
-        f"steps          {summary['steps']}, {summary['step_ms_median']:.0f} ms each; {summary['seconds']:.0f} s in all",
+        f"held-out loss  {before:.3f} -> {after:.3f} nats per byte",
+        f"steps          {summary['steps']}, {step_ms:.0f} ms each; {seconds:.0f} s in all",
     ]
     if summary["d"] is not None:
         lines.append(f"d              {summary['d']:.3e}, found by Prodigy itself")
     if summary["checkpoint"] is not None:
         lines.append(f"checkpoint     {summary['checkpoint']}")
-    lines += [f"picture        {summary['picture']}", "", "a sample of what the model writes now:", str(summary["sample"])]
-    return "\n".join(lines)
+    lines.append(f"picture        {summary['picture']}")
+    return "\n".join([*lines, "", "a sample of what the model writes now:", str(summary["sample"]).rstrip()])

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from . import events
-from .settings import DemoSettings
+from .settings import DemoSettings, counted
 
 
 class Display:
@@ -59,7 +59,7 @@ class Display:
                 self._describe("first step: compiling ...")
                 self._line(
                     f"{self._demo.rule}: {numel:,} parameters, {train_bytes:,} bytes of text, "
-                    f"{self._demo.num_workers} workers, {self._demo.num_shards} shards"
+                    f"{counted(self._demo.num_workers, 'worker')}, {counted(self._demo.num_shards, 'shard')}"
                 )
             case events.Step():
                 self._last = event

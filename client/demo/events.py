@@ -94,9 +94,7 @@ class Failed:
 
 
 Event = Phase | Start | Step | HeldOut | Saved | Done | Failed
-_KINDS: dict[str, type[Event]] = {
-    kind.tag: kind for kind in (Phase, Start, Step, HeldOut, Saved, Done, Failed)
-}
+_KINDS: dict[str, type[Event]] = {kind.tag: kind for kind in (Phase, Start, Step, HeldOut, Saved, Done, Failed)}
 
 
 def encode(event: Event) -> str:

@@ -43,7 +43,8 @@ class Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).reshape(batch, numel, width))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        deeper: torch.Tensor = x + self.down(F.gelu(self.up(self.norm_2(x))))
+        return deeper
 
 
 class GPT(nn.Module):

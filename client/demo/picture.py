@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f6feb", "#d9480f", "#2b8a3e", "#495057"
 
 
-def draw(
-    path: Path, *, title: str, steps: Sequence[events.Step], held_out: Sequence[events.HeldOut]
-) -> None:
+def draw(path: Path, *, title: str, steps: Sequence[events.Step], held_out: Sequence[events.HeldOut]) -> None:
     """Writes a PNG.
 
     Args:
@@ -43,12 +41,14 @@ def draw(
     figure.savefig(path, dpi=150)
 
 
-def smoothed(values: Sequence[float], *, weight: float = 0.96) -> list[float]:
-    """A running mean without the start's bias: each result weighs the values so far by their age."""
-    total, norm, result = 0.0, 0.0, []
-    for value in values:
-        total, norm = weight * total + value, weight * norm + 1.0
-        result.append(total / norm)
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A centred running mean over about a thirtieth of the run, narrower towards both ends."""
+    reach, last = max(1, len(values) // 60), len(values) - 1
+    result = []
+    for index in range(len(values)):
+        near = min(reach, index, last - index)
+        window = values[index - near : index + near + 1]
+        result.append(sum(window) / len(window))
     return result
 
 
@@ -79,8 +79,8 @@ def _draw_estimate(axes: Axes, steps: Sequence[events.Step]) -> None:
         return
     axes.plot(counts, estimates, color=_GREEN, linewidth=2.0, label="d")
     scheduled = [d * step.lr for d, step in zip(estimates, steps, strict=True)]
-    axes.plot(counts, scheduled, color=_GREEN, linewidth=1.0, linestyle=":", label="d x schedule")
+    axes.plot(counts, scheduled, color=_GREEN, linewidth=1.0, linestyle=":", label="d times the schedule")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5 * min(estimates))
     axes.set_ylabel("d, the estimated distance", color=_GREY)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="center right")

@@ -20,7 +20,7 @@ from . import events
 from .settings import DemoError, DemoSettings, WorkerSettings
 
 # Longer than a worker gives itself to leave the service in good order.
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 25.0
 
 
 class Workers:
@@ -109,7 +109,10 @@ class Workers:
         self._said.put((rank, None))
 
     def _check_ended_well(self, rank: int) -> None:
-        code = self._processes[rank].wait(timeout=STOP_TIMEOUT_S)
+        try:
+            code = self._processes[rank].wait(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise DemoError(f"worker {rank} is done but does not end (its log: {self.log(rank)})") from None
         if code == 0:
             return
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -47,7 +47,8 @@ class Record:
 
     def summary(self, demo: DemoSettings, *, picture: Path) -> dict[str, Json]:
         """The whole run in one JSON object; only for a run that is done."""
-        assert self.start is not None and self.done is not None
+        assert self.start is not None
+        assert self.done is not None
         first, last = self.held_out[0], self.held_out[-1]
         return {
             "rule": demo.rule,

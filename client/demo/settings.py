@@ -33,7 +33,7 @@ class DemoSettings:
     LEARNING_RATES: ClassVar[dict[str, float]] = {"prodigy": 1.0, "adamw": 1e-3, "lamb": 1e-2}
 
     rule: str = "prodigy"
-    steps: int = 1200
+    steps: int = 1000
     num_shards: int = 2
     num_workers: int = 2
     resume: str | None = None
@@ -113,3 +113,8 @@ class WorkerSettings:
         """The inverse of `to_json`."""
         fields = json.loads(text)
         return WorkerSettings(demo=DemoSettings(**fields.pop("demo")), **fields)
+
+
+def counted(count: int, word: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

@@ -58,7 +58,9 @@ def read_corpus(root: Path | None = None) -> Corpus:
             f"the demo needs {2 * HELD_OUT_BYTES:,} bytes of Python source in {root}, found "
             f"{len(held_out) + len(train):,}: run it with a Python that has its standard library as .py files"
         )
-    return Corpus(train=torch.frombuffer(train, dtype=torch.uint8), held_out=torch.frombuffer(held_out, dtype=torch.uint8))
+    return Corpus(
+        train=torch.frombuffer(train, dtype=torch.uint8), held_out=torch.frombuffer(held_out, dtype=torch.uint8)
+    )
 
 
 def train_batch(
@@ -90,8 +92,8 @@ def held_out_batches(
     """Inputs and targets, (batch_size, context_numel) int64, evenly spaced over the held-out text."""
     numel = corpus.held_out.numel() - context_numel - 1
     offsets = torch.linspace(0, numel, batch_size * num_batches, dtype=torch.float64).long()
-    for chunk in offsets.split(batch_size):
-        yield _sequences(corpus.held_out, chunk, context_numel)
+    for batch_offsets in offsets.view(num_batches, batch_size):
+        yield _sequences(corpus.held_out, batch_offsets, context_numel)
 
 
 def _sequences(text: torch.Tensor, offsets: torch.Tensor, context_numel: int) -> tuple[torch.Tensor, torch.Tensor]:
