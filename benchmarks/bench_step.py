@@ -1,8 +1,8 @@
 """One optimizer step: Stepwell beside what a user would pick instead, in interleaved rounds of one run.
 
 Prints the median time per parameter, and the median over rounds of the ratio to the reference of the same rule. The
-bandwidth column is the bytes that the step must move, each once, over the time: for Prodigy p, g, p0, m, v and s are read
-and p, m, v and s written, 40 bytes a parameter; for AdamW p, g, m and v are read, p, m and v written, 28 bytes.
+bandwidth column is the bytes that the step must move, each once, over the time: for Prodigy p, g, p0, m, v and s are
+read and p, m, v and s written, 40 bytes a parameter; for AdamW p, g, m and v are read, p, m and v written, 28 bytes.
 """
 
 from __future__ import annotations

@@ -65,13 +65,17 @@ def written_scalars(
     """Scalars that a person wrote into a group since :func:`show_scalars`; the first group with a change counts.
 
     Raises:
-        HyperparameterError: If one is not a finite number.
+        HyperparameterError: If one is not a finite number, or out of range.
     """
     written = {}
     for name in rule.initial_scalars:
         changed = [group[name] for group in groups if group.get(name, shown[name]) != shown[name]]
         if changed:
             written[name] = read_scalar(name, changed[0])
+    try:
+        rule.check_scalars(written)
+    except ValueError as error:
+        raise HyperparameterError(str(error)) from None
     return written or None
 
 

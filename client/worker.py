@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
-from ..sharding.errors import StepAbortedError, StepwellError, UnsupportedParameterError
+from ..sharding.errors import AttemptError, StepAbortedError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
 from ..sharding.push import PushHeader, pack_present
 from ..sharding.shard import Decision, StepResult
@@ -88,6 +88,13 @@ class Worker:
         except StepAbortedError:
             self._is_open = False
             raise
+        except AttemptError:
+            # The step was taken with a push of ours that had seemed to fail. This gradient is the next step's.
+            sequence = self.sequence
+            self.settle()
+            if self.sequence == sequence:
+                raise
+            return self.step(hyper, scalars)
         if result.decision is Decision.COMMIT:
             self._write_parameters()
         self._close_step(result)

@@ -1,6 +1,6 @@
 """The update rules: pure arithmetic on tiles. Knows no sharding, no Ray, no I/O."""
 
-from .adamw import AdamWRule
+from .adam import AdamRule, AdamWRule
 from .lamb import LAMBRule
 from .prodigy import ProdigyRule
 from .rule import (
@@ -17,12 +17,13 @@ from .rule import (
     Tiles,
 )
 
-RULES = RuleRegistry(AdamWRule, LAMBRule, ProdigyRule)
+RULES = RuleRegistry(AdamRule, AdamWRule, LAMBRule, ProdigyRule)
 """Every rule of this version."""
 
 __all__ = [
     "RULES",
     "TILE_NUMEL",
+    "AdamRule",
     "AdamWRule",
     "Coefficients",
     "Combined",

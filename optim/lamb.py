@@ -9,20 +9,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from .rule import (
-    Coefficients,
-    Combined,
-    ReducingRule,
-    Scope,
-    Slot,
-    StepInputs,
-    Tiles,
-    adam_denominator,
-    read_betas,
-    read_float,
-    require,
-    tile_sum,
-)
+from .moments import bias_corrections, moment_coefficients, read_adam_hyper, update_moments
+from .rule import Coefficients, Combined, ReducingRule, Scope, Slot, StepInputs, Tiles, adam_denominator, tile_sum
 
 
 @final
@@ -71,30 +59,15 @@ class LAMBRule(ReducingRule):
 
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
         """lr, beta1, beta2, eps, weight_decay."""
-        beta1, beta2 = read_betas(group)
-        values = {key: read_float(group, key) for key in ("lr", "eps", "weight_decay")}
-        require(values["lr"] >= 0.0, "learning rate", values["lr"])
-        require(values["eps"] >= 0.0, "epsilon value", values["eps"])
-        require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
-        return {**values, "beta1": beta1, "beta2": beta2}
+        return read_adam_hyper(group)
 
     def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
         """Moment updates, and what the direction needs."""
-        beta1, beta2 = step.per_tensor("beta1"), step.per_tensor("beta2")
-        return {
-            **self._direction_coefficients(step),
-            "m_decay": step.where_present(beta1, 1.0),
-            "m_gain": step.where_present(1.0 - beta1, 0.0),
-            "v_decay": step.where_present(beta2, 1.0),
-            "v_gain": step.where_present(1.0 - beta2, 0.0),
-        }
+        return {**moment_coefficients(step), **self._direction_coefficients(step)}
 
     def local(self, tiles: Tiles, c: Coefficients) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """m and v; ||p||^2 and ||A||^2."""
-        slots = {
-            "exp_avg": tiles.slots["exp_avg"] * c["m_decay"] + tiles.grad * c["m_gain"],
-            "exp_avg_sq": tiles.slots["exp_avg_sq"] * c["v_decay"] + tiles.grad * tiles.grad * c["v_gain"],
-        }
+        slots = update_moments(tiles, tiles.grad, c)
         direction = self._direction(tiles.param, slots, c)
         sums = {"param_sq": tile_sum(tiles.param * tiles.param), "direction_sq": tile_sum(direction * direction)}
         return slots, sums
@@ -118,10 +91,10 @@ class LAMBRule(ReducingRule):
         return tiles.param - c["step_size"] * self._direction(tiles.param, tiles.slots, c), {}
 
     def _direction_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
-        beta1, beta2 = step.per_tensor("beta1"), step.per_tensor("beta2")
+        first, second = bias_corrections(step)
         return {
-            "m_correction": step.where_present(1.0 - beta1**step.step_count, 1.0),
-            "v_correction": step.where_present(1.0 - beta2**step.step_count, 1.0),
+            "m_correction": first,
+            "v_correction": second,
             "eps": step.per_tensor("eps"),
             "weight_decay": step.per_tensor("weight_decay"),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import ClassVar, final
 
@@ -63,7 +64,8 @@ class ProdigyRule(ReducingRule):
     """
 
     name: ClassVar[str] = "Prodigy"
-    structural: ClassVar[frozenset[str]] = frozenset({"decouple", "slice_p", "fsdp_in_use"})
+    structural: ClassVar[frozenset[str]] = frozenset({"decouple", "slice_p"})
+    scalar_minimums: ClassVar[Mapping[str, float]] = {"d": sys.float_info.min, "d_max": sys.float_info.min, "k": 0}
     scope: ClassVar[Scope] = Scope.GROUP
     sums: ClassVar[tuple[str, ...]] = ("dot", "s_norm")
     step_is_tensor: ClassVar[bool] = False
@@ -113,7 +115,9 @@ class ProdigyRule(ReducingRule):
         require(values["d_coef"] > 0.0, "d_coef value", values["d_coef"])
         require(values["growth_rate"] >= 1.0, "growth_rate value", values["growth_rate"])
         if beta1 > 0.0 and not self._has_momentum:
-            raise ValueError(f"Invalid betas value: {group['betas']} (registered with beta1 = 0, so there is no exp_avg)")
+            raise ValueError(
+                f"Invalid betas value: {group['betas']} (registered with beta1 = 0, so there is no exp_avg)"
+            )
         return {**values, "beta1": beta1, "beta2": beta2, "beta3": beta3}
 
     def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
@@ -155,7 +159,7 @@ class ProdigyRule(ReducingRule):
         for weight, dot in zip(weights.tolist(), totals["dot"].tolist(), strict=True):
             d_numerator += weight * dot
         d_hat = step.hyper["d_coef"][0].item() * d_numerator / s_norm
-        grown_from = max(d, d_hat) if d == self.d0 else d
+        grown_from = max(d, d_hat) if d == step.hyper["d0"][-1].item() else d
         d_max = max(d_max, d_hat)
         d = min(d_max, grown_from * step.hyper["growth_rate"][0].item())
         return Combined(scalars={"d": d, "d_max": d_max, "d_numerator": d_numerator, "k": k + 1})
@@ -168,7 +172,7 @@ class ProdigyRule(ReducingRule):
         scale = dlr if self._has_momentum else dlr * scalars["d"]
         decay = dlr * step.per_tensor("weight_decay") if self.decouple else torch.zeros_like(step.step_count)
         return {
-            "keep": torch.where(moving, 1.0 - decay, 1.0),
+            "decay": torch.where(moving, decay, 0.0),
             "step_size": torch.where(moving, scale, 0.0),
             "eps": scalars["d"] * step.per_tensor("eps"),
             "coupled_decay": self._coupled_decay(step),
@@ -178,7 +182,9 @@ class ProdigyRule(ReducingRule):
         """The parameters; all slots are as ``local`` left them."""
         momentum = tiles.slots["exp_avg"] if self._has_momentum else self._decayed_grad(tiles, c)
         denominator = adam_denominator(tiles.slots["exp_avg_sq"], c["eps"])
-        return tiles.param * c["keep"] - c["step_size"] * momentum / denominator, {}
+        # 1 - decay would be rounded away: dlr is about 1e-6 at first.
+        decayed = tiles.param - c["decay"] * tiles.param
+        return decayed - c["step_size"] * momentum / denominator, {}
 
     @property
     def _has_momentum(self) -> bool:

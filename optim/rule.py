@@ -6,13 +6,13 @@ A rule is pure arithmetic on *tiles*, rows of 256 elements. It never sees a shar
     combine    new scalars from the totals of those sums, in float64, the same on every shard
     apply      second pass over the tiles; writes parameters and slots
 
-and the two ``*_coefficients`` methods turn hyperparameters, scalars and step counts into numbers per tensor, in float64,
-which the passes read per tile. Hyperparameters reach a pass as tensors only, so that a pass compiles once.
+and the two ``*_coefficients`` methods turn hyperparameters, scalars and step counts into numbers per tensor, in
+float64, which the passes read per tile. Hyperparameters reach a pass as tensors only, so that a pass compiles once.
 
 Two conventions let one call serve a run of many tensors:
 
-* a tensor without a gradient in this step is *absent*: its gradient reads as zero, and the rule's coefficients must make
-  both passes leave it as it was (decay 1, gain 0, step size 0), unless the rule says otherwise in its docstring;
+* a tensor without a gradient in this step is *absent*: its gradient reads as zero, and the rule's coefficients must
+  make both passes leave it as it was (decay 1, gain 0, step size 0), unless the rule says otherwise in its docstring;
 * padding is zero in every slot, in the gradient and in the parameter, and a pass must map zeros to zeros.
 """
 
@@ -21,6 +21,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import math
+import numbers
 from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
@@ -96,6 +98,7 @@ class StepInputs:
         present: ``(num_tensors,)`` bool, whether the tensor has a gradient in this step.
         step_count: ``(num_tensors,)`` float64, the tensor's steps so far, this one included where it is present.
         scalars: The rule's scalars as the last step left them.
+        numel: ``(num_tensors,)`` float64, elements of each tensor.
     """
 
     hyper: Mapping[str, Tensor]
@@ -103,6 +106,7 @@ class StepInputs:
     present: Tensor
     step_count: Tensor
     scalars: Mapping[str, float]
+    numel: Tensor
 
     def per_tensor(self, name: str) -> Tensor:
         """Hyperparameter ``name`` of each tensor's group, ``(num_tensors,)`` float64."""
@@ -136,14 +140,16 @@ class Rule(abc.ABC):
     """An update rule and its default hyperparameters. Subclass :class:`ElementwiseRule` or :class:`ReducingRule`.
 
     A rule is a frozen dataclass: its fields are the keywords and defaults of the reference optimizer. Fields named in
-    ``structural`` shape the state or the passes and hold for the whole job; all others may differ by parameter group and
-    change from step to step.
+    ``structural`` shape the state or the passes and hold for the whole job; all others may differ by parameter group
+    and change from step to step.
     """
 
     name: ClassVar[str]
     structural: ClassVar[frozenset[str]] = frozenset()
     carried_group_keys: ClassVar[Mapping[str, object]] = {}
-    """Keys of the reference's parameter groups that mean nothing here, shown so that state dicts stay interchangeable."""
+    """Keys of the reference's groups that mean nothing here, shown so that state dicts stay interchangeable."""
+    scalar_minimums: ClassVar[Mapping[str, float]] = {}
+    """Smallest values that a person may write into the scalars."""
     step_is_tensor: ClassVar[bool] = True
     """Whether the reference keeps ``state["step"]`` as a 0-dim float32 tensor (torch) or as an int."""
 
@@ -185,6 +191,18 @@ class Rule(abc.ABC):
     @abc.abstractmethod
     def apply(self, tiles: Tiles, c: Coefficients) -> tuple[Tensor, dict[str, Tensor]]:
         """Second pass: the new parameters ``(tiles, 256)`` and the slots that change."""
+
+    def check_scalars(self, scalars: Mapping[str, float]) -> None:
+        """See that scalars which come from outside can be used.
+
+        Raises:
+            ValueError: If one is unknown, not finite or below its minimum.
+        """
+        for name, value in scalars.items():
+            if name not in self.initial_scalars:
+                raise ValueError(f"{name} is no scalar of {self.name}; it has {sorted(self.initial_scalars)}")
+            smallest = self.scalar_minimums.get(name, -math.inf)
+            require(math.isfinite(value) and value >= smallest, f"{name} value", value)
 
     def defaults(self) -> dict[str, object]:
         """Keys and values of a fresh parameter group: fields, scalars, and the reference's other keys."""
@@ -244,7 +262,7 @@ def read_float(group: Mapping[str, object], key: str) -> float:
     value = group[key]
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
-    if isinstance(value, (int, float)):
+    if isinstance(value, numbers.Real):
         return float(value)
     raise ValueError(f"Invalid {key} value: {value!r} (expected a number or a 0-dim tensor)")
 

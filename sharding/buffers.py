@@ -202,9 +202,10 @@ class Buffers:
             for piece in (p for p in buffers.pieces(MASTER.name) if p.param == param):
                 held = buffers.read(MASTER.name, piece)
                 given = value[piece.offset : piece.offset + piece.numel].to(held.device)
-                buffers.write(MASTER.name, piece, torch.where(given == held.to(given.dtype), held, given.to(held.dtype)))
+                buffers.write(
+                    MASTER.name, piece, torch.where(given == held.to(given.dtype), held, given.to(held.dtype))
+                )
                 if never_stepped:
                     rows = range(piece.first_tile - buffers.tiles.start, piece.last_tile - buffers.tiles.start)
                     for slot in (s for s in self._rule.slots if s.init == "param"):
                         self.copy_param(slot, buffers, rows)
-

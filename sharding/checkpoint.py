@@ -7,6 +7,7 @@ checkpoint that was there before. docs/checkpoint.md describes the bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import posixpath
 import tempfile
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .buffers import Buffers, StateSource
+from .buffers import MASTER, Buffers, StateSource
 from .errors import CheckpointError, MessageError
 from .job import JobSpec
 from .shard import ShardStatus
@@ -130,11 +131,13 @@ class Manifest:
                 scalars={str(name): value for name, value in fields["scalars"].items()},
                 step_counts=tuple(int(count) for count in fields["step_counts"]),
                 kernel_identity=str(fields["kernel_identity"]),
-                files=tuple((str(name), int(size)) for name, size in fields["files"]),
-                pieces=tuple(TensorPiece(*piece) for piece in fields["pieces"]),
+                files=tuple(_file_entry(name, size) for name, size in fields["files"]),
+                pieces=tuple(_piece(len(fields["files"]), *piece) for piece in fields["pieces"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, MessageError, msgpack.UnpackException) as error:
-            raise CheckpointError(f"{uri}: the manifest is damaged ({type(error).__name__}: {error}); use another checkpoint") from error
+            raise CheckpointError(
+                f"{uri}: the manifest is damaged ({type(error).__name__}: {error}); use another checkpoint"
+            ) from error
 
 
 def write_shard(buffers: Buffers, uri: str, name: str) -> ShardFile:
@@ -158,7 +161,7 @@ def write_shard(buffers: Buffers, uri: str, name: str) -> ShardFile:
 
 
 def write_manifest(uri: str, manifest: Manifest) -> None:
-    """Write the manifest under a temporary name, rename it, and drop the files of the checkpoint it replaces.
+    """Write the manifest under a temporary name, rename it, and drop the files that the one it replaces named.
 
     Raises:
         CheckpointError: If it cannot be written.
@@ -166,15 +169,15 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
     fs, path = _locate(uri)
     try:
         target = posixpath.join(path, MANIFEST_NAME)
+        replaced = _named_files(fs, target) - {name for name, _ in manifest.files}
         with fs.open(target + ".tmp", "wb") as stream:
             stream.write(manifest.pack())
         fs.mv(target + ".tmp", target)
-        wanted = {name for name, _ in manifest.files}
-        for entry in fs.ls(path, detail=False):
-            if entry.endswith(".safetensors") and posixpath.basename(entry) not in wanted:
-                fs.rm_file(entry)
     except OSError as error:
         raise CheckpointError(f"{uri}: the manifest cannot be written ({error})") from error
+    for name in replaced:
+        with contextlib.suppress(OSError):  # the checkpoint stands; a leftover file does no harm
+            fs.rm_file(posixpath.join(path, name))
 
 
 def read_manifest(uri: str) -> Manifest:
@@ -191,6 +194,7 @@ def read_manifest(uri: str) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{uri}: cannot be read ({error})") from error
     manifest = Manifest.unpack(data, uri)
+    _require_whole(manifest, uri)
     for name, size_bytes in manifest.files:
         _require_size(fs, uri, posixpath.join(path, name), size_bytes)
     return manifest
@@ -245,7 +249,9 @@ class CheckpointReader:
                 parts.append(self._slice(piece, wanted - piece.offset, stop - piece.offset))
                 wanted = stop
         if wanted != offset + numel:
-            raise CheckpointError(f"{self._uri}: elements {wanted} to {offset + numel} of {slot} of parameter {param} are missing")
+            raise CheckpointError(
+                f"{self._uri}: elements {wanted} to {offset + numel} of {slot} of parameter {param} are missing"
+            )
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def _slice(self, piece: TensorPiece, start: int, stop: int) -> Tensor:
@@ -278,7 +284,9 @@ def check_restorable(manifest: Manifest, spec: JobSpec, uri: str) -> None:
     Raises:
         JobMismatchError: Naming the first difference.
     """
-    dataclasses.replace(spec, world_size=manifest.spec.world_size).require_same(manifest.spec, whose=f"checkpoint {uri}")
+    dataclasses.replace(spec, world_size=manifest.spec.world_size).require_same(
+        manifest.spec, whose=f"checkpoint {uri}"
+    )
 
 
 def build_manifest(spec: JobSpec, files: Sequence[ShardFile], status: ShardStatus) -> Manifest:
@@ -325,6 +333,50 @@ def _put(local: Path, uri: str, name: str) -> None:
         raise CheckpointError(f"{uri}: {name} cannot be written ({error})") from error
 
 
+def _named_files(fs: AbstractFileSystem, manifest_path: str) -> set[str]:
+    """The files that the manifest at a path names; none if there is no readable one."""
+    try:
+        return {name for name, _ in Manifest.unpack(fs.cat_file(manifest_path), manifest_path).files}
+    except (FileNotFoundError, CheckpointError):
+        return set()
+
+
+def _require_whole(manifest: Manifest, uri: str) -> None:
+    """See that every element of every slot lies in exactly one piece."""
+    by_slot: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for piece in manifest.pieces:
+        by_slot.setdefault((piece.param, piece.slot), []).append((piece.offset, piece.numel))
+    for index, param in enumerate(manifest.spec.params):
+        for slot in (MASTER, *manifest.spec.rule.slots):
+            reached = 0
+            for offset, numel in sorted(by_slot.pop((index, slot.name), [])):
+                reached = reached + numel if offset == reached else -1
+                if reached < 0:
+                    break
+            expected = -(-param.numel // slot.stride)
+            if reached != expected:
+                raise CheckpointError(
+                    f"{uri}: the manifest is damaged: {slot.name} of parameter {index} does not cover its {expected} "
+                    "elements once; use another checkpoint"
+                )
+    if by_slot or len(manifest.step_counts) != len(manifest.spec.params):
+        raise CheckpointError(f"{uri}: the manifest is damaged: it does not fit its own job; use another checkpoint")
+
+
+def _file_entry(name: object, size_bytes: object) -> tuple[str, int]:
+    """A file beside the manifest and its size; a name with a folder in it is refused."""
+    if not isinstance(name, str) or not isinstance(size_bytes, int) or name in ("", ".", "..") or "/" in name:
+        raise ValueError(f"{name!r} is no name of a file beside it")
+    return name, size_bytes
+
+
+def _piece(num_files: int, param: object, slot: object, offset: object, numel: object, file: object) -> TensorPiece:
+    numbers = [value for value in (param, offset, numel, file) if isinstance(value, int) and value >= 0]
+    if len(numbers) != 4 or not isinstance(slot, str) or numbers[3] >= num_files:
+        raise ValueError(f"{[param, slot, offset, numel, file]!r} is no piece")
+    return TensorPiece(numbers[0], slot, numbers[1], numbers[2], numbers[3])
+
+
 def _require_size(fs: AbstractFileSystem, uri: str, path: str, size_bytes: int) -> None:
     try:
         found = fs.size(path)
@@ -332,5 +384,6 @@ def _require_size(fs: AbstractFileSystem, uri: str, path: str, size_bytes: int) 
         raise CheckpointError(f"{uri}: {posixpath.basename(path)} is missing; use another checkpoint") from error
     if found != size_bytes:
         raise CheckpointError(
-            f"{uri}: {posixpath.basename(path)} was cut short: expected {size_bytes} bytes, got {found}; use another checkpoint"
+            f"{uri}: {posixpath.basename(path)} was cut short: expected {size_bytes} bytes, got {found}; "
+            "use another checkpoint"
         )

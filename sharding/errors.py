@@ -21,7 +21,7 @@ StepwellError
  ├─ StepAbortedError             the step was given up on all shards; nothing has changed
  │   └─ MissingRankError
  ├─ NonFiniteGradientError       the step was skipped on all shards, and the caller asked to be told
- ├─ CheckpointError              a checkpoint is missing, damaged, or of another model
+ ├─ CheckpointError              a checkpoint is missing, damaged, or cannot be written
  └─ ServiceError                 the service cannot be reached or started
      ├─ ServiceNotFoundError
      ├─ ServiceExistsError
@@ -121,7 +121,7 @@ class NonFiniteGradientError(StepwellError):
 
 
 class CheckpointError(StepwellError):
-    """A checkpoint is missing, damaged, or of another model."""
+    """A checkpoint is missing, damaged, or cannot be written."""
 
 
 class ServiceError(StepwellError):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .buffers import StateSource
 from .errors import StepAbortedError
 from .job import JobSpec
-from .buffers import StateSource
 from .partials import sum_vectors
 from .push import Push
 from .shard import Receipt, Reduction, Shard, StepResult

@@ -54,9 +54,13 @@ class JobSpec:
             MessageError: If a field is missing or cannot be what it should.
         """
         try:
-            params = [ParamSpec(str(name), tuple(shape), dtype, int(group)) for name, shape, dtype, group in fields["params"]]
+            params = [
+                ParamSpec(str(name), tuple(shape), dtype, int(group)) for name, shape, dtype, group in fields["params"]
+            ]
             for param in params:
                 dtype_from_name(param.dtype)
+                if not 0 <= param.group < int(fields["num_groups"]) or min(param.shape, default=0) < 0:
+                    raise ValueError(f"{param} is in no group, or has no size")
             return cls(
                 rule=RULES.build(fields["rule"], fields["rule_fields"]),
                 params=tuple(params),
@@ -72,12 +76,12 @@ class JobSpec:
 
         Args:
             other: The worker's.
-            whose: Names the worker in the message.
+            whose: Names it in the message: a rank or a checkpoint.
 
         Raises:
             JobMismatchError: Naming the first difference.
         """
-        difference = self._first_difference(other)
+        difference = self._first_difference(other, theirs=whose)
         if difference is None:
             return
         raise JobMismatchError(
@@ -85,8 +89,8 @@ class JobSpec:
             "Build the same model and optimizer, or use another service."
         )
 
-    def _first_difference(self, other: JobSpec) -> str | None:
-        ours, theirs = "the service has", "this worker"
+    def _first_difference(self, other: JobSpec, theirs: str) -> str | None:
+        ours, theirs = "the service has", f"{theirs} has"
         whole = (
             ("rule", self.rule.name, other.rule.name),
             ("world_size", self.world_size, other.world_size),

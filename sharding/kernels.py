@@ -12,7 +12,11 @@ from .buffers import MASTER, Buffers, ExtentBuffers
 from .partials import SumTable
 
 PIECE_TILES = 256
-"""Tiles in one eager call: few enough for every operand to stay in cache. Never touches the bits."""
+"""Tiles in one eager call: few enough for every operand to stay in cache.
+
+Fewer never touch the bits. More could: torch cuts a call of 257 tiles and three threads at an element that is no
+multiple of the vector width, and functions that are not correctly rounded (exp, log) give other bits in the remainder.
+"""
 
 
 class TileCoefficients:

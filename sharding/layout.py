@@ -1,8 +1,8 @@
 """The flat space: where every parameter lies, in tiles, blocks and chunks.
 
 All parameters are flattened in index order into *extents*, one per state dtype. Each tensor starts on a tile boundary.
-Tiles and blocks fix the bits of every sum and depend on the parameters alone; a chunk is the unit of ownership and never
-touches the bits.
+Tiles and blocks fix the bits of every sum and depend on the parameters alone; a chunk is the unit of ownership and
+never touches the bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ MAX_CHUNK_NUMEL = 2**20
 WANTED_BLOCKS = 64
 """A small model is cut into about this many blocks, so that shards find work."""
 
-_MODEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_MODEL_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def dtype_from_name(name: str) -> torch.dtype:
@@ -100,7 +102,9 @@ class Extent:
         valid_numel: ``(num_tiles,)`` int64, elements of the tile that are not padding.
     """
 
-    def __init__(self, dtype: torch.dtype, params: Sequence[int], numels: Sequence[int], chunk_numel: int | None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, params: Sequence[int], numels: Sequence[int], chunk_numel: int | None
+    ) -> None:
         self.dtype = dtype
         self.params = tuple(params)
         self._numels = dict(zip(params, numels, strict=True))
@@ -152,7 +156,7 @@ class Extent:
     def _tiles_per_chunk(self, wanted_numel: int, chunk_numel: int | None) -> int:
         chunk = min(wanted_numel, MAX_CHUNK_NUMEL) if chunk_numel is None else chunk_numel
         block = self.tiles_per_block * TILE_NUMEL
-        if chunk % TILE_NUMEL or chunk & (chunk - 1):
+        if chunk < TILE_NUMEL or chunk & (chunk - 1):
             raise ValueError(f"chunk_numel: expected a power of two of at least {TILE_NUMEL}, got {chunk}")
         return max(chunk, block) // TILE_NUMEL
 

@@ -148,6 +148,10 @@ class Inbox:
                 return
         self._pushes[header.rank] = push
 
+    def drop(self, rank: int) -> None:
+        """Forget a rank's push."""
+        self._pushes.pop(rank, None)
+
     @property
     def missing(self) -> list[int]:
         """Ranks that have not pushed."""

@@ -21,6 +21,7 @@ from .buffers import MASTER, Buffers, StateSource
 from .errors import (
     AttemptError,
     FutureRequestError,
+    HyperparameterError,
     IncarnationError,
     MessageError,
     MissingRankError,
@@ -104,7 +105,13 @@ class Shard:
     """
 
     def __init__(
-        self, spec: JobSpec, *, shard: int = 0, num_shards: int = 1, device: torch.device | None = None, timeline: int = 0
+        self,
+        spec: JobSpec,
+        *,
+        shard: int = 0,
+        num_shards: int = 1,
+        device: torch.device | None = None,
+        timeline: int = 0,
     ) -> None:
         self.spec = spec
         self.layout = spec.layout()
@@ -115,6 +122,7 @@ class Shard:
         self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
         self._shard, self._num_shards = shard, num_shards
         self._group_of_tensor = self.layout.group_of_tensor()
+        self._numel = torch.tensor([param.numel for param in spec.params], dtype=torch.float64)
         scope = spec.rule.scope if isinstance(spec.rule, ReducingRule) else Scope.MODEL
         self._table = SumTable(self.layout, scope, spec.num_groups)
         self._hyper_names = sorted(spec.rule.hyper(spec.rule.defaults()))
@@ -122,6 +130,7 @@ class Shard:
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
         self._last_result: StepResult | None = None
+        self._taken: dict[int, PushHeader] = {}
         self._lost: str | None = f"shard {shard} has no parameters yet"
 
     # What others may ask at any time
@@ -159,8 +168,10 @@ class Shard:
     # What changes it between steps
 
     def admit(self, rank: int, incarnation: str) -> None:
-        """Let a worker's process push as ``rank``; an earlier process of this rank no longer may."""
+        """Let a worker's process push as ``rank``; an earlier one no longer may, and what it pushed is dropped."""
         self._require_rank(rank)
+        if self._incarnations.get(rank) != incarnation:
+            self._inbox.drop(rank)
         self._incarnations[rank] = incarnation
 
     def load(self, source: StateSource, *, timeline: int) -> None:
@@ -199,18 +210,21 @@ class Shard:
         header = push.header
         self._require_sender(header)
         if header.sequence == self.sequence:
+            self._require_taken(header)
             return Receipt.DECIDED
         if self._deciding is not None:
             held = self._deciding[header.rank].header if header.rank < len(self._deciding) else None
             if held is None or held.attempt != header.attempt:
-                raise AttemptError(f"step {header.sequence} is being decided without attempt {header.attempt}; ask for its result")
+                raise AttemptError(
+                    f"step {header.sequence} is being decided without attempt {header.attempt}; ask for its result"
+                )
             return Receipt.WAITING
         self._require_content(push)
         self._inbox.put(push)
         return Receipt.WAITING if self._inbox.missing else Receipt.COMPLETE
 
     def result(self, timeline: int, sequence: int) -> StepResult | None:
-        """The result of step ``sequence``, or None while it is not decided.
+        """The result of step ``sequence``, or None while it is not decided; a step that was given up is not.
 
         Raises:
             SequenceError: If it is not the last step or the next one.
@@ -230,13 +244,12 @@ class Shard:
         self._deciding = pushes
         moving = False
         try:
-            present = torch.stack([unpack_present(p.header.present, len(self.spec.params)) for p in pushes])
-            grads = [] if missing else average(pushes, present, self.buffers)
+            grads = [] if missing else average(pushes, self._present(pushes), self.buffers)
             votes = yield self._vote(pushes, missing, count_nonfinite(grads))
             result = self._decide(votes)
             if result.decision is Decision.COMMIT:
                 moving = True
-                result = yield from self._commit(pushes, present.any(dim=0), grads)
+                result = yield from self._commit(pushes, grads)
             self._finish(result)
             moving = False
             return result
@@ -260,9 +273,9 @@ class Shard:
         missing = votes[:, 2].max().item()
         error: StepAbortedError | None = None
         if missing:
-            shards = torch.nonzero(votes[:, 2]).flatten().tolist()
+            shard = int(votes[:, 2].argmax())
             error = MissingRankError(
-                f"step {sequence}: rank {missing - 1} of {self.spec.world_size} did not push to shard {shards[0]} in time; "
+                f"step {sequence}: rank {missing - 1} of {self.spec.world_size} did not push to shard {shard} in time; "
                 "no shard has changed. Call step() again on every rank, or restart that worker."
             )
         elif not bool((votes[:, [0, 1, 3]] == votes[0, [0, 1, 3]]).all()):
@@ -275,8 +288,8 @@ class Shard:
         skip = bool(votes[:, 4].any())
         return StepResult(sequence, Decision.SKIP if skip else Decision.COMMIT, self.scalars)
 
-    def _commit(self, pushes: Sequence[Push], present: Tensor, grads: Sequence[Tensor]) -> Reduction:
-        header = pushes[0].header
+    def _commit(self, pushes: Sequence[Push], grads: Sequence[Tensor]) -> Reduction:
+        header, present = pushes[0].header, self._present(pushes).any(dim=0)
         for index, value in pushes[0].reloaded.items():
             self.buffers.reload(index, value, never_stepped=bool(self.step_count[index] == 0))
         assert header.hyper is not None, "checked on receipt"
@@ -286,6 +299,7 @@ class Shard:
             present=present,
             step_count=self.step_count + present,
             scalars={**self.scalars, **(header.scalars or {})},
+            numel=self._numel,
         )
         combined, totals = yield from self._reduce(step, grads)
         if combined.moves:
@@ -306,9 +320,14 @@ class Shard:
         totals = self._table.totals(rule.sums, partials)
         return rule.combine(step, totals), totals
 
+    def _present(self, pushes: Sequence[Push]) -> Tensor:
+        """Which tensors each rank has a gradient of, ``(world_size, num_tensors)`` bool."""
+        return torch.stack([unpack_present(push.header.present, len(self.spec.params)) for push in pushes])
+
     def _finish(self, result: StepResult) -> None:
-        self._last_result = result
         if result.decision is not Decision.ABORT:
+            self._last_result = result
+            self._taken = {push.header.rank: push.header for push in self._deciding or []}
             self.sequence += 1
             self.num_steps += 1
             self.num_skipped += result.decision is Decision.SKIP
@@ -319,12 +338,21 @@ class Shard:
         if not 0 <= rank < self.spec.world_size:
             raise UnknownRankError(f"expected a rank from 0 to {self.spec.world_size - 1}, got {rank}")
 
-    def _require_sequence(self, timeline: int, sequence: int) -> None:
+    def require_whole(self) -> None:
+        """See that the shard holds a state that can be trusted, before it is read or saved.
+
+        Raises:
+            NotRegisteredError: If it has none yet, or was interrupted within a step or a load.
+        """
         if self._lost is not None:
             raise NotRegisteredError(f"{self._lost}; register the job, or restore its last checkpoint")
+
+    def _require_sequence(self, timeline: int, sequence: int) -> None:
+        self.require_whole()
         if timeline != self.timeline:
             raise TimelineError(
-                f"the service is on timeline {self.timeline} since it was restored or loaded, the request on {timeline}. "
+                f"the service is on timeline {self.timeline} since it was restored or loaded, the request on "
+                f"{timeline}. "
                 "Call refresh() on every rank to take over its parameters and step number."
             )
         if sequence < self.sequence:
@@ -342,6 +370,15 @@ class Shard:
                 "another process has registered as this rank since"
             )
 
+    def _require_taken(self, header: PushHeader) -> None:
+        """Refuse a new push for a step that was taken with another one; a repeat of that one is fine."""
+        taken = self._taken.get(header.rank)
+        if taken is not None and (taken.incarnation, taken.attempt) != (header.incarnation, header.attempt):
+            raise AttemptError(
+                f"step {header.sequence} was taken with an earlier push of rank {header.rank} (attempt {taken.attempt} "
+                f"of process {taken.incarnation}); call step() again, which takes its result over and goes on after it"
+            )
+
     def _require_content(self, push: Push) -> None:
         header = push.header
         check_hyper(header, self._hyper_names, self.spec.num_groups)
@@ -349,9 +386,21 @@ class Shard:
         check_gradient(push.gradient, [extent.numel for extent in self.buffers.extents], header.rank)
         for extent, part in zip(self.buffers.extents, push.gradient, strict=True):
             if not extent.padding_is_zero(part):
-                raise MessageError(f"gradient of rank {header.rank}: expected zeros between tensors; the layout is not the shard's")
-        if unknown := sorted(set(header.scalars or {}) - set(self.scalars)):
-            raise MessageError(f"scalars: expected some of {sorted(self.scalars)}, got {unknown}")
+                raise MessageError(
+                    f"gradient of rank {header.rank}: expected zeros between tensors; the layout is not the shard's"
+                )
+        if header.rank != 0 and (header.scalars or push.reloaded):
+            raise MessageError(
+                f"scalars and reloaded parameters: expected from rank 0 alone, got some from rank {header.rank}"
+            )
+        try:
+            self.spec.rule.check_scalars(header.scalars or {})
+        except ValueError as error:
+            raise HyperparameterError(str(error)) from error
         for index, value in push.reloaded.items():
             if not 0 <= index < len(self.spec.params) or value.numel() != self.spec.params[index].numel:
                 raise MessageError(f"reloaded: parameter {index} with {value.numel()} elements is not one of the job's")
+            if not bool(torch.isfinite(value).all()):
+                raise MessageError(
+                    f"reloaded: parameter {index} was changed by hand and holds inf or NaN; mend it first"
+                )

@@ -83,4 +83,4 @@ def _draw_estimate(axes: Axes, steps: Sequence[events.Step]) -> None:
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5 * min(estimates))
     axes.set_ylabel("d, the estimated distance", color=_GREY)
-    axes.legend(frameon=False, fontsize=9, loc="center right")
+    axes.legend(frameon=False, fontsize=9, loc="lower center")

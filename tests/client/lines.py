@@ -115,6 +115,16 @@ class SharedShards:
         self.missing = missing
         self.changed = threading.Condition()
 
+    def wait_for_push(self, *, rank: int, attempt: int) -> None:
+        """Wait until this attempt of a rank lies in every shard's inbox."""
+
+        def has_come() -> bool:
+            held = [shard._inbox._pushes.get(rank) for shard in self.service.group.shards]
+            return all(push is not None and push.header.attempt == attempt for push in held)
+
+        with self.changed:
+            assert self.changed.wait_for(has_come, timeout=WAIT_S)
+
 
 class _SharedService(InProcessService):
     """As its base, but for several workers."""

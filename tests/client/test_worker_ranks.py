@@ -148,9 +148,34 @@ def test_newer_gradient_replaces_one_whose_push_was_not_answered(refresh: bool) 
         workers.optimizers[0].refresh()
     for each in (workers, undisturbed):
         each.set_grads(0)
-        each.step()
+    undisturbed.step()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(workers.optimizers[0].step)
+        workers.shared.wait_for_push(rank=0, attempt=1)
+        workers.optimizers[1].step()
+        first.result(timeout=2 * WAIT_S)
     assert_equal(workers.params[0], undisturbed.params[0])
     assert workers.transports[0].headers[-1].attempt == 1
+
+
+def test_gradient_that_comes_after_its_step_was_taken_is_the_next_steps() -> None:
+    workers, undisturbed = Workers(SharedShards(num_shards=2)), Workers(SharedShards(num_shards=2))
+    for each in (workers, undisturbed):
+        each.set_grads(0)
+    undisturbed.step()
+    workers.shared.missing = "fail"
+    with pytest.raises(ServiceTimeoutError, match="the line broke"):
+        workers.optimizers[0].step()
+    workers.shared.missing = "wait"
+    workers.optimizers[1].step()
+    assert_equal(workers.params[1], undisturbed.params[1])
+    # Asked before rank 1 came, the shards had said that the step was not taken.
+    workers.optimizers[0]._registered._is_open = False
+    for each in (workers, undisturbed):
+        each.set_grads(1)
+        each.step()
+    assert_equal(workers.params[0], undisturbed.params[0])
+    assert workers.optimizers[0].param_groups[0]["k"] == 2
 
 
 def test_successor_of_a_dead_worker_takes_its_place() -> None:
@@ -192,10 +217,10 @@ def test_every_rank_loads_the_state_of_rank_0() -> None:
 @pytest.mark.parametrize(
     ("params", "options", "message"),
     [
-        ([torch.zeros(40, 12)], {}, "number of parameters: the service has 4, this worker 1"),
-        ([torch.zeros(3)], {}, r"parameter 0: the service has '' \[40, 12\] .*, this worker '' \[3\]"),
-        (None, {"slice_p": 2}, "slice_p: the service has 1, this worker 2"),
-        (None, {"world_size": 3}, "world_size: the service has 2, this worker 3"),
+        ([torch.zeros(40, 12)], {}, "number of parameters: the service has 4, a worker has 1"),
+        ([torch.zeros(3)], {}, r"parameter 0: the service has '' \[40, 12\] .*, a worker has '' \[3\]"),
+        (None, {"slice_p": 2}, "slice_p: the service has 1, a worker has 2"),
+        (None, {"world_size": 3}, "world_size: the service has 2, a worker has 3"),
     ],
 )
 def test_worker_with_another_job_is_told_the_difference(

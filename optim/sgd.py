@@ -1,0 +1,163 @@
+"""SGD and Momentum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from .moments import decay_coefficients, maximize_sign
+from .rule import Coefficients, ElementwiseRule, Slot, StepInputs, Tiles, read_float, require
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class SGDRule(ElementwiseRule):
+    r"""SGD with momentum, as :class:`torch.optim.SGD`.
+
+    ::
+
+        g   = g + weight_decay * p
+        b   = g at the parameter's first step, then momentum * b + (1 - dampening) * g
+        u   = g without momentum, g + momentum * b with nesterov, else b
+        p   = p - lr * u
+
+    ``maximize`` turns the gradient's sign, before weight decay.
+
+    References:
+        I. Sutskever et al.: On the importance of initialization and momentum in deep learning, ICML 2013, equation 3;
+        torch's form of it.
+    """
+
+    name: ClassVar[str] = "SGD"
+    carried_group_keys: ClassVar[Mapping[str, object]] = {"foreach": None, "differentiable": False, "fused": None}
+
+    lr: float = 1e-3
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        self.hyper(self.defaults())
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """``momentum_buffer``, if the job begins with momentum."""
+        return (Slot("momentum_buffer"),) if self.momentum != 0.0 else ()
+
+    @property
+    def initial_scalars(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
+        """All fields."""
+        keys = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        values = {key: read_float(group, key) for key in keys}
+        require(values["lr"] >= 0.0, "learning rate", values["lr"])
+        require(values["momentum"] >= 0.0, "momentum value", values["momentum"])
+        require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
+        if values["nesterov"] and (values["momentum"] <= 0.0 or values["dampening"] != 0.0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        if values["momentum"] > 0.0 and not self.slots:
+            raise ValueError(
+                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer)"
+            )
+        return values
+
+    def apply_coefficients(
+        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """``of_grad`` and ``of_buffer`` make the update from the two; momentum 0 leaves the buffer alone, as torch."""
+        momentum, dampening = step.per_tensor("momentum"), step.per_tensor("dampening")
+        has_momentum = momentum != 0.0
+        is_first = step.step_count == 1.0
+        decay = torch.where(is_first, 0.0, momentum)
+        gain = torch.where(is_first, 1.0, 1.0 - dampening)
+        nesterov = step.per_tensor("nesterov") > 0.0
+        return {
+            "l2": decay_coefficients(step, decoupled=False)["l2"],
+            "sign": maximize_sign(step),
+            "b_decay": step.where_present(torch.where(has_momentum, decay, 1.0), 1.0),
+            "b_gain": step.where_present(torch.where(has_momentum, gain, 0.0), 0.0),
+            "of_grad": (nesterov | ~has_momentum).to(torch.float64),
+            "of_buffer": torch.where(nesterov, momentum, has_momentum.to(torch.float64)),
+            "step_size": step.where_present(step.per_tensor("lr"), 0.0),
+        }
+
+    def apply(self, tiles: Tiles, c: Coefficients) -> tuple[Tensor, dict[str, Tensor]]:
+        """The whole step."""
+        grad = tiles.grad * c["sign"] + tiles.param * c["l2"]
+        if not self.slots:
+            return tiles.param - c["step_size"] * grad, {}
+        buffer = tiles.slots["momentum_buffer"] * c["b_decay"] + grad * c["b_gain"]
+        update = grad * c["of_grad"] + buffer * c["of_buffer"]
+        return tiles.param - c["step_size"] * update, {"momentum_buffer": buffer}
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class MomentumRule(ElementwiseRule):
+    r"""Momentum as a running average.
+
+    ::
+
+        p   = p * (1 - lr * weight_decay)
+        V   = beta * V + (1 - beta) * g
+        p   = p - lr * V                    V / (1 - beta^t) with bias_correction
+
+    References:
+        B. Polyak: Some methods of speeding up the convergence of iteration methods, 1964; in the averaged form.
+    """
+
+    name: ClassVar[str] = "Momentum"
+    structural: ClassVar[frozenset[str]] = frozenset({"bias_correction"})
+
+    lr: float = 1e-3
+    beta: float = 0.9
+    weight_decay: float = 0.0
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        self.hyper(self.defaults())
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """``exp_avg``."""
+        return (Slot("exp_avg"),)
+
+    @property
+    def initial_scalars(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
+        """lr, beta, weight_decay."""
+        values = {key: read_float(group, key) for key in ("lr", "beta", "weight_decay")}
+        require(values["lr"] >= 0.0, "learning rate", values["lr"])
+        require(0.0 <= values["beta"] < 1.0, "beta value", values["beta"])
+        require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
+        return values
+
+    def apply_coefficients(
+        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """See the equations."""
+        beta, lr = step.per_tensor("beta"), step.per_tensor("lr")
+        corrected = lr / (1.0 - beta**step.step_count) if self.bias_correction else lr
+        return {
+            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "m_decay": step.where_present(beta, 1.0),
+            "m_gain": step.where_present(1.0 - beta, 0.0),
+            "step_size": step.where_present(corrected, 0.0),
+        }
+
+    def apply(self, tiles: Tiles, c: Coefficients) -> tuple[Tensor, dict[str, Tensor]]:
+        """The whole step."""
+        exp_avg = tiles.slots["exp_avg"] * c["m_decay"] + tiles.grad * c["m_gain"]
+        return tiles.param * c["keep"] - c["step_size"] * exp_avg, {"exp_avg": exp_avg}
