@@ -259,12 +259,7 @@ def adam_denominator(exp_avg_sq: Tensor, eps: Tensor) -> Tensor:
 
 def read_float(group: Mapping[str, object], key: str) -> float:
     """Read a number from a parameter group: a float, an int, a bool or a 0-dim tensor."""
-    value = group[key]
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return float(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    raise ValueError(f"Invalid {key} value: {value!r} (expected a number or a 0-dim tensor)")
+    return _to_float(group[key], f"{key} value")
 
 
 def read_betas(group: Mapping[str, object]) -> tuple[float, float]:
@@ -272,9 +267,17 @@ def read_betas(group: Mapping[str, object]) -> tuple[float, float]:
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas value: {betas!r} (expected a pair of numbers)")
-    for index, beta in enumerate(betas):
-        require(0.0 <= float(beta) < 1.0, f"beta parameter at index {index}", beta)
-    return float(betas[0]), float(betas[1])
+    labels = [f"beta parameter at index {index}" for index in range(2)]
+    beta1, beta2 = (_to_float(beta, label) for beta, label in zip(betas, labels, strict=True))
+    for beta, label in zip((beta1, beta2), labels, strict=True):
+        require(0.0 <= beta < 1.0, label, beta)
+    return beta1, beta2
+
+
+def _to_float(value: object, what: str) -> float:
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        return float(value)
+    raise ValueError(f"Invalid {what}: {value!r} (expected a number or a 0-dim tensor)")
 
 
 def require(condition: bool, what: str, value: object) -> None:

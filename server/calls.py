@@ -47,7 +47,7 @@ def translate(error: Exception, *, timeout_s: float, what: str) -> Exception:
         return cause if isinstance(cause, StepwellError) else error
     if isinstance(error, RayActorError):
         return ShardLostError(
-            f"a process of the service died while waiting for {what}. "
-            "Restore the service from its last checkpoint: stepwell.launch(..., restore=URI)"
+            f"a process of the service died while waiting for {what}. Restore its last checkpoint: "
+            "service.restore(URI), then optimizer.refresh() on every rank; or stepwell.launch(..., restore=URI)"
         )
     return ServiceTimeoutError(f"waited {timeout_s:g} s for {what}; see `stepwell status`")

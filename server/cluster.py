@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -39,7 +40,8 @@ def attach(address: str | None = None) -> None:
     wanted = address or ray_address() or _own_address()
     if wanted is None:
         raise ServiceNotFoundError(
-            "there is no Ray cluster here: set RAY_ADDRESS, call ray.init() first, or start a service with `stepwell up NAME`"
+            "there is no Ray cluster here: set RAY_ADDRESS, call ray.init() first, "
+            "or start a service with `stepwell up NAME`"
         )
     set_ray_defaults()
     _init(wanted)
@@ -103,7 +105,12 @@ def is_own() -> bool:
 def _init(address: str, **options: Any) -> None:
     try:
         ray.init(
-            address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR", configure_logging=False, **options
+            address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            **options,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -151,6 +158,8 @@ def _await_port(process: subprocess.Popen[bytes], port: int, log_path: Path) -> 
 def _await_end(pid: int) -> None:
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while time.monotonic() < deadline:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)  # one that this process started has not ended before it is waited for
         os.kill(pid, 0)
         time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ..sharding.errors import ShardLostError
+
+c10d: Any = dist  # torch has no types for its stores and groups
+
+POLL_S = 0.5
+"""How soon a wait notices that its group was closed."""
 
 
 class GroupStore:
@@ -20,7 +28,7 @@ class GroupStore:
 
     def __init__(self, host: str, timeout_s: float) -> None:
         limit = timedelta(seconds=timeout_s)
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
+        self._store = c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
         self.address = (host, self._store.port)
 
 
@@ -35,6 +43,9 @@ class Collective:
         store_address: Where the generation's :class:`GroupStore` listens.
         forming_timeout_s: Limit for all shards to come together.
         timeout_s: Limit of one all-reduce, the wait for the slowest shard included.
+
+    Raises:
+        ShardLostError: If they did not come together.
     """
 
     def __init__(
@@ -50,33 +61,83 @@ class Collective:
     ) -> None:
         self.generation = generation
         self._timeout_s = timeout_s
-        self._group: dist.ProcessGroupGloo | None = None
-        if num_shards == 1:
-            return
-        store = dist.TCPStore(*store_address, is_master=False, timeout=timedelta(seconds=forming_timeout_s))
-        self._store = dist.PrefixStore(f"generation-{generation}", store)
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = timedelta(seconds=forming_timeout_s)
-        self._group = dist.ProcessGroupGloo(self._store, shard, num_shards, options)
-        self._group.barrier().wait(timedelta(seconds=forming_timeout_s))
+        self._is_alone = num_shards == 1
+        self._lock = threading.Lock()
+        self._group: Any = None
+        if not self._is_alone:
+            try:
+                self._group = _form(generation, shard, num_shards, host, store_address, forming_timeout_s)
+            except RuntimeError as error:
+                raise ShardLostError(
+                    f"shard {shard}: the {num_shards} shards of generation {generation} did not come together within "
+                    f"{forming_timeout_s:g} s: {_first_line(error)}"
+                ) from None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the group can be used: not after :meth:`close` or a failure."""
+        return self._is_alone or self._group is not None
 
     def all_reduce(self, vector: Tensor) -> Tensor:
         """Sum ``vector`` over all shards, in place, and return it.
 
         Raises:
-            ShardLostError: If another shard died or did not come within the limit. The group is of no use afterwards.
+            ShardLostError: If another shard died or did not come within the limit, or the group was closed. The group
+                is closed then.
         """
-        if self._group is None:
+        if self._is_alone:
             return vector
-        try:
-            options = dist.AllreduceOptions()
-            options.timeout = timedelta(seconds=self._timeout_s)
-            self._group.allreduce([vector], options).wait(timedelta(seconds=self._timeout_s))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+        reason = self._try_all_reduce(vector)
+        if reason is not None:
+            self.close()
             raise ShardLostError(
                 f"a shard lost its peers during an all-reduce of generation {self.generation} "
                 f"(limit {self._timeout_s:g} s): {reason}. Restore the service from its last checkpoint."
-            ) from error
+            )
         return vector
+
+    def close(self) -> None:
+        """Leave the group, from any thread; whoever waits for this shard is told, here and on the other shards.
+
+        A neighbour sees the connections close, and those who wait for the neighbour when it leaves in turn. So nothing
+        may keep the group alive after this: no local variable in a traceback.
+        """
+        with self._lock:
+            left, self._group = [self._group], None
+        # A group ends when the operation that is under way does, so not in the caller's time.
+        threading.Thread(target=left.clear, daemon=True).start()
+
+    def _try_all_reduce(self, vector: Tensor) -> str | None:
+        """All-reduce; returns why it failed, if it did."""
+        options = c10d.AllreduceOptions()
+        options.timeout = timedelta(seconds=self._timeout_s)
+        deadline = time.monotonic() + self._timeout_s
+        with self._lock:
+            work = None if self._group is None else self._group.allreduce([vector], options)
+        while work is not None and self._group is not None:
+            is_last_try = work.is_completed() or time.monotonic() > deadline
+            try:
+                work.wait(timedelta(seconds=POLL_S))
+            except RuntimeError as error:
+                if is_last_try:
+                    return _first_line(error)
+            else:
+                return None
+        return "the group was closed"
+
+
+def _form(
+    generation: int, shard: int, num_shards: int, host: str, store_address: tuple[str, int], timeout_s: float
+) -> Any:
+    limit = timedelta(seconds=timeout_s)
+    store = c10d.PrefixStore(f"generation-{generation}", c10d.TCPStore(*store_address, is_master=False, timeout=limit))
+    options = c10d.ProcessGroupGloo._Options()
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = limit
+    group = c10d.ProcessGroupGloo(store, shard, num_shards, options)
+    group.barrier().wait(limit)
+    return group
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

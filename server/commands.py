@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import ray
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..sharding.errors import ServiceNotFoundError, StepwellError
@@ -31,7 +32,9 @@ notes = Console(stderr=True)
 def up(
     name: Name,
     shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 1,
-    gpus_per_shard: Annotated[float, typer.Option(min=0, help="GPUs of each shard; 0 keeps the state in CPU memory.")] = 0,
+    gpus_per_shard: Annotated[
+        float, typer.Option(min=0, help="GPUs of each shard; 0 keeps the state in CPU memory.")
+    ] = 0,
     cpus_per_shard: Annotated[float, typer.Option(min=0, help="CPUs of each shard.")] = 1,
     placement: Annotated[str, typer.Option(help="PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.")] = "SPREAD",
     restore: Annotated[str | None, typer.Option(help="A checkpoint to begin with.")] = None,
@@ -41,24 +44,25 @@ def up(
 ) -> None:
     """Start a named service that outlives this command.
 
-    Without a Ray cluster (no --address, no $RAY_ADDRESS) one is started on this machine; `stepwell down` ends it with its
-    last service.
+    Without a Ray cluster (no --address, no $RAY_ADDRESS) one is started on this machine; `stepwell down` ends it with
+    its last service.
 
     Example: stepwell up trainer --shards 2
     """
+    strategy = _placement(placement)
     started = _enter_cluster(address, shards, cpus_per_shard)
     try:
-        with notes.status(f"starting {shards} shard(s) of service {name!r} ..."):
+        with notes.status(escape(f"starting {shards} shard(s) of service {name!r} ...")):
             service = launch(
                 name,
                 num_shards=shards,
                 num_gpus_per_shard=gpus_per_shard,
                 num_cpus_per_shard=cpus_per_shard,
-                placement=_placement(placement),
+                placement=strategy,
                 restore=restore,
                 placement_timeout_s=placement_timeout_s,
             )
-    except StepwellError:
+    except (StepwellError, ValueError):
         if started:
             _leave_own_cluster()
         raise
@@ -66,8 +70,8 @@ def up(
     if as_json:
         _print_json({**service.status(), "address": where})
         return
-    console.print(f"service [bold]{name}[/] is up: {shards} shard(s), Ray at {where}")
-    console.print(f'use it:  stepwell.Prodigy(model.parameters(), service="{name}")', highlight=False)
+    _say(f"service [bold]{escape(name)}[/] is up: {shards} shard(s), Ray at {where}")
+    _say(f'use it:  stepwell.Prodigy(model.parameters(), service="{escape(name)}")')
 
 
 def status(
@@ -97,12 +101,12 @@ def save(name: Name, uri: Uri, address: Address = None, as_json: Json = False) -
     Example: stepwell save trainer /checkpoints/trainer
     """
     service = connect(name, address=address)
-    with notes.status(f"saving service {name!r} to {uri} ..."):
+    with notes.status(escape(f"saving service {name!r} to {uri} ...")):
         step = service.save(uri)
     if as_json:
         _print_json({"name": name, "uri": uri, "step": step})
     else:
-        console.print(f"saved step {step} of service [bold]{name}[/] to {uri}", highlight=False)
+        _say(f"saved step {step} of service [bold]{escape(name)}[/] to {escape(uri)}")
 
 
 def down(name: Name, address: Address = None, as_json: Json = False) -> None:
@@ -111,7 +115,7 @@ def down(name: Name, address: Address = None, as_json: Json = False) -> None:
     Example: stepwell down trainer
     """
     service = connect(name, address=address)
-    with notes.status(f"ending service {name!r} ..."):
+    with notes.status(escape(f"ending service {name!r} ...")):
         service.shutdown()
         ends_ray = cluster.is_own() and not [other for other in service_names() if other != name]
         if ends_ray:
@@ -119,7 +123,7 @@ def down(name: Name, address: Address = None, as_json: Json = False) -> None:
     if as_json:
         _print_json({"name": name, "ended_ray": ends_ray})
     else:
-        console.print(f"service [bold]{name}[/] is down" + (", and its Ray with it" if ends_ray else ""))
+        _say(f"service [bold]{escape(name)}[/] is down" + (", and its Ray with it" if ends_ray else ""))
 
 
 def _enter_cluster(address: str | None, shards: int, cpus_per_shard: float) -> bool:
@@ -151,14 +155,18 @@ def _placement(text: str) -> Placement:
 
 
 def _status_table(fields: dict[str, Any]) -> Table:
-    table = Table(title=f"service {fields['name']}", show_header=False, title_justify="left")
+    table = Table(title=escape(f"service {fields['name']}"), show_header=False, title_justify="left")
     shown = {**fields, **fields.get("scalars", {})}
     if fields["rule"] is None:
         shown["rule"] = "none yet: no worker has registered"
     for key, value in shown.items():
         if key not in ("name", "scalars"):
-            table.add_row(key, str(value))
+            table.add_row(key, escape(str(value)))
     return table
+
+
+def _say(markup: str) -> None:
+    console.print(markup, highlight=False, soft_wrap=True)
 
 
 def _print_json(fields: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..sharding.checkpoint import build_manifest, check_restorable, read_manifest, write_manifest
-from ..sharding.errors import NotRegisteredError, ServiceError, ServiceTimeoutError, UnknownRankError
+from ..sharding.errors import NotRegisteredError, ServiceError, ServiceTimeoutError, ShardLostError, UnknownRankError
 from ..sharding.job import JobSpec
 from ..sharding.shard import ShardStatus
 from .calls import gather
@@ -22,6 +22,7 @@ from .messages import LoadHeader, Registration, pack_job, unpack_job
 FORMING_TIMEOUT_S = 60.0
 STATE_TIMEOUT_S = 1800.0
 """Limit for operations that move the whole state."""
+RESTART_TIMEOUT_S = 120.0
 HOLD_TRIES = 3
 POLL_S = 0.05
 
@@ -40,7 +41,7 @@ class Coordinator:
         self._spec: JobSpec | None = None
         self._timeline = 0
         self._loaded = asyncio.Event()
-        self._has_workers = False
+        self._workers: dict[int, str] = {}
         self._left: set[int] = set()
         self._changing = asyncio.Lock()
 
@@ -67,10 +68,10 @@ class Coordinator:
             raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
         async with self._changing:
             await self._adopt(spec, rank)
-            self._has_workers = True
+            self._workers[rank] = incarnation
             self._left.discard(rank)
-            await self._all("admit", rank, incarnation, what=f"the shards to admit rank {rank}")
-        return await self._registration()
+            await self._admit(rank)
+            return await self._registration()
 
     async def wait_for_timeline(self, after: int, timeout_s: float) -> Registration:
         """Wait until the service is on a later timeline than ``after``: what other ranks do while rank 0 loads."""
@@ -79,21 +80,28 @@ class Coordinator:
             if asyncio.get_running_loop().time() > deadline:
                 raise ServiceTimeoutError(f"rank 0 did not load its state within {timeout_s:g} s")
             await asyncio.sleep(POLL_S)
-        return await self._registration()
+        async with self._changing:
+            return await self._registration()
 
     async def refresh(self) -> Registration:
         """Where the service stands now."""
-        if self._spec is None or not self._loaded.is_set():
-            raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
-        return await self._registration()
+        async with self._changing:
+            if not self._loaded.is_set():
+                raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
+            return await self._registration()
 
     async def load(self, values: Sequence[Any], header: LoadHeader) -> Registration:
-        """Load a state that rank 0 holds, beginning a new timeline. ``values`` is a list of one reference, passed on."""
+        """Load a state that rank 0 holds, beginning a new timeline.
+
+        Args:
+            values: A list of one reference, passed on to the shards.
+            header: The small part of the state.
+        """
         async with self._changing:
             self._timeline += 1
             await self._all("load", values[0], header, self._timeline, what="the shards to take the state")
             self._loaded.set()
-        return await self._registration()
+            return await self._registration()
 
     async def restore(self, uri: str) -> Registration:
         """Load a checkpoint, beginning a new timeline; without a job yet, the checkpoint's own."""
@@ -103,13 +111,16 @@ class Coordinator:
                 await self._lay_out(dataclasses.replace(manifest.spec, chunk_numel=self._config.chunk_numel))
             else:
                 check_restorable(manifest, self._spec, uri)
-            if not await self._is_whole():
-                await self._form_group()
-                await self._lay_out(self._require_spec())
-            self._timeline += 1
-            await self._all("restore", uri, self._timeline, what=f"the shards to read {uri}")
+            try:
+                await self._await_restarts()
+                await self._all("hold", what="the shards to come to rest")
+                await self._mend()
+                self._timeline += 1
+                await self._all("restore", uri, self._timeline, what=f"the shards to read {uri}")
+            finally:
+                await self._all("release", what="the shards to go on")
             self._loaded.set()
-        return await self._registration()
+            return await self._registration()
 
     async def save(self, uri: str) -> int:
         """Write a checkpoint between two steps; returns the number of steps in it."""
@@ -148,7 +159,7 @@ class Coordinator:
         if self._spec is None:
             await self._lay_out(spec)
             return
-        if not self._has_workers and spec.world_size != self._spec.world_size:
+        if not self._workers and spec.world_size != self._spec.world_size:
             self._spec = dataclasses.replace(self._spec, world_size=spec.world_size)
             await self._all("set_world_size", spec.world_size, what="the shards to take the number of workers")
         self._spec.require_same(spec, whose=f"rank {rank}")
@@ -159,7 +170,19 @@ class Coordinator:
 
     async def _registration(self) -> Registration:
         spec = self._require_spec()
-        status: ShardStatus = (await self._all("status", what="the shards' status"))[0]
+        statuses = await self._all("status", what="the shards' status")
+        lost = [index for index, status in enumerate(statuses) if status is None]
+        if lost:
+            raise ShardLostError(
+                f"shard {lost[0]} of {len(statuses)} was restarted and its state is gone; "
+                "restore the service from its last checkpoint with service.restore(URI)"
+            )
+        if len({(status.timeline, status.sequence) for status in statuses}) > 1:
+            raise ShardLostError(
+                f"the shards are at different steps: {[status.sequence for status in statuses]}; "
+                "restore the service from its last checkpoint with service.restore(URI)"
+            )
+        status: ShardStatus = statuses[0]
         return Registration(
             spec=pack_job(spec),
             timeline=status.timeline,
@@ -171,12 +194,35 @@ class Coordinator:
 
     async def _form_group(self) -> None:
         self._generation += 1
-        store = (await gather([self._shards[0].open_store.remote(FORMING_TIMEOUT_S)], timeout_s=FORMING_TIMEOUT_S, what="shard 0"))[0]
-        await self._all("join", self._generation, store, FORMING_TIMEOUT_S, what="the shards to form their group")
+        opening = self._shards[0].open_store.remote(FORMING_TIMEOUT_S)
+        store = (await gather([opening], timeout_s=FORMING_TIMEOUT_S, what="shard 0 to open a store"))[0]
+        await self._all(
+            "join", self._generation, store, FORMING_TIMEOUT_S, self._shards, what="the shards to form their group"
+        )
 
-    async def _is_whole(self) -> bool:
-        """Whether every shard still has the job; one that was restarted has not."""
-        return all(status is not None for status in await self._all("status", what="the shards' status"))
+    async def _await_restarts(self) -> None:
+        """Wait for shards that are being started again; calls to them fail at once."""
+        deadline = asyncio.get_running_loop().time() + RESTART_TIMEOUT_S
+        while True:
+            try:
+                await self._all("status", what="the shards to be started again")
+            except ShardLostError:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(POLL_S)
+            else:
+                return
+
+    async def _mend(self) -> None:
+        """Form the group anew; give the job back to shards that were restarted."""
+        await self._form_group()
+        if None in await self._all("status", what="the shards' status"):
+            await self._lay_out(self._require_spec())
+            for rank in self._workers:
+                await self._admit(rank)
+
+    async def _admit(self, rank: int) -> None:
+        await self._all("admit", rank, self._workers[rank], what=f"the shards to admit rank {rank}")
 
     async def _settle(self) -> ShardStatus:
         """Bring all shards to rest after the same step; they stay held."""
@@ -198,4 +244,3 @@ class Coordinator:
         if self._spec is None:
             raise NotRegisteredError(f"service {self._config.name!r} has no job yet; start a training script first")
         return self._spec
-

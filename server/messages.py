@@ -7,6 +7,8 @@ push means (rank, step, lengths) is checked by the shard that receives it.
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..sharding.errors import DTypeMismatchError, MessageError, TruncatedMessageError, UnknownVersionError
+from ..sharding.errors import (
+    DTypeMismatchError,
+    MessageError,
+    TruncatedMessageError,
+    UnknownVersionError,
+    UnsupportedParameterError,
+)
 from ..sharding.job import JobSpec
 from ..sharding.layout import dtype_from_name, dtype_name
 from ..sharding.push import PushHeader
@@ -82,7 +90,7 @@ def unpack_push(data: bytes) -> PushHeader:
         attempt=_field(fields, "attempt", _is_count),
         present=_field(fields, "present", lambda value: isinstance(value, bytes)),
         hyper=_field(fields, "hyper", lambda value: value is None or _is_map_of(value, _is_floats)),
-        scalars=_field(fields, "scalars", lambda value: value is None or _is_map_of(value, _is_float)),
+        scalars=_field(fields, "scalars", lambda value: value is None or _is_map_of(value, _is_finite)),
     )
 
 
@@ -93,7 +101,14 @@ def pack_job(spec: JobSpec) -> bytes:
 
 def unpack_job(data: bytes) -> JobSpec:
     """The reverse of :func:`pack_job`; raises as :func:`unpack_push`."""
-    return JobSpec.from_dict(_unpack("job", data))
+    fields = _unpack("job", data)
+    _field(fields, "rule", lambda value: isinstance(value, str))
+    _field(fields, "rule_fields", lambda value: isinstance(value, dict))
+    _field(fields, "params", lambda value: isinstance(value, list) and all(map(_is_param, value)))
+    _field(fields, "num_groups", _is_count)
+    _field(fields, "world_size", _is_count)
+    _field(fields, "chunk_numel", lambda value: value is None or _is_count(value))
+    return JobSpec.from_dict(fields)
 
 
 def to_wire(tensor: Tensor) -> WireTensor:
@@ -107,12 +122,18 @@ def from_wire(wire: WireTensor) -> Tensor:
     """The tensor of a flat array; it shares the array's memory and must not be written.
 
     Raises:
+        MessageError: If it is not a dtype's name and an array.
         DTypeMismatchError: If the array is not of the dtype that it is said to be.
     """
+    if not isinstance(wire, tuple) or len(wire) != 2 or not isinstance(wire[0], str):
+        raise MessageError(f"expected a dtype's name and a flat array, got {_describe(wire)}")
     name, array = wire
-    dtype = dtype_from_name(name)
+    try:
+        dtype = dtype_from_name(name)
+    except UnsupportedParameterError as error:
+        raise DTypeMismatchError(str(error)) from error
     carried = np.dtype(np.int16) if dtype == torch.bfloat16 else np.dtype(name)
-    if not isinstance(array, np.ndarray) or array.dtype != carried or array.ndim != 1:
+    if not isinstance(array, np.ndarray) or array.dtype != carried or array.ndim != 1 or not array.flags.c_contiguous:
         raise DTypeMismatchError(f"expected a flat {carried} array for {name}, got {_describe(array)}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -129,20 +150,24 @@ def _unpack(kind: str, data: bytes) -> dict[str, Any]:
     if not isinstance(data, bytes) or len(data) > MAX_MESSAGE_BYTES:
         raise MessageError(f"expected at most {MAX_MESSAGE_BYTES} bytes, got {_describe(data)}")
     try:
-        fields = msgpack.unpackb(data, strict_map_key=False)
-    except (msgpack.StackError, msgpack.ExtraData, msgpack.FormatError) as error:
-        raise MessageError(f"expected one {kind} message; the bytes are not msgpack ({type(error).__name__})") from error
+        fields = msgpack.unpackb(data)
+    except (msgpack.StackError, msgpack.ExtraData, msgpack.FormatError, UnicodeDecodeError) as error:
+        raise MessageError(
+            f"expected one {kind} message; the bytes are not msgpack ({type(error).__name__})"
+        ) from error
     except (ValueError, msgpack.UnpackException) as error:
-        raise TruncatedMessageError(f"expected a whole {kind} message, got {len(data)} bytes that end early ({error})") from error
+        raise TruncatedMessageError(
+            f"expected a whole {kind} message, got {len(data)} bytes that end early ({error})"
+        ) from error
     if not isinstance(fields, dict) or "version" not in fields:
         raise MessageError(f"expected a {kind} message, got something else in msgpack")
     if fields["version"] != PROTOCOL_VERSION:
         raise UnknownVersionError(
-            f"expected protocol version {PROTOCOL_VERSION}, got {fields['version']!r}; "
+            f"expected protocol version {PROTOCOL_VERSION}, got {_describe(fields['version'])}; "
             "run the same Stepwell release on workers and service"
         )
     if fields.get("kind") != kind:
-        raise MessageError(f"expected a {kind} message, got kind {fields.get('kind')!r}")
+        raise MessageError(f"expected a {kind} message, got kind {_describe(fields.get('kind'))}")
     return fields
 
 
@@ -162,6 +187,10 @@ def _is_float(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_floats(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and all(map(_is_float, value))
 
@@ -170,7 +199,16 @@ def _is_map_of(value: object, is_valid: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) and is_valid(item) for key, item in value.items())
 
 
+def _is_param(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    name, shape, dtype, group = value
+    is_shape = isinstance(shape, list) and all(map(_is_count, shape))
+    return isinstance(name, str) and is_shape and isinstance(dtype, str) and _is_count(group)
+
+
 def _describe(value: object) -> str:
-    text = repr(value)
-    shown = text if len(text) <= 60 else text[:57] + "..."
-    return f"{type(value).__name__} {shown}"
+    """Type and a short form of a value, which may be huge."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return f"{type(value).__name__} {reprlib.repr(value)}"

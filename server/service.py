@@ -19,6 +19,8 @@ from .shard_actor import ShardActor
 
 ACTOR_START_TIMEOUT_S = 120.0
 
+untyped_ray: Any = ray  # some of its functions have no types
+
 
 class Service:
     """A running service. :func:`launch` and :func:`connect` make it; as a context manager it shuts down on exit.
@@ -51,8 +53,9 @@ class Service:
         """Where the service stands, as plain values.
 
         Returns:
-            ``name``, ``num_shards``, ``generation``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``,
-            ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
+            ``name``, ``num_shards``, ``generation``; with a job also ``rule``, ``world_size``, ``num_params``,
+            ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and
+            ``size_bytes`` per shard.
         """
         config, spec, generation, shards = self._call("status", what="its status")
         fields: dict[str, Any] = {"name": config.name, "num_shards": config.num_shards, "generation": generation}
@@ -111,7 +114,7 @@ class Service:
         for actor in (*self.shards, self.coordinator):
             ray.kill(actor)
         _remove_group(self.config)
-        if self._owns_ray:
+        if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
     def _call(self, method: str, *args: Any, what: str) -> Any:
@@ -218,36 +221,34 @@ def _start(config: ServiceConfig, owns_ray: bool) -> Service:
     group = _reserve(config)
     lifetime = "detached" if config.detached else None
     common: dict[str, Any] = {"namespace": NAMESPACE, "lifetime": lifetime, "max_task_retries": 0}
-    strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(config.num_shards)]
     actors: list[Any] = []
     # Ray warns that removing the group ends its actors; that is what shutdown does.
     logging.getLogger("ray.actor").addFilter(_is_news)
     try:
-        coordinator = ray.remote(Coordinator).options(
-            name=config.coordinator_name, num_cpus=0, max_restarts=0, scheduling_strategy=strategies[0], **common
-        ).remote(config)  # fmt: skip
+        options: dict[str, Any] = {"name": config.coordinator_name, "num_cpus": 0, "max_restarts": 0}
+        coordinator = _start_actor(Coordinator, config, strategy=_place(group, 0), **common, **options)
         actors.append(coordinator)
-        shards = [
-            ray.remote(ShardActor).options(
-                name=config.shard_name(index),
-                num_cpus=config.num_cpus_per_shard,
-                num_gpus=config.num_gpus_per_shard,
-                max_restarts=-1,
-                scheduling_strategy=strategy,
-                **common,
-            ).remote(config, index)
-            for index, strategy in enumerate(strategies)
-        ]  # fmt: skip
-        actors += shards
-        wait_for(
-            [coordinator.start.remote(shards)], timeout_s=ACTOR_START_TIMEOUT_S, what=f"service {config.name!r} to start"
-        )
-    except StepwellError:
+        options = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard, "max_restarts": -1}
+        for index in range(config.num_shards):
+            options["name"] = config.shard_name(index)
+            actors.append(_start_actor(ShardActor, config, index, strategy=_place(group, index), **common, **options))
+        starting, what = coordinator.start.remote(actors[1:]), f"service {config.name!r} to start"
+        wait_for([starting], timeout_s=ACTOR_START_TIMEOUT_S, what=what)
+    except (StepwellError, ValueError):
         for actor in actors:
             ray.kill(actor)
         remove_placement_group(group)
         raise
-    return Service(config, coordinator, shards, owns_ray=owns_ray)
+    return Service(config, coordinator, actors[1:], owns_ray=owns_ray)
+
+
+def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+
+
+def _start_actor(actor_class: type, *args: Any, strategy: PlacementGroupSchedulingStrategy, **options: Any) -> Any:
+    remote_class: Any = ray.remote(actor_class)
+    return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -271,21 +272,22 @@ def _find_coordinator(name: str) -> Any | None:
 
 def _require_resources(config: ServiceConfig) -> None:
     """Refuse at once what the whole cluster, were it idle, has no room for."""
-    there = ray.cluster_resources()
+    there, num_nodes = untyped_ray.cluster_resources(), len(untyped_ray.nodes())
     for resource, each in (("GPU", config.num_gpus_per_shard), ("CPU", config.num_cpus_per_shard)):
         wanted, total = each * config.num_shards, there.get(resource, 0.0)
         if wanted > total:
             raise PlacementError(
                 f"{config.num_shards} shards with {each:g} {resource} each need {wanted:g} {resource}s; "
-                f"the cluster has {total:g} on {len(ray.nodes())} node(s). "
+                f"the cluster has {total:g} on {num_nodes} node(s). "
                 f"Ask for fewer shards, set num_{resource.lower()}s_per_shard lower, or add nodes."
             )
 
 
 def _reserve(config: ServiceConfig) -> PlacementGroup:
     bundle = {"CPU": config.num_cpus_per_shard, "GPU": config.num_gpus_per_shard}
-    bundle = {resource: amount for resource, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
-    group = placement_group(
+    # A bundle must hold something: a byte of memory, so that shards without CPUs have room where all CPUs are taken.
+    bundle = {resource: amount for resource, amount in bundle.items() if amount > 0} or {"memory": 1}
+    group: PlacementGroup = placement_group(
         [dict(bundle) for _ in range(config.num_shards)],
         strategy=config.placement,
         name=f"{config.name}/shards",
@@ -295,11 +297,11 @@ def _reserve(config: ServiceConfig) -> PlacementGroup:
         ray.get(group.ready(), timeout=config.placement_timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         remove_placement_group(group)
-        free = ray.available_resources()
+        free = untyped_ray.available_resources()
         raise PlacementError(
             f"no room for {config.num_shards} shards of {bundle} ({config.placement}) within "
             f"{config.placement_timeout_s:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
-            "End another service with `stepwell down`, or ask for fewer shards."
+            "End another service with `stepwell down`, or ask for fewer shards or less for each."
         ) from error
     return group
 

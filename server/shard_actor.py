@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,8 @@ from ..sharding.errors import (
     ServiceError,
     ServiceTimeoutError,
     ShardLostError,
+    StepwellError,
+    TimelineError,
 )
 from ..sharding.layout import dtype_from_name
 from ..sharding.push import Push
@@ -27,6 +29,10 @@ from ..sharding.shard import Decision, Receipt, Reduction, Shard, ShardStatus, S
 from .collective import Collective, GroupStore
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .messages import LoadHeader, WireTensor, from_wire, to_wire, unpack_job, unpack_push
+
+Outcome = StepResult | StepwellError
+PushKey = tuple[int, int, int]
+"""Timeline, sequence number and attempt."""
 
 
 class ShardActor:
@@ -39,17 +45,19 @@ class ShardActor:
 
     def __init__(self, config: ServiceConfig, shard: int) -> None:
         self._config, self._index = config, shard
-        self._host = ray.util.get_node_ip_address()
+        self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._device = _device(config)
+        torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
         self._shard: Shard | None = None
         self._store: GroupStore | None = None
         self._collective: Collective | None = None
+        self._peers: list[Any] = []
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
-        self._outcome: asyncio.Future[StepResult | ServiceError] | None = None
+        self._outcome: asyncio.Future[Outcome] | None = None
+        self._outcome_of_push: dict[int, tuple[PushKey, asyncio.Future[Outcome]]] = {}
+        self._patience: asyncio.TimerHandle | None = None
         self._held_after: int | None = None
-        self._released = asyncio.Event()
-        self._released.set()
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     # Forming the group; called by the coordinator
@@ -59,10 +67,15 @@ class ShardActor:
         self._store = GroupStore(self._host, timeout_s)
         return self._store.address
 
-    async def join(self, generation: int, store_address: tuple[str, int], timeout_s: float) -> str:
-        """Form the group of ``generation`` with all other shards; returns this process's incarnation."""
-        if self._collective is not None and generation <= self._collective.generation:
-            raise ServiceError(f"expected a generation after {self._collective.generation}, got {generation}")
+    async def join(
+        self, generation: int, store_address: tuple[str, int], timeout_s: float, shards: Sequence[Any]
+    ) -> str:
+        """Leave the last group and form that of ``generation`` with all ``shards``; returns this incarnation."""
+        if self._collective is not None:
+            if generation <= self._collective.generation:
+                raise ServiceError(f"expected a generation after {self._collective.generation}, got {generation}")
+            self._collective.close()
+        self._peers = [shard for index, shard in enumerate(shards) if index != self._index]
         self._collective = await asyncio.get_running_loop().run_in_executor(
             None,
             lambda: Collective(
@@ -76,6 +89,10 @@ class ShardActor:
             ),
         )
         return self._incarnation
+
+    async def generation(self) -> int:
+        """The generation of a group that this shard can use; 0 if there is none."""
+        return self._collective.generation if self._collective is not None and self._collective.is_open else 0
 
     # The job and its state; called by the coordinator
 
@@ -107,6 +124,7 @@ class ShardActor:
             skipped_steps=header.skipped_steps,
         )
         await self._compute(lambda: self._job().load(source, timeline=timeline))
+        self._dismiss_pushes()
 
     async def restore(self, uri: str, timeline: int) -> None:
         """Take the state of a checkpoint."""
@@ -116,44 +134,44 @@ class ShardActor:
                 self._job().load(reader.source(), timeline=timeline)
 
         await self._compute(restore)
+        self._dismiss_pushes()
 
     async def hold(self) -> int:
         """Begin no step after the one that is under way; returns the step to wait for, see :meth:`settle`."""
-        shard = self._job()
-        self._held_after = shard.sequence + (self._step is not None and not self._step.done())
-        self._released.clear()
+        sequence = 0 if self._shard is None else self._shard.sequence
+        self._held_after = sequence + self._is_stepping
         return self._held_after
 
     async def settle(self, sequence: int, timeout_s: float) -> ShardStatus:
-        """Run steps up to ``sequence``, no further, and wait for them; returns where the shard stands then."""
+        """Run steps up to ``sequence``, no further, and wait for them; returns where the shard stands then.
+
+        A step that is given up counts as done.
+        """
         self._held_after = sequence
         deadline = asyncio.get_running_loop().time() + timeout_s
         self._start_if_complete()
-        while self._job().sequence < sequence or (self._step is not None and not self._step.done()):
+        while self._whole_job().sequence < sequence or self._is_stepping:
             left = deadline - asyncio.get_running_loop().time()
-            try:
-                await asyncio.wait_for(asyncio.shield(self._next_outcome()), max(left, 0.001))
-            except TimeoutError as error:
-                raise ServiceTimeoutError(
-                    f"shard {self._index}: step {sequence} was not done within {timeout_s:g} s"
-                ) from error
-            await asyncio.sleep(0)
-        return self._job().status()
+            outcome = await self._wait(self._next_outcome(), sequence, max(left, 0.001))
+            if outcome.decision is Decision.ABORT:
+                self._held_after = self._whole_job().sequence
+                break
+        return self._whole_job().status()
 
     async def release(self) -> None:
         """Go on with steps after a :meth:`hold`."""
         self._held_after = None
-        self._released.set()
         self._start_if_complete()
 
     async def save(self, uri: str, save_id: str) -> ShardFile:
         """Write this shard's file of a checkpoint; the service is held meanwhile."""
         name = shard_file_name(save_id, self._index, self._config.num_shards)
-        return await self._compute(lambda: write_shard(self._job().buffers, uri, name))
+        file: ShardFile = await self._compute(lambda: write_shard(self._whole_job().buffers, uri, name))
+        return file
 
     async def export(self) -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
         """Every owned piece as (param, slot, offset, values), and where the shard stands."""
-        shard = self._job()
+        shard = self._whole_job()
 
         def export() -> list[tuple[int, str, int, WireTensor]]:
             return [(piece.param, slot, piece.offset, to_wire(v)) for slot, piece, v in shard.buffers.export()]
@@ -168,125 +186,212 @@ class ShardActor:
 
     async def push(
         self, request: bytes, gradient: Sequence[WireTensor], reloaded: Mapping[int, WireTensor] | None = None
-    ) -> str:
-        """Check a push, keep it and acknowledge it at once; start the step when it is complete."""
-        header = unpack_push(request)
-        shard = self._job()
-        parts = tuple(from_wire(wire) for wire in gradient)
-        changed = {index: from_wire(wire) for index, wire in (reloaded or {}).items()}
-        receipt = shard.receive(Push(header, parts, changed))
-        if receipt is Receipt.COMPLETE:
-            self._start_if_complete()
-        elif receipt is Receipt.WAITING:
-            loop = asyncio.get_running_loop()
-            loop.call_later(self._config.worker_timeout_s, self._give_up, header.timeline, header.sequence)
-        return receipt.value
+    ) -> str | StepwellError:
+        """Check a push, keep it and acknowledge it at once; start the step when it is complete.
+
+        Returns:
+            What became of it, or why it was refused. As a value: Ray prints raised errors that nobody has fetched.
+        """
+        try:
+            return self._receive(request, gradient, reloaded or {}).value
+        except StepwellError as error:
+            return error
 
     async def pull(
-        self, timeline: int, sequence: int, dtypes: Sequence[str], timeout_s: float
-    ) -> tuple[StepResult, list[WireTensor]]:
-        """Wait for step ``sequence`` to be decided; its result and, after a COMMIT, the owned parameters.
+        self, timeline: int, sequence: int, rank: int, attempt: int, dtypes: Sequence[str], timeout_s: float
+    ) -> tuple[Outcome, list[WireTensor]]:
+        """Wait for the decision of step ``sequence``; its result and, after a COMMIT, the owned parameters.
 
-        Raises:
-            SequenceError: If it is not the last step or the next one.
-            ServiceTimeoutError: If it is not decided within ``timeout_s``.
-            ShardLostError: If another shard was lost meanwhile.
+        May come before the push that it belongs to, or after the decision.
+
+        Returns:
+            In place of the result an error, as for :meth:`push`: SequenceError, if it is not the last step or the next
+            one or the service was restored meanwhile; ServiceTimeoutError; ShardLostError, if another shard was lost.
         """
-        shard = self._job()
-        result = shard.result(timeline, sequence)
-        if result is None or result.decision is Decision.ABORT:
-            result = await self._wait(timeline, sequence, timeout_s)
-        committed = result.decision is Decision.COMMIT
-        return result, await self.parameters(dtypes) if committed else []
+        try:
+            result = await self._result((timeline, sequence, attempt), rank, timeout_s)
+            return result, await self.parameters(dtypes) if result.decision is Decision.COMMIT else []
+        except StepwellError as error:
+            return error, []
 
     async def decided(self, timeline: int, sequence: int, timeout_s: float) -> StepResult | None:
-        """The result of step ``sequence`` if it was taken; waits for one that is under way, never for one that is not."""
+        """The result of step ``sequence`` if it was taken; waits for one that is under way, for no other."""
         result = self._job().result(timeline, sequence)
-        if result is None and self._step is not None and not self._step.done():
-            return await self._wait(timeline, sequence, timeout_s)
+        if result is None and self._is_stepping:
+            return await self._wait(self._next_outcome(), sequence, timeout_s)
         return result
 
     async def parameters(self, dtypes: Sequence[str]) -> list[WireTensor]:
         """The owned parameters, flat, per extent, in the wanted dtypes."""
-        return [to_wire(part) for part in self._job().parameters([dtype_from_name(name) for name in dtypes])]
+        return [to_wire(part) for part in self._whole_job().parameters([dtype_from_name(name) for name in dtypes])]
+
+    async def attend(self, timeline: int, sequence: int) -> None:
+        """Vote on a step that another shard waits in, whoever is missing here; called by that shard.
+
+        So a worker that died before it had reached all shards stops none of them for good.
+        """
+        shard = self._shard
+        if shard is not None and (shard.timeline, shard.sequence + 1) == (timeline, sequence) and self._is_free(shard):
+            self._start(shard)
 
     # Within
+
+    def _receive(self, request: bytes, gradient: Sequence[WireTensor], reloaded: Mapping[int, WireTensor]) -> Receipt:
+        header = unpack_push(request)
+        parts = tuple(from_wire(wire) for wire in gradient)
+        changed = {index: from_wire(wire) for index, wire in reloaded.items()}
+        receipt = self._job().receive(Push(header, parts, changed))
+        if receipt is not Receipt.DECIDED:
+            key = (header.timeline, header.sequence, header.attempt)
+            self._outcome_of_push[header.rank] = key, self._next_outcome()
+        if receipt is Receipt.COMPLETE:
+            self._start_if_complete()
+        elif receipt is Receipt.WAITING:
+            self._wait_for_missing()
+        return receipt
+
+    async def _result(self, key: PushKey, rank: int, timeout_s: float) -> StepResult:
+        timeline, sequence, _ = key
+        result = self._job().result(timeline, sequence)
+        if result is not None and result.decision is not Decision.ABORT:
+            return result
+        known, outcome = self._outcome_of_push.get(rank, (None, None))
+        if outcome is None or known != key:
+            outcome = self._next_outcome()
+        return await self._wait(outcome, sequence, timeout_s)
 
     def _job(self) -> Shard:
         if self._shard is None:
             raise NotRegisteredError(
-                f"shard {self._index} holds no job; it may have been restarted. Register the job, or restore its last checkpoint."
+                f"shard {self._index} holds no job; it may have been restarted. "
+                "Register the job, or restore its last checkpoint."
             )
         return self._shard
 
-    async def _compute(self, work: Any) -> Any:
+    def _whole_job(self) -> Shard:
+        """As :meth:`_job`, for who reads slots: refuses if a step or a load was cut off in the middle of them."""
+        shard = self._job()
+        shard.result(shard.timeline, shard.sequence)
+        return shard
+
+    @property
+    def _is_stepping(self) -> bool:
+        return self._step is not None and not self._step.done()
+
+    async def _compute(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._data, work)
 
-    async def _wait(self, timeline: int, sequence: int, timeout_s: float) -> StepResult:
+    async def _wait(self, outcome: asyncio.Future[Outcome], sequence: int, timeout_s: float) -> StepResult:
         try:
-            outcome = await asyncio.wait_for(asyncio.shield(self._next_outcome()), timeout_s)
+            result = await asyncio.wait_for(asyncio.shield(outcome), timeout_s)
         except TimeoutError as error:
             missing = self._job().missing_ranks
             raise ServiceTimeoutError(
                 f"shard {self._index}: step {sequence} was not decided within {timeout_s:g} s; "
                 f"missing ranks: {missing or 'none, the shards are still at it'}"
             ) from error
-        if isinstance(outcome, ServiceError):
-            raise outcome
-        return outcome
+        if isinstance(result, StepwellError):
+            raise result
+        return result
 
-    def _next_outcome(self) -> asyncio.Future[StepResult | ServiceError]:
+    def _next_outcome(self) -> asyncio.Future[Outcome]:
+        """What will be told to all who wait for the step that is under way or the next one."""
         if self._outcome is None:
             self._outcome = asyncio.get_running_loop().create_future()
         return self._outcome
 
-    def _give_up(self, timeline: int, sequence: int) -> None:
+    def _tell(self, outcome: Outcome) -> None:
+        waiting, self._outcome = self._next_outcome(), None
+        waiting.set_result(outcome)
+
+    def _dismiss_pushes(self) -> None:
+        """Tell the senders of pushes that a new timeline has swept away."""
+        self._stop_waiting_for_missing()
+        self._tell(
+            TimelineError(
+                "the service was restored or loaded before this step began. "
+                "Call refresh() on every rank to take over its parameters and step number."
+            )
+        )
+
+    def _wait_for_missing(self) -> None:
+        if self._patience is None:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(self._config.worker_timeout_s, self._give_up)
+
+    def _stop_waiting_for_missing(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        self._patience = None
+
+    def _give_up(self) -> None:
         """Vote the step down if it still lacks a rank when its time is over."""
+        self._patience = None
         shard = self._shard
-        if shard is None or (shard.timeline, shard.sequence + 1) != (timeline, sequence):
-            return
-        if shard.is_waiting and (self._step is None or self._step.done()):
-            self._step = asyncio.get_running_loop().create_task(self._run_step(shard))
+        if shard is not None and shard.is_waiting:
+            if self._may_start(shard):
+                self._start(shard)
+            else:
+                self._wait_for_missing()
 
     def _start_if_complete(self) -> None:
         shard = self._shard
-        running = self._step is not None and not self._step.done()
-        if shard is not None and not running and shard.is_waiting and not shard.missing_ranks:
-            if self._held_after is None or shard.sequence < self._held_after:
-                self._step = asyncio.get_running_loop().create_task(self._run_step(shard))
+        if shard is not None and self._may_start(shard) and not shard.missing_ranks:
+            self._start(shard)
+
+    def _may_start(self, shard: Shard) -> bool:
+        return shard.is_waiting and self._is_free(shard)
+
+    def _is_free(self, shard: Shard) -> bool:
+        is_held = self._held_after is not None and shard.sequence >= self._held_after
+        return not self._is_stepping and not is_held
+
+    def _start(self, shard: Shard) -> None:
+        self._stop_waiting_for_missing()
+        self._step = asyncio.get_running_loop().create_task(self._run_step(shard))
 
     async def _run_step(self, shard: Shard) -> None:
-        outcome: StepResult | ServiceError = ServiceError(f"shard {self._index} failed in a step; its log has the traceback")
+        loop = asyncio.get_running_loop()
+        calling = loop.call_later(self._config.worker_timeout_s, self._call_peers, shard.timeline, shard.sequence + 1)
+        outcome: Outcome = ServiceError(f"shard {self._index} failed in a step; its log has the traceback")
         try:
             outcome = await self._compute(lambda: _drive(shard.step(), self._collective))
         except ServiceError as error:
             outcome = error
         finally:
-            waiting, self._outcome = self._next_outcome(), None
-            waiting.set_result(outcome)
+            calling.cancel()
+            self._tell(outcome)
+            # The next step's pushes may have come in already.
+            loop.call_soon(self._start_if_complete)
+
+    def _call_peers(self, timeline: int, sequence: int) -> None:
+        for peer in self._peers:
+            peer.attend.remote(timeline, sequence)
 
 
 def _drive(step: Reduction, collective: Collective | None) -> StepResult:
     """Run a step to its end, all-reducing whatever it yields."""
     if collective is None:
         raise ShardLostError("the shards have no process group; restart the service")
-    vector = next(step)
-    while True:
-        try:
-            total = collective.all_reduce(vector)
-        except ShardLostError:
-            step.close()
-            raise
-        try:
-            vector = step.send(total)
-        except StopIteration as stop:
-            result: StepResult = stop.value
-            return result
+    try:
+        vector = next(step)
+        while True:
+            vector = step.send(collective.all_reduce(vector))
+    except StopIteration as stop:
+        result: StepResult = stop.value
+        return result
+    except BaseException:
+        collective.close()  # the others must not wait for this shard
+        raise
+    finally:
+        step.close()
 
 
 def _device(config: ServiceConfig) -> torch.device:
     if config.num_gpus_per_shard == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise PlacementError("Ray placed this shard on a GPU, but torch finds no CUDA device there; install a CUDA build of torch")
+        raise PlacementError(
+            "Ray placed this shard on a GPU, but torch finds no CUDA device there; install a CUDA build of torch"
+        )
     return torch.device("cuda", 0)

@@ -1,1 +1,40 @@
-"""sharding."""
+"""The flat space and its shards: layout, resharding, exact sums, one step, the checkpoint format, the errors.
+
+Knows no Ray, no sockets and no threads. A :class:`Shard` owns a part of a :class:`JobSpec`'s flat space;
+:class:`ShardGroup` drives several of them in one process, `stepwell.server` as actors.
+"""
+
+from .buffers import MASTER, StateSource
+from .checkpoint import CheckpointReader, Manifest, ShardFile, read_manifest, write_manifest, write_shard
+from .errors import StepwellError
+from .inprocess import ShardGroup
+from .job import JobSpec
+from .layout import Layout, ParamSpec
+from .push import Push, PushHeader, pack_present, unpack_present
+from .shard import Decision, Receipt, Reduction, Shard, ShardStatus, StepResult
+
+__all__ = [
+    "MASTER",
+    "CheckpointReader",
+    "Decision",
+    "JobSpec",
+    "Layout",
+    "Manifest",
+    "ParamSpec",
+    "Push",
+    "PushHeader",
+    "Receipt",
+    "Reduction",
+    "Shard",
+    "ShardFile",
+    "ShardGroup",
+    "ShardStatus",
+    "StateSource",
+    "StepResult",
+    "StepwellError",
+    "pack_present",
+    "read_manifest",
+    "unpack_present",
+    "write_manifest",
+    "write_shard",
+]

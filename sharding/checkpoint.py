@@ -123,13 +123,15 @@ class Manifest:
                     f"{uri}: expected a checkpoint of format {FORMAT_VERSION} or older, got {fields['version']}; "
                     "read it with a newer Stepwell"
                 )
+            spec = JobSpec.from_dict(fields["job"])
+            spec.rule.check_scalars(fields["scalars"])
             return cls(
-                spec=JobSpec.from_dict(fields["job"]),
-                sequence=int(fields["sequence"]),
-                step=int(fields["step"]),
-                skipped_steps=int(fields["skipped_steps"]),
-                scalars={str(name): value for name, value in fields["scalars"].items()},
-                step_counts=tuple(int(count) for count in fields["step_counts"]),
+                spec=spec,
+                sequence=_count(fields["sequence"]),
+                step=_count(fields["step"]),
+                skipped_steps=_count(fields["skipped_steps"]),
+                scalars=fields["scalars"],
+                step_counts=tuple(_count(count) for count in fields["step_counts"]),
                 kernel_identity=str(fields["kernel_identity"]),
                 files=tuple(_file_entry(name, size) for name, size in fields["files"]),
                 pieces=tuple(_piece(len(fields["files"]), *piece) for piece in fields["pieces"]),
@@ -361,6 +363,12 @@ def _require_whole(manifest: Manifest, uri: str) -> None:
                 )
     if by_slot or len(manifest.step_counts) != len(manifest.spec.params):
         raise CheckpointError(f"{uri}: the manifest is damaged: it does not fit its own job; use another checkpoint")
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def _file_entry(name: object, size_bytes: object) -> tuple[str, int]:

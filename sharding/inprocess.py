@@ -71,11 +71,22 @@ class ShardGroup:
 
 
 def run_in_lockstep(steps: Sequence[Reduction]) -> StepResult:
-    """Drive every shard's step from reduction to reduction.
+    """Drive every shard's step from reduction to reduction; if one fails, none is left half way.
 
     Raises:
         StepAbortedError: If the shards came to different results, which a bug alone can do.
     """
+    try:
+        results = _drive(steps)
+    finally:
+        for step in steps:
+            step.close()
+    if len(results) != len(steps) or len({result.decision for result in results}) != 1:
+        raise StepAbortedError(f"the shards disagree: {[result.decision.value for result in results]}")
+    return results[0]
+
+
+def _drive(steps: Sequence[Reduction]) -> list[StepResult]:
     vectors = [next(step) for step in steps]
     results: list[StepResult] = []
     while not results:
@@ -86,6 +97,4 @@ def run_in_lockstep(steps: Sequence[Reduction]) -> StepResult:
                 vectors.append(step.send(total))
             except StopIteration as stop:
                 results.append(stop.value)
-    if len(results) != len(steps) or len({result.decision for result in results}) != 1:
-        raise StepAbortedError(f"the shards disagree: {[result.decision.value for result in results]}")
-    return results[0]
+    return results

@@ -61,14 +61,16 @@ class JobSpec:
                 dtype_from_name(param.dtype)
                 if not 0 <= param.group < int(fields["num_groups"]) or min(param.shape, default=0) < 0:
                     raise ValueError(f"{param} is in no group, or has no size")
+            if int(fields["world_size"]) < 1:
+                raise ValueError(f"world_size is {fields['world_size']}")
             return cls(
                 rule=RULES.build(fields["rule"], fields["rule_fields"]),
                 params=tuple(params),
                 num_groups=int(fields["num_groups"]),
                 world_size=int(fields["world_size"]),
-                chunk_numel=fields["chunk_numel"],
+                chunk_numel=None if fields["chunk_numel"] is None else int(fields["chunk_numel"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise MessageError(f"expected a job description; {type(error).__name__}: {error}") from error
 
     def require_same(self, other: JobSpec, *, whose: str) -> None:

@@ -43,7 +43,8 @@ class PushHeader:
 
     def digest(self) -> bytes:
         """Digest of the whole header, equal on all shards that hold the same push."""
-        return hashlib.sha256(msgpack.packb(dataclasses.astuple(self))).digest()
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return hashlib.sha256(msgpack.packb(fields)).digest()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -193,6 +193,7 @@ class Shard:
         self.timeline, self.sequence = timeline, source.sequence
         self.num_steps, self.num_skipped = source.step, source.skipped_steps
         self._inbox, self._last_result, self._lost = Inbox(self.spec.world_size), None, None
+        self._taken = {}
 
     def set_world_size(self, world_size: int) -> None:
         """Change the number of workers, between two jobs' workers; those admitted so far are forgotten."""
@@ -213,8 +214,8 @@ class Shard:
             self._require_taken(header)
             return Receipt.DECIDED
         if self._deciding is not None:
-            held = self._deciding[header.rank].header if header.rank < len(self._deciding) else None
-            if held is None or held.attempt != header.attempt:
+            held = {(push.header.rank, push.header.incarnation, push.header.attempt) for push in self._deciding}
+            if (header.rank, header.incarnation, header.attempt) not in held:
                 raise AttemptError(
                     f"step {header.sequence} is being decided without attempt {header.attempt}; ask for its result"
                 )
@@ -372,6 +373,11 @@ class Shard:
 
     def _require_taken(self, header: PushHeader) -> None:
         """Refuse a new push for a step that was taken with another one; a repeat of that one is fine."""
+        if self._last_result is None:
+            raise StaleRequestError(
+                f"expected step {self.sequence + 1}, got {header.sequence}, "
+                "which was decided before this timeline began"
+            )
         taken = self._taken.get(header.rank)
         if taken is not None and (taken.incarnation, taken.attempt) != (header.incarnation, header.attempt):
             raise AttemptError(
@@ -398,8 +404,8 @@ class Shard:
         except ValueError as error:
             raise HyperparameterError(str(error)) from error
         for index, value in push.reloaded.items():
-            if not 0 <= index < len(self.spec.params) or value.numel() != self.spec.params[index].numel:
-                raise MessageError(f"reloaded: parameter {index} with {value.numel()} elements is not one of the job's")
+            if not 0 <= index < len(self.spec.params) or value.shape != (self.spec.params[index].numel,):
+                raise MessageError(f"reloaded: parameter {index} of shape {list(value.shape)} is not one of the job's")
             if not bool(torch.isfinite(value).all()):
                 raise MessageError(
                     f"reloaded: parameter {index} was changed by hand and holds inf or NaN; mend it first"

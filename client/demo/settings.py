@@ -33,7 +33,7 @@ class DemoSettings:
     LEARNING_RATES: ClassVar[dict[str, float]] = {"prodigy": 1.0, "adamw": 1e-3, "lamb": 1e-2}
 
     rule: str = "prodigy"
-    steps: int = 1000
+    steps: int = 800
     num_shards: int = 2
     num_workers: int = 2
     resume: str | None = None

@@ -1,0 +1,115 @@
+"""Two workers whose every message a test writes and sends itself, beside the same job in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+
+import stepwell
+from stepwell.optim import Rule
+from stepwell.server.messages import LoadHeader, Registration, from_wire, pack_job, pack_push, to_wire
+from stepwell.sharding.buffers import MASTER
+from stepwell.sharding.push import Push
+from stepwell.sharding.shard import StepResult
+from tests.zoo import Problem, Run, State
+
+LIMIT_S = 60.0
+
+Answer = str | stepwell.StepwellError
+Reply = StepResult | stepwell.StepwellError
+
+
+class HandJob:
+    """A job on a service's shards, and the oracle that takes the same steps.
+
+    Args:
+        service: The service.
+        problem: What to train.
+        rule: With what.
+        world_size: How many workers.
+    """
+
+    def __init__(self, service: stepwell.Service, problem: Problem, rule: Rule, *, world_size: int = 2) -> None:
+        self.service = service
+        self.oracle = Run(problem, rule, num_shards=len(service.shards), world_size=world_size)
+        self.timeline = 0
+        for rank in range(world_size):
+            self.register(rank)
+        values = {(index, MASTER.name): to_wire(problem.initial(index)) for index in range(len(problem.tensors))}
+        self.timeline = self.ask("load", [ray.put(values)], LoadHeader()).timeline
+
+    def ask(self, method: str, *arguments: Any) -> Registration:
+        """Ask the coordinator."""
+        call = getattr(self.service.coordinator, method).remote(*arguments)
+        registration: Registration = ray.get(call, timeout=LIMIT_S)
+        return registration
+
+    def register(self, rank: int, incarnation: str | None = None) -> Registration:
+        return self.ask("register", pack_job(self.oracle.group.spec), rank, incarnation or f"worker-{rank}")
+
+    def pushes(self, rank: int, **changes: Any) -> list[Push]:
+        """What a rank would push now, a part for each shard; see :meth:`tests.zoo.Run.pushes`."""
+        return self.oracle.pushes(rank, **{"timeline": self.timeline, **changes})
+
+    def send(self, pushes: Sequence[Push], shards: Sequence[int] | None = None) -> list[Answer]:
+        """Send each shard its part, all of them unless ``shards`` says otherwise."""
+        return [
+            self.send_bytes(shard, pack_push(pushes[shard].header), [to_wire(part) for part in pushes[shard].gradient])
+            for shard in (range(len(pushes)) if shards is None else shards)
+        ]
+
+    def send_bytes(self, shard: int, request: Any, gradient: Sequence[Any]) -> Answer:
+        answer: Answer = ray.get(self.service.shards[shard].push.remote(request, gradient, {}), timeout=LIMIT_S)
+        return answer
+
+    def ask_result(self, push: Push, shard: int = 0, timeout_s: float = LIMIT_S) -> Any:
+        """The reference of a reply to a push."""
+        header, dtypes = push.header, ["float32"]
+        return self.service.shards[shard].pull.remote(
+            header.timeline, header.sequence, header.rank, header.attempt, dtypes, timeout_s
+        )
+
+    def result(self, push: Push, shard: int = 0) -> Reply:
+        """The reply to a push."""
+        reply: Reply = ray.get(self.ask_result(push, shard), timeout=LIMIT_S)[0]
+        return reply
+
+    def step(self, attempt: int = 0) -> None:
+        """One step on both sides."""
+        pushes = [self.pushes(rank, attempt=attempt) for rank in range(self.oracle.world_size)]
+        for each in pushes:
+            self.send(each)
+        results = [self.result(each[shard], shard) for each in pushes for shard in range(len(each))]
+        expected = self.oracle.step(attempt=attempt)
+        assert results == [expected] * len(results)
+
+    def state(self) -> State:
+        """Every slot of every shard, as its actor exports it."""
+        exports = ray.get([shard.export.remote() for shard in self.service.shards], timeout=LIMIT_S)
+        pieces = sorted(
+            (
+                (slot, param, offset, from_wire(wire))
+                for exported, _ in exports
+                for param, slot, offset, wire in exported
+            ),
+            key=lambda piece: piece[:3],
+        )
+        names = {slot for slot, _, _, _ in pieces}
+        indices = range(len(self.oracle.problem.tensors))
+        empty = torch.zeros(0)
+        status = exports[0][1]
+        return State(
+            slots={
+                name: [
+                    torch.cat([empty, *(values for slot, param, _, values in pieces if (slot, param) == (name, index))])
+                    for index in indices
+                ]
+                for name in names
+            },
+            scalars=dict(status.scalars),
+            step_counts=tuple(status.step_counts),
+            counters=(status.sequence, status.step, status.skipped_steps),
+        )

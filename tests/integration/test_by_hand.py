@@ -1,0 +1,261 @@
+"""What the shards make of requests that no worker should send: nothing moves, the answer says why, the job goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from stepwell.optim import ProdigyRule
+from stepwell.server.messages import pack_push, to_wire
+from stepwell.sharding.errors import (
+    AttemptError,
+    DTypeMismatchError,
+    FutureRequestError,
+    HyperparameterError,
+    IncarnationError,
+    MessageError,
+    MissingRankError,
+    RequestError,
+    ShapeMismatchError,
+    StaleRequestError,
+    StepAbortedError,
+    StepwellError,
+    TimelineError,
+    TruncatedMessageError,
+    UnknownRankError,
+    UnknownVersionError,
+)
+from stepwell.sharding.shard import Decision, StepResult
+from tests.integration.by_hand import LIMIT_S, HandJob
+from tests.integration.conftest import Launch
+from tests.zoo import assert_same_state, small
+
+WORKER_TIMEOUT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def module_job(module_launch: Launch) -> HandJob:
+    job = HandJob(module_launch(3, worker_timeout_s=WORKER_TIMEOUT_S), small(), ProdigyRule(d0=0.1))
+    for _ in range(3):
+        job.step()
+    return job
+
+
+@pytest.fixture
+def job(module_job: HandJob) -> Iterator[HandJob]:
+    """At rest before a test and after it: whatever happened, the next step goes through and gives the oracle's bits."""
+    assert_same_state(module_job.state(), module_job.oracle.state())
+    yield module_job
+    module_job.step(attempt=9)
+    assert_same_state(module_job.state(), module_job.oracle.state())
+
+
+def test_step_that_waits_for_a_rank_has_moved_nothing(job: HandJob) -> None:
+    assert job.send(job.pushes(1)) == ["waiting"] * 3
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def test_repeated_push_counts_once(job: HandJob) -> None:
+    for _ in range(3):
+        assert job.send(job.pushes(0)) == ["waiting"] * 3
+    other = {index: torch.ones_like(grad) for index, grad in job.oracle.gradients(0).items()}
+    assert job.send(job.pushes(0, gradients=other)) == ["waiting"] * 3, "of the same attempt, so taken for a repeat"
+    last = [job.pushes(0), job.pushes(1)]
+    job.step()
+    for pushes in last:
+        assert job.send(pushes) == ["decided"] * 3
+        assert [job.result(pushes[0]), job.result(pushes[2], shard=2)] == [last_result(job)] * 2
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def last_result(job: HandJob) -> StepResult:
+    shard = job.oracle.group.shards[0]
+    return StepResult(shard.sequence, Decision.COMMIT, dict(shard.scalars))
+
+
+def test_order_of_ranks_and_shards_does_not_matter(job: HandJob) -> None:
+    first, second = job.pushes(0), job.pushes(1)
+    waiting = job.ask_result(first[1], shard=1)  # a request for the result that overtook its push
+    job.send(second, [2, 0])
+    job.send(first, [1, 0])
+    job.send(second, [1])
+    job.send(first, [2])
+    job.oracle.step()
+    assert ray.get(waiting, timeout=LIMIT_S)[0] == last_result(job)
+    assert job.result(second[0]) == last_result(job)
+    assert_same_state(job.state(), job.oracle.state())
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], type[StepwellError]]] = {
+    "a step that is long decided": ({"sequence": 1}, StaleRequestError),
+    "a step after the next": ({"sequence": 1000}, FutureRequestError),
+    "an old timeline": ({"timeline": 0}, TimelineError),
+    "a timeline to come": ({"timeline": 77}, TimelineError),
+    "another process": ({"incarnation": "worker-0-before"}, IncarnationError),
+    "the other rank's process": ({"incarnation": "worker-1"}, IncarnationError),
+    "a mask of another model": ({"present": b"\xff\xff\xff"}, ShapeMismatchError),
+    "no hyperparameters": ({"hyper": None}, MessageError),
+    "scalars of another rule": ({"scalars": {"loss": 1.0}}, HyperparameterError),
+    "a step size that is none": ({"hyper": {"lr": [float("nan")] * 2}}, MessageError),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_push_is_refused_by_every_shard(job: HandJob, case: str) -> None:
+    changes, error = REFUSALS[case]
+    for answer in job.send(job.pushes(0, **changes)):
+        assert type(answer) is error
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def test_push_of_a_rank_that_is_none_is_refused(job: HandJob) -> None:
+    push = job.pushes(1)[0]
+    header = dataclasses.replace(push.header, rank=2)
+    assert type(job.send_bytes(0, pack_push(header), [to_wire(part) for part in push.gradient])) is UnknownRankError
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def test_older_attempt_is_refused_and_the_newer_one_counts(job: HandJob) -> None:
+    zeros = {index: torch.zeros_like(grad) for index, grad in job.oracle.gradients(0).items()}
+    job.send(job.pushes(0, attempt=1, gradients=zeros))
+    assert job.send(job.pushes(0, attempt=3)) == ["waiting"] * 3
+    for answer in job.send(job.pushes(0, attempt=2, gradients=zeros)):
+        assert type(answer) is AttemptError
+    last = job.pushes(1)
+    job.send(last)
+    job.oracle.step()
+    assert job.result(last[0]) == last_result(job)
+    assert_same_state(job.state(), job.oracle.state())
+
+
+BAD_BYTES: dict[str, tuple[Callable[[bytes], object], type[RequestError]]] = {
+    "cut short": (lambda data: data[:-3], TruncatedMessageError),
+    "of another version": (lambda data: data.replace(b"\xa7version\x01", b"\xa7version\x02"), UnknownVersionError),
+    "of another kind": (lambda data: data.replace(b"\xa4kind\xa4push", b"\xa4kind\xa4pull"), MessageError),
+    "random": (lambda data: b"\xc1" + data, MessageError),
+    "none": (lambda data: b"", TruncatedMessageError),
+    "no bytes": (lambda data: "push", MessageError),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BYTES)
+def test_bytes_that_are_no_push_are_refused(job: HandJob, case: str) -> None:
+    change, error = BAD_BYTES[case]
+    push = job.pushes(0)[0]
+    answer = job.send_bytes(0, change(pack_push(push.header)), [to_wire(part) for part in push.gradient])
+    assert type(answer) is error
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def test_gradient_of_a_wrong_form_is_refused(job: HandJob) -> None:
+    push = job.pushes(1)[0]
+    request, (part,) = pack_push(push.header), push.gradient
+    off_by_a_tile = torch.roll(part, 1)
+    cases: list[tuple[list[Any], type[RequestError]]] = [
+        ([], ShapeMismatchError),
+        ([to_wire(part[:-1])], ShapeMismatchError),
+        ([to_wire(part), to_wire(part)], ShapeMismatchError),
+        ([("int64", part.long().numpy())], DTypeMismatchError),
+        ([("bfloat16", part.numpy())], DTypeMismatchError),
+        ([to_wire(off_by_a_tile + 1.0)], MessageError),
+        ([None], MessageError),
+    ]
+    for gradient, error in cases:
+        assert type(job.send_bytes(0, request, gradient)) is error
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def test_wrong_shape_on_one_shard_gives_the_step_up_on_all(job: HandJob) -> None:
+    """Shard 0 refuses rank 1; the others have both ranks and wait for it."""
+    first, second = job.pushes(0), job.pushes(1)
+    assert job.send(first) == ["waiting"] * 3
+    cut = [to_wire(second[0].gradient[0][:-256])]
+    assert isinstance(job.send_bytes(0, pack_push(second[0].header), cut), ShapeMismatchError)
+    assert job.send(second, [1, 2]) == ["complete"] * 2
+    for pushes in (first, second):
+        for shard in (1, 2):
+            expect_abort(job.result(pushes[shard], shard), MissingRankError, "rank 1 of 2 did not push to shard 0")
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def expect_abort(reply: object, error: type[StepAbortedError], text: str) -> None:
+    assert isinstance(reply, StepResult)
+    assert reply.decision is Decision.ABORT
+    assert type(reply.error) is error
+    assert text in str(reply.error)
+
+
+def test_missing_rank_gives_the_step_up_on_all(job: HandJob) -> None:
+    pushes = job.pushes(1)
+    began = time.monotonic()
+    job.send(pushes)
+    for shard, push in enumerate(pushes):
+        expect_abort(job.result(push, shard), MissingRankError, "rank 0 of 2 did not push to shard 0 in time")
+    assert WORKER_TIMEOUT_S / 2 < time.monotonic() - began < 10 * WORKER_TIMEOUT_S
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def test_different_attempts_on_the_shards_give_the_step_up_at_once(job: HandJob) -> None:
+    first, again, second = job.pushes(0), job.pushes(0, attempt=1), job.pushes(1)
+    job.send(first, [0])
+    job.send(again, [1, 2])
+    began = time.monotonic()
+    job.send(second)
+    for shard in range(3):
+        expect_abort(job.result(second[shard], shard), StepAbortedError, "the shards hold different attempts of it")
+    # A result that is asked for after the decision is still there.
+    expect_abort(job.result(first[0]), StepAbortedError, "different attempts")
+    expect_abort(job.result(again[2], 2), StepAbortedError, "different attempts")
+    assert time.monotonic() - began < WORKER_TIMEOUT_S
+    assert_same_state(job.state(), job.oracle.state())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_rank_with_a_gradient_that_is_not_finite_skips_the_step(job: HandJob, value: float) -> None:
+    bad = {index: grad.clone() for index, grad in job.oracle.gradients(0, rank=1).items()}
+    bad[max(bad)].view(-1)[-1] = value
+    before = job.state()
+    first, second = job.pushes(0), job.pushes(1, gradients=bad)
+    job.send(first)
+    job.send(second)
+    skipped = StepResult(before.counters[0] + 1, Decision.SKIP, before.scalars)
+    assert [job.result(push, shard) for pushes in (first, second) for shard, push in enumerate(pushes)] == [skipped] * 6
+    for pushes in (job.oracle.pushes(0), job.oracle.pushes(1, gradients=bad)):
+        job.oracle.group.push(pushes)
+    after = job.state()
+    assert_same_state(after, job.oracle.state())
+    assert (after.counters[0], after.counters[2]) == (before.counters[0] + 1, before.counters[2] + 1)
+    for name, tensors in before.slots.items():
+        for left, right in zip(after.slots[name], tensors, strict=True):
+            assert torch.equal(left, right)
+
+
+def test_successor_of_a_worker_takes_its_rank_over(job: HandJob) -> None:
+    """The push of the process that died is replaced on every shard, even where it had come in."""
+    zeros = {index: torch.zeros_like(grad) for index, grad in job.oracle.gradients(0).items()}
+    job.send(job.pushes(1, gradients=zeros))
+    job.register(1, "successor")
+    for answer in job.send(job.pushes(1)):
+        assert type(answer) is IncarnationError
+    last, second = job.pushes(0), job.pushes(1, incarnation="successor")
+    assert job.send(second) == ["waiting"] * 3
+    assert job.send(last) == ["complete"] * 3
+    job.oracle.step()
+    assert job.result(last[0]) == last_result(job)
+    job.register(1)
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def test_worker_that_died_before_it_reached_all_shards_gives_the_step_up(job: HandJob) -> None:
+    """Shard 0 has both ranks and votes; the others have heard of nobody."""
+    pushes = [job.pushes(0), job.pushes(1)]
+    for each in pushes:
+        job.send(each, [0])
+    expect_abort(job.result(pushes[0][0]), MissingRankError, "rank 0 of 2 did not push to shard 1 in time")
+    assert_same_state(job.state(), job.oracle.state())

@@ -1,0 +1,141 @@
+"""Every rule, in configurations that exercise each of its branches. A new rule adds a line here, and one to ``BAD``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import prodigyopt
+import pytest
+import torch
+
+from stepwell import optim
+from tests.optim.formulas import FormulaLAMB
+from tests.zoo import NUM_STEPS, Problem, run_reference, small
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One configuration of one rule, and what it must equal.
+
+    Attributes:
+        rule: The rule.
+        reference: The optimizer that it is compared with.
+        keywords: What both are made with.
+        options: What differs by parameter group.
+    """
+
+    rule: type[optim.Rule]
+    reference: type[torch.optim.Optimizer]
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Sequence[Mapping[str, object]] = ()
+
+    def __str__(self) -> str:
+        settings = [f"{key}={value}" for key, value in self.keywords.items()]
+        return "-".join([self.rule.name, *settings, *(["groups"] if self.options else [])]).replace(" ", "")
+
+    def make_rule(self) -> optim.Rule:
+        return self.rule(**self.keywords)
+
+    def make_reference(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return self.reference(groups, **self.keywords)
+
+
+def prodigy(options: Sequence[Mapping[str, object]] = (), **keywords: Any) -> Case:
+    """Begins at d0 = 1e-3: from 1e-6 the first steps vanish in the rounding of float32 parameters, in any code."""
+    return Case(optim.ProdigyRule, prodigyopt.Prodigy, {"d0": 1e-3, **keywords}, options)
+
+
+def adam(options: Sequence[Mapping[str, object]] = (), **keywords: Any) -> Case:
+    return Case(optim.AdamRule, torch.optim.Adam, keywords, options)
+
+
+def adamw(options: Sequence[Mapping[str, object]] = (), **keywords: Any) -> Case:
+    return Case(optim.AdamWRule, torch.optim.AdamW, keywords, options)
+
+
+def lamb(options: Sequence[Mapping[str, object]] = (), **keywords: Any) -> Case:
+    return Case(optim.LAMBRule, FormulaLAMB, keywords, options)
+
+
+CASES = [
+    prodigy(),
+    prodigy(safeguard_warmup=True),
+    prodigy(use_bias_correction=True, d_coef=4.0),
+    prodigy(use_bias_correction=True, safeguard_warmup=True, weight_decay=0.01, d_coef=4.0),
+    prodigy(growth_rate=1.05),
+    prodigy(d_coef=0.5, beta3=0.9, eps=0.01),
+    prodigy(weight_decay=0.1),
+    prodigy(weight_decay=0.1, decouple=False),
+    prodigy(betas=(0.0, 0.99), weight_decay=0.01),
+    prodigy(betas=(0.0, 0.99), weight_decay=0.01, decouple=False),
+    prodigy(slice_p=11),
+    prodigy(slice_p=300, betas=(0.8, 0.9)),
+    prodigy([{"weight_decay": 0.1, "eps": 1e-6}, {"weight_decay": 0.0}], lr=0.5),
+    adam(weight_decay=0.1),
+    adam(weight_decay=0.1, decoupled_weight_decay=True),
+    adam(amsgrad=True, maximize=True, eps=1e-3, weight_decay=0.1),
+    adamw(),
+    adamw(amsgrad=True, betas=(0.8, 0.9), lr=0.01),
+    adamw(maximize=True, weight_decay=0.1),
+    adamw([{"lr": 0.01, "betas": (0.5, 0.9)}, {"weight_decay": 0.3, "eps": 1e-3}]),
+    lamb(),
+    lamb(weight_decay=0.1, betas=(0.8, 0.9), eps=1e-3),
+    lamb([{"lr": 0.01, "weight_decay": 0.1}, {"betas": (0.5, 0.9)}]),
+]
+
+ALL_CASES = pytest.mark.parametrize("case", CASES, ids=str)
+
+FIRST_CASES = list({case.rule: case for case in reversed(CASES)}.values())[::-1]
+"""One of each rule."""
+
+ONE_CASE_PER_RULE = pytest.mark.parametrize("case", FIRST_CASES, ids=lambda case: case.rule.name)
+
+BAD = [
+    (optim.ProdigyRule, {"lr": -1.0}),
+    (optim.ProdigyRule, {"lr": float("nan")}),
+    (optim.ProdigyRule, {"eps": 0.0}),
+    (optim.ProdigyRule, {"betas": (1.0, 0.999)}),
+    (optim.ProdigyRule, {"betas": (0.9, -0.1)}),
+    (optim.ProdigyRule, {"betas": 0.9}),
+    (optim.ProdigyRule, {"betas": (0.9, None)}),
+    (optim.ProdigyRule, {"beta3": 1.5}),
+    (optim.ProdigyRule, {"weight_decay": -0.1}),
+    (optim.ProdigyRule, {"d0": 0.0}),
+    (optim.ProdigyRule, {"d_coef": 0.0}),
+    (optim.ProdigyRule, {"growth_rate": 0.5}),
+    (optim.ProdigyRule, {"slice_p": 0}),
+    (optim.ProdigyRule, {"slice_p": 1.5}),
+    (optim.AdamRule, {"lr": -1.0}),
+    (optim.AdamRule, {"betas": (0.9, 1.0)}),
+    (optim.AdamWRule, {"lr": -1.0}),
+    (optim.AdamWRule, {"lr": "fast"}),
+    (optim.AdamWRule, {"lr": None}),
+    (optim.AdamWRule, {"eps": -1e-8}),
+    (optim.AdamWRule, {"betas": (0.9, 1.0)}),
+    (optim.AdamWRule, {"betas": (0.9, 0.99, 0.999)}),
+    (optim.AdamWRule, {"weight_decay": -0.1}),
+    (optim.LAMBRule, {"lr": -1.0}),
+    (optim.LAMBRule, {"eps": -1e-8}),
+    (optim.LAMBRule, {"betas": (-0.5, 0.9)}),
+    (optim.LAMBRule, {"weight_decay": -0.1}),
+]
+"""Hyperparameters that a rule must refuse, naming the value."""
+
+
+def problem_for(case: Case) -> Problem:
+    """The small problem, with as many groups as the case has options for."""
+    problem = small()
+    if len(case.options) > 1:
+        return problem
+    return dataclasses.replace(problem, tensors=tuple(dataclasses.replace(t, group=0) for t in problem.tensors))
+
+
+@functools.cache
+def fixed_problem_for(case: Case) -> Problem:
+    """The same, with gradients taken along the path of the reference's own run in float64."""
+    problem = problem_for(case)
+    exact = run_reference(problem, case.make_reference, NUM_STEPS, options=case.options, dtype=torch.float64)
+    return problem.along(exact.path)

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepwell.server.collective import Collective, GroupStore
+from stepwell.sharding.errors import ShardLostError
+
+HOST = "127.0.0.1"
+LIMIT_S = 30.0
+
+MEMBER = """
+import sys, torch
+from stepwell.server.collective import Collective
+from stepwell.sharding.errors import ShardLostError
+
+index, size, port = map(int, sys.argv[1:])
+member = Collective(
+    1, index, size, host="127.0.0.1", store_address=("127.0.0.1", port), forming_timeout_s=60, timeout_s=60
+)
+member.all_reduce(torch.ones(3))
+print("formed", flush=True)
+try:
+    while True:
+        member.all_reduce(torch.ones(3))
+except ShardLostError as error:
+    print("lost", flush=True)
+sys.stdin.read()  # stay, so that no connection closes by this process's end
+"""
+
+
+def form(store: GroupStore, generation: int, shard: int, num_shards: int, timeout_s: float = LIMIT_S) -> Collective:
+    return Collective(
+        generation,
+        shard,
+        num_shards,
+        host=HOST,
+        store_address=store.address,
+        forming_timeout_s=timeout_s,
+        timeout_s=timeout_s,
+    )
+
+
+def on_all(work: Callable[[int], Tensor], num_shards: int) -> list[Tensor]:
+    with ThreadPoolExecutor(num_shards) as pool:
+        return list(pool.map(work, range(num_shards), timeout=LIMIT_S))
+
+
+@pytest.fixture
+def store() -> GroupStore:
+    return GroupStore(HOST, LIMIT_S)
+
+
+@pytest.fixture
+def group(store: GroupStore) -> list[Collective]:
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda shard: form(store, 1, shard, 3), range(3), timeout=LIMIT_S))
+
+
+def test_all_reduce_of_int64_is_exact(group: list[Collective]) -> None:
+    values = [torch.tensor([2**62, -(2**62), shard, 0]) for shard in range(3)]
+    expected = torch.stack(values).sum(dim=0)
+    for total in on_all(lambda shard: group[shard].all_reduce(values[shard].clone()), 3):
+        assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("numel", [3, 300, 100_000])
+def test_all_reduce_of_float64_with_zeros_elsewhere_keeps_the_bits(group: list[Collective], numel: int) -> None:
+    whole = torch.randn(numel, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-200
+    parts = torch.zeros(3, numel, dtype=torch.float64)
+    for part, chunk in zip(parts, torch.arange(numel).chunk(3), strict=True):
+        part[chunk] = whole[chunk]
+    for total in on_all(lambda shard: group[shard].all_reduce(parts[shard].clone()), 3):
+        assert torch.equal(total, whole)
+
+
+def test_all_reduce_keeps_its_shape_and_adds_in_place(group: list[Collective]) -> None:
+    def work(shard: int) -> Tensor:
+        vector = torch.full((2, 3), float(shard), dtype=torch.float64)
+        assert group[shard].all_reduce(vector) is vector
+        return vector
+
+    for total in on_all(work, 3):
+        assert torch.equal(total, torch.full((2, 3), 3.0, dtype=torch.float64))
+
+
+def test_all_reduce_alone_needs_no_group() -> None:
+    alone = Collective(1, 0, 1, host=HOST, store_address=(HOST, 1), forming_timeout_s=1, timeout_s=1)
+    vector = torch.ones(3)
+    assert alone.all_reduce(vector) is vector
+    alone.close()
+    assert alone.is_open
+
+
+def test_collective_whose_member_never_comes_is_an_error_within_the_limit(store: GroupStore) -> None:
+    began = time.monotonic()
+    with pytest.raises(ShardLostError, match="shard 0: the 2 shards of generation 7 did not come together within 1 s"):
+        form(store, 7, 0, 2, timeout_s=1.0)
+    assert time.monotonic() - began < 10
+
+
+def test_all_reduce_whose_member_never_comes_is_an_error_within_the_limit(store: GroupStore) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        members = list(pool.map(lambda shard: form(store, 1, shard, 2, timeout_s=2.0), range(2), timeout=LIMIT_S))
+    began = time.monotonic()
+    with pytest.raises(ShardLostError, match=r"generation 1 \(limit 2 s\)"):
+        members[0].all_reduce(torch.ones(2))
+    assert 1.0 < time.monotonic() - began < 10
+    assert not members[0].is_open
+    with pytest.raises(ShardLostError, match="the group was closed"):
+        members[0].all_reduce(torch.ones(2))
+
+
+def test_close_frees_an_all_reduce_that_waits(group: list[Collective]) -> None:
+    timer = threading.Timer(0.3, group[0].close)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(ShardLostError, match="the group was closed"):
+        group[0].all_reduce(torch.ones(2))
+    assert time.monotonic() - began < 10
+    timer.join()
+
+
+def test_a_next_generation_forms_after_the_last_one_failed(store: GroupStore, group: list[Collective]) -> None:
+    for member in group:
+        member.close()
+    again = GroupStore(HOST, LIMIT_S)
+    totals = on_all(lambda shard: form(again, 2, shard, 3).all_reduce(torch.ones(1)), 3)
+    assert totals == [torch.tensor([3.0])] * 3
+
+
+@pytest.fixture
+def members(store: GroupStore) -> Iterator[list[subprocess.Popen[str]]]:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, str(index), "5", str(store.address[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(5)
+    ]
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_all_members_learn_of_a_killed_one_at_once(members: list[subprocess.Popen[str]]) -> None:
+    """Those that exchange nothing with it too."""
+    assert [read_line(process) for process in members] == ["formed"] * 5
+    os.kill(members[2].pid, signal.SIGKILL)
+    began = time.monotonic()
+    for process in itertools.chain(members[:2], members[3:]):
+        assert read_line(process) == "lost"
+    assert time.monotonic() - began < 20, "the limit of an all-reduce is 60 s"
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()

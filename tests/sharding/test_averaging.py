@@ -1,0 +1,140 @@
+"""The mean over ranks, seen through a whole step: SGD-like movement shows what the gradient was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepwell.optim import AdamWRule, ProdigyRule, Rule
+from stepwell.sharding.averaging import average, count_nonfinite
+from stepwell.sharding.push import pack_present
+from stepwell.sharding.shard import Decision
+from tests.zoo import NUM_STEPS, Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, views
+
+TENSORS = (ZooTensor((300,)), ZooTensor(()), ZooTensor((20, 30), group=1), ZooTensor((700,), dtype="float64"))
+NUM_TENSORS = len(TENSORS)
+
+
+def grads_of(rank: int) -> dict[int, Tensor]:
+    generator = torch.Generator().manual_seed(100 + rank)
+    dtypes = {"float32": torch.float32, "float64": torch.float64}
+    return {i: torch.randn(t.shape, generator=generator, dtype=dtypes[t.dtype]) for i, t in enumerate(TENSORS)}
+
+
+def mean_of(run: Run, gradients: list[dict[int, Tensor]]) -> list[Tensor]:
+    """What the shards make of each rank's gradients, by tensor."""
+    pushes = [run.pushes(rank, gradients=part) for rank, part in enumerate(gradients)]
+    present = torch.tensor([[i in part for i in range(NUM_TENSORS)] for part in gradients])
+    flat: list[list[Tensor]] = []
+    for index, shard in enumerate(run.group.shards):
+        parts = average([push[index] for push in pushes], present, shard.buffers)
+        flat.append([part.reshape(-1) for part in parts])
+    return views(run.layout, [torch.cat(parts) for parts in zip(*flat, strict=True)])
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_mean_is_over_all_ranks(world_size: int, num_shards: int) -> None:
+    run = Run(Problem(TENSORS), AdamWRule(), world_size=world_size, num_shards=num_shards)
+    gradients = [grads_of(rank) for rank in range(world_size)]
+    for index, mean in enumerate(mean_of(run, gradients)):
+        expected = torch.stack([part[index].double() for part in gradients]).mean(dim=0)
+        torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=1e-6)
+        assert mean.dtype == (torch.float64 if index == 3 else torch.float32)
+
+
+def test_tensor_is_divided_by_the_ranks_that_have_it() -> None:
+    run = Run(Problem(TENSORS), AdamWRule(), world_size=3, num_shards=2)
+    gradients = [grads_of(rank) for rank in range(3)]
+    for rank, index in ((0, 0), (1, 0), (2, 2), (0, 3), (1, 3), (2, 3)):
+        del gradients[rank][index]
+    for index, mean in enumerate(mean_of(run, gradients)):
+        having = [part[index] for part in gradients if index in part]
+        expected = torch.stack(having).mean(dim=0) if having else torch.zeros_like(mean)
+        torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_lies_in_an_absent_tensors_place_is_not_read(world_size: int, garbage: float) -> None:
+    """A worker reuses its buffer: there lies the gradient of some step before."""
+    present = pack_present([index != 2 for index in range(NUM_TENSORS)])
+    runs = []
+    for filling in (0.0, garbage):
+        run = Run(Problem(TENSORS), ProdigyRule(), world_size=world_size, num_shards=2)
+        for rank in range(world_size):
+            gradients = grads_of(rank) | {2: torch.full(TENSORS[2].shape, filling)}
+            result = run.group.push(run.pushes(rank, gradients=gradients, present=present))
+        assert result is not None
+        assert result.decision is Decision.COMMIT
+        runs.append(run.state())
+    assert_same_state(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_half_precision_gradients_are_averaged_in_the_states_precision(world_size: int, dtype: torch.dtype) -> None:
+    run = Run(Problem(TENSORS[:3]), AdamWRule(), world_size=world_size, num_shards=2, wire_dtype=dtype)
+    gradients = [{i: grad for i, grad in grads_of(rank).items() if i < 3} for rank in range(world_size)]
+    for index, mean in enumerate(mean_of(run, gradients)):
+        rounded = [part[index].to(dtype).float() for part in gradients]
+        torch.testing.assert_close(mean, torch.stack(rounded).mean(dim=0), rtol=1e-6, atol=1e-6)
+        assert mean.dtype == torch.float32
+
+
+def test_half_precision_sum_that_overflows_half_precision_is_finite() -> None:
+    run = Run(Problem(TENSORS[:1]), AdamWRule(), world_size=2, wire_dtype=torch.float16)
+    large = {0: torch.full((300,), 60000.0)}
+    run.group.push(run.pushes(0, gradients=large))
+    result = run.group.push(run.pushes(1, gradients=large))
+    assert result is not None
+    assert result.decision is Decision.COMMIT
+
+
+def test_ranks_are_added_in_rank_order_whatever_order_they_come_in() -> None:
+    states = []
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)):
+        run = Run(small(), ProdigyRule(), world_size=4, num_shards=3)
+        for _ in range(5):
+            pushes = [run.pushes(rank) for rank in range(4)]
+            results = [run.group.push(pushes[rank]) for rank in order]
+            assert [result is not None for result in results] == [False, False, False, True]
+        states.append(run.state())
+    assert_same_state(states[1], states[0])
+    assert_same_state(states[2], states[0])
+
+
+@pytest.mark.parametrize("rule", [ProdigyRule(d0=1e-3), AdamWRule(lr=0.01)], ids=lambda rule: rule.name)
+def test_any_number_of_workers_with_the_same_global_batch_agree(rule: Rule) -> None:
+    """But for rounding, which comes back through the gradient: along the path of the run on one worker, closely."""
+    guide = Run(small(), rule)
+    path = []
+    for step in range(NUM_STEPS):
+        path.append(guide.params())
+        guide.steps(step + 1)
+    problem = small().along(path)
+    alone = Run(problem, rule).steps(NUM_STEPS)
+    for world_size in (2, 4):
+        run = Run(problem, rule, world_size=world_size, num_shards=2).steps(NUM_STEPS)
+        for name, value in alone.state().scalars.items():
+            assert run.state().scalars[name] == pytest.approx(value, rel=1e-5)
+        for actual, expected in zip(run.params(), alone.params(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_single_worker_is_not_written() -> None:
+    run = Run(small(), ProdigyRule(decouple=False, weight_decay=0.1))
+    run.steps(3)
+    (push,) = run.pushes()
+    before = [part.clone() for part in push.gradient]
+    run.group.push([push])
+    assert_same_tensors(push.gradient, before)
+
+
+def test_nonfinite_elements_are_counted() -> None:
+    fine = torch.full((3, 256), 3e38)
+    assert count_nonfinite([fine, torch.zeros(0, 256)]) == 0
+    bad = fine.clone()
+    bad[0, 5], bad[2, 255], bad[1, 1] = torch.nan, torch.inf, -torch.inf
+    assert count_nonfinite([fine, bad]) == 3

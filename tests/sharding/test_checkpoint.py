@@ -1,0 +1,407 @@
+"""Checkpoints: written by any number of shards, read by any other, and never half of one.
+
+What lies in the files is read back with msgpack and safetensors alone, as docs/checkpoint.md says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import msgpack
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule
+from stepwell.sharding.buffers import MASTER
+from stepwell.sharding.checkpoint import (
+    MANIFEST_NAME,
+    CheckpointReader,
+    Manifest,
+    build_manifest,
+    check_restorable,
+    read_manifest,
+    shard_file_name,
+    write_manifest,
+    write_shard,
+)
+from stepwell.sharding.errors import CheckpointError, JobMismatchError, NotRegisteredError
+from tests.zoo import Problem, Run, ZooTensor, assert_same_state, constant, small
+
+RULES: dict[str, Rule] = {
+    "Prodigy": ProdigyRule(d0=1e-3, slice_p=11),
+    "AdamW": AdamWRule(amsgrad=True),
+    "LAMB": LAMBRule(),
+}
+
+
+def problem() -> Problem:
+    """The small one, with a float64 tensor and an empty one."""
+    extra = (ZooTensor((500,), dtype="float64"), ZooTensor((0, 3)), ZooTensor((70,), dtype="bfloat16"))
+    return dataclasses.replace(small(), tensors=small().tensors + extra)
+
+
+def trained(name: str = "Prodigy", num_shards: int = 3, num_steps: int = 10) -> Run:
+    return Run(problem(), RULES[name], num_shards=num_shards).steps(num_steps, schedule=constant)
+
+
+def write_tensors(run: Run, uri: str) -> Manifest:
+    """All of a save but its manifest."""
+    save_id, shards = uuid.uuid4().hex, run.group.shards
+    names = [shard_file_name(save_id, index, len(shards)) for index in range(len(shards))]
+    files = [write_shard(shard.buffers, uri, name) for shard, name in zip(shards, names, strict=True)]
+    return build_manifest(run.group.spec, files, shards[0].status())
+
+
+def save(run: Run, uri: str) -> Manifest:
+    manifest = write_tensors(run, uri)
+    write_manifest(uri, manifest)
+    return manifest
+
+
+def restore(uri: str, rule: Rule, num_shards: int) -> Run:
+    with CheckpointReader(uri, read_manifest(uri)) as reader:
+        return Run(problem(), rule, num_shards=num_shards, source=reader.source())
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    uri = f"memory://checkpoints/{uuid.uuid4().hex}"
+    yield uri
+    fsspec.filesystem("memory").rm("/checkpoints", recursive=True)
+
+
+# The bytes
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("name", RULES)
+def test_checkpoint_can_be_read_without_us(tmp_path: Path, name: str, num_shards: int) -> None:
+    run = trained(name, num_shards)
+    save(run, str(tmp_path))
+    state = run.state()
+
+    manifest = msgpack.unpackb((tmp_path / "manifest.msgpack").read_bytes())
+    assert (manifest["format"], manifest["version"]) == ("stepwell-checkpoint", 1)
+    assert len(manifest["files"]) == num_shards
+    found: dict[tuple[int, str], list[Tensor]] = {}
+    for param, slot, offset, numel, file in sorted(manifest["pieces"]):
+        file_name, size_bytes = manifest["files"][file]
+        assert (tmp_path / file_name).stat().st_size == size_bytes
+        with safe_open(tmp_path / file_name, framework="pt") as tensors:
+            piece = tensors.get_tensor(f"{param}/{slot}/{offset}")
+        assert piece.shape == (numel,)
+        assert sum(part.numel() for part in found.get((param, slot), [])) == offset
+        found.setdefault((param, slot), []).append(piece)
+    for slot, values in state.slots.items():
+        for param, value in enumerate(values):
+            parts = found.pop((param, slot), [])
+            assert torch.equal(torch.cat([torch.zeros(0, dtype=value.dtype), *parts]), value)
+    assert not found
+    assert manifest["scalars"] == state.scalars
+    assert tuple(manifest["step_counts"]) == state.step_counts
+    assert (manifest["sequence"], manifest["step"], manifest["skipped_steps"]) == state.counters
+    assert manifest["job"]["params"][0] == ["p0", [40, 13], "float32", 0]
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_NAME, *(name for name, _ in manifest["files"])}
+
+
+def test_manifest_survives_its_bytes(tmp_path: Path) -> None:
+    manifest = save(trained(), str(tmp_path))
+    assert Manifest.unpack(manifest.pack(), "here") == manifest
+    assert read_manifest(str(tmp_path)) == manifest
+
+
+# Resharding
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 5])
+@pytest.mark.parametrize("writers", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", RULES)
+def test_state_is_the_same_on_any_number_of_shards(tmp_path: Path, name: str, writers: int, readers: int) -> None:
+    run = trained(name, writers)
+    save(run, str(tmp_path))
+    assert_same_state(restore(str(tmp_path), RULES[name], readers).state(), run.state())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, name: str) -> None:
+    run = trained(name, 3)
+    save(run, str(tmp_path))
+    expected = run.steps(30, schedule=constant).state()
+    for num_shards in (1, 5):
+        resumed = restore(str(tmp_path), RULES[name], num_shards).steps(30, schedule=constant)
+        assert_same_state(resumed.state(), expected)
+
+
+def test_skipped_steps_are_counted_on_after_a_restore(tmp_path: Path) -> None:
+    run = trained("Prodigy", 2)
+    gradients = run.gradients(10)
+    gradients[0][0, 0] = torch.nan
+    run.step(gradients=gradients)
+    save(run, str(tmp_path))
+    resumed = restore(str(tmp_path), RULES["Prodigy"], 3)
+    assert resumed.state().counters == (11, 11, 1)
+    assert resumed.state().step_counts[0] == 10
+
+
+def test_checkpoint_lies_on_any_file_system(memory: str) -> None:
+    run = trained()
+    save(run, memory)
+    restored = restore(memory, RULES["Prodigy"], 2)
+    assert_same_state(restored.state(), run.state())
+    save(restored, memory)
+    assert len(fsspec.filesystem("memory").ls(memory, detail=False)) == 2 + 1
+    assert_same_state(restore(memory, RULES["Prodigy"], 1).state(), run.state())
+
+
+def test_reader_reads_across_pieces(tmp_path: Path) -> None:
+    run = trained("AdamW", 5)
+    manifest = save(run, str(tmp_path))
+    whole = run.state().params[5]
+    assert len([piece for piece in manifest.pieces if (piece.param, piece.slot) == (5, MASTER.name)]) > 1
+    with CheckpointReader(str(tmp_path), manifest) as reader:
+        for offset, numel in ((0, 990), (0, 1), (989, 1), (255, 2), (100, 800), (512, 0)):
+            assert torch.equal(reader.read(5, MASTER.name, offset, numel), whole[offset : offset + numel])
+        with pytest.raises(CheckpointError, match="elements 990 to 991"):
+            reader.read(5, MASTER.name, 980, 11)
+
+
+# Saves that are cut short, and saves over an older checkpoint
+
+
+def test_save_over_a_checkpoint_replaces_it_and_its_files(tmp_path: Path) -> None:
+    run = trained(num_shards=5)
+    save(run, str(tmp_path))
+    kept = tmp_path / "model.safetensors"
+    kept.write_bytes(b"somebody else's")
+    second = restore(str(tmp_path), RULES["Prodigy"], 2).steps(15, schedule=constant)
+    manifest = save(second, str(tmp_path))
+    names = {name for name, _ in manifest.files}
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_NAME, kept.name, *names}
+    assert len(names) == 2
+    assert_same_state(restore(str(tmp_path), RULES["Prodigy"], 3).state(), second.state())
+
+
+@pytest.mark.parametrize("num_written", [1, 2])
+def test_save_that_is_cut_short_leaves_the_checkpoint_before_it(tmp_path: Path, num_written: int) -> None:
+    run = trained(num_shards=2)
+    save(run, str(tmp_path))
+    expected = run.state()
+    run.steps(20, schedule=constant)
+    for index, shard in enumerate(run.group.shards[:num_written]):
+        write_shard(shard.buffers, str(tmp_path), shard_file_name("cut-short", index, 2))
+    assert_same_state(restore(str(tmp_path), RULES["Prodigy"], 3).state(), expected)
+
+
+def test_save_whose_manifest_cannot_be_written_leaves_the_checkpoint_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(num_shards=2)
+    save(run, str(tmp_path))
+    expected = run.state()
+    manifest = write_tensors(run.steps(20, schedule=constant), str(tmp_path))
+
+    def full_disk(self: object, *paths: str, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fsspec.get_filesystem_class("file"), "mv", full_disk)
+        with pytest.raises(CheckpointError, match="No space left"):
+            write_manifest(str(tmp_path), manifest)
+        with pytest.raises(CheckpointError, match="No space left"):
+            write_shard(run.group.shards[0].buffers, str(tmp_path), "another.safetensors")
+    assert_same_state(restore(str(tmp_path), RULES["Prodigy"], 3).state(), expected)
+
+
+def test_first_save_that_is_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    write_tensors(trained(), str(tmp_path))
+    with pytest.raises(CheckpointError, match="no complete checkpoint here"):
+        read_manifest(str(tmp_path))
+
+
+# Damage
+
+
+def test_place_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    for uri in (str(tmp_path), str(tmp_path / "nowhere"), f"memory://{uuid.uuid4().hex}"):
+        with pytest.raises(CheckpointError, match=r"manifest\.msgpack is missing"):
+            read_manifest(uri)
+    with pytest.raises(CheckpointError, match="expected a path or an fsspec URI"):
+        read_manifest("nosuch://bucket/checkpoint")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+def test_shard_file_that_was_cut_short_is_an_error(tmp_path: Path, kept: float) -> None:
+    manifest = save(trained(), str(tmp_path))
+    victim = tmp_path / manifest.files[1][0]
+    data = victim.read_bytes()
+    victim.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(CheckpointError, match=rf"{victim.name} was cut short: expected {len(data)} bytes"):
+        read_manifest(str(tmp_path))
+
+
+def test_shard_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    manifest = save(trained(), str(tmp_path))
+    (tmp_path / manifest.files[2][0]).unlink()
+    with pytest.raises(CheckpointError, match=rf"{manifest.files[2][0]} is missing"):
+        read_manifest(str(tmp_path))
+
+
+def test_shard_file_that_is_overwritten_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+    """Of the same size, so that only its content shows it."""
+    manifest = save(trained(), str(tmp_path))
+    victim = tmp_path / manifest.files[0][0]
+    victim.write_bytes(b"\xff" * manifest.files[0][1])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        restore(str(tmp_path), RULES["Prodigy"], 2)
+
+
+def test_tensor_that_is_missing_from_its_file_is_an_error(tmp_path: Path) -> None:
+    manifest = save(trained(), str(tmp_path))
+    victim = tmp_path / manifest.files[0][0]
+    tensors = load_file(victim)
+    tensors.pop("0/s/0")
+    save_file(tensors, victim)
+    resized = ((victim.name, victim.stat().st_size), *manifest.files[1:])
+    write_manifest(str(tmp_path), dataclasses.replace(manifest, files=resized))
+    with pytest.raises(CheckpointError, match="0/s/0"):
+        restore(str(tmp_path), RULES["Prodigy"], 2)
+
+
+@functools.cache
+def packed_manifest() -> bytes:
+    """Of a small job; nothing lies behind it."""
+    packed = write_tensors(trained("Prodigy", 2, 2), "memory://packed").pack()
+    fsspec.filesystem("memory").rm("/packed", recursive=True)
+    return packed
+
+
+def fields_of(packed: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = msgpack.unpackb(packed)
+    return fields
+
+
+@given(st.data())
+def test_truncated_manifest_is_an_error(data: st.DataObject) -> None:
+    packed = packed_manifest()
+    length = data.draw(st.integers(0, len(packed) - 1))
+    with pytest.raises(CheckpointError, match="the manifest is damaged"):
+        Manifest.unpack(packed[:length], "here")
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_manifest_with_a_changed_byte_is_an_error_or_a_manifest(data: st.DataObject) -> None:
+    """There is no checksum: a changed digit goes unseen, but nothing else than our error is raised."""
+    packed = bytearray(packed_manifest())
+    for _ in range(data.draw(st.integers(1, 3))):
+        packed[data.draw(st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        Manifest.unpack(bytes(packed), "here")
+    except CheckpointError:
+        return
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_manifest_are_an_error(data: bytes) -> None:
+    with pytest.raises(CheckpointError):
+        Manifest.unpack(data, "here")
+
+
+def test_manifest_without_a_field_is_an_error() -> None:
+    fields = fields_of(packed_manifest())
+    assert len(fields) == 11
+    for key in fields:
+        with pytest.raises(CheckpointError, match=key):
+            Manifest.unpack(msgpack.packb({name: value for name, value in fields.items() if name != key}), "here")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("format", "tar", "format is 'tar'"),
+        ("version", 2, "expected a checkpoint of format 1 or older, got 2; read it with a newer"),
+        ("sequence", -1, "damaged"),
+        ("step", "5", "damaged"),
+        ("scalars", {"d": "large"}, "damaged"),
+        ("scalars", {"d": float("nan")}, "damaged"),
+        ("scalars", {"momentum": 0.9}, "momentum"),
+        ("step_counts", [1.5], "damaged"),
+        ("files", [["../elsewhere", 5]], "no name of a file beside it"),
+        ("files", [["/etc/passwd", 5]], "no name of a file beside it"),
+        ("files", [], "is no piece"),
+    ],
+)
+def test_manifest_with_a_field_that_cannot_be_is_an_error(key: str, value: object, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        Manifest.unpack(msgpack.packb({**fields_of(packed_manifest()), key: value}), "here")
+
+
+DAMAGES: dict[str, Callable[[Manifest], dict[str, Any]]] = {
+    "a piece less": lambda manifest: {"pieces": manifest.pieces[1:]},
+    "a piece twice": lambda manifest: {"pieces": (*manifest.pieces, manifest.pieces[0])},
+    "a slot too many": lambda manifest: {
+        "pieces": (*manifest.pieces, dataclasses.replace(manifest.pieces[0], slot="momentum"))
+    },
+    "a count less": lambda manifest: {"step_counts": manifest.step_counts[1:]},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_manifest_that_does_not_cover_the_job_is_an_error(tmp_path: Path, name: str) -> None:
+    manifest = save(trained(), str(tmp_path))
+    write_manifest(str(tmp_path), dataclasses.replace(manifest, **DAMAGES[name](manifest)))
+    with pytest.raises(CheckpointError, match="the manifest is damaged"):
+        read_manifest(str(tmp_path))
+
+
+# Other models
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    run = trained()
+    manifest = save(run, str(tmp_path))
+    uri = str(tmp_path)
+    spec = run.group.spec
+    others = {
+        "rule: the service has AdamW": dataclasses.replace(spec, rule=AdamWRule()),
+        "slice_p": dataclasses.replace(spec, rule=ProdigyRule()),
+        "parameter 0": dataclasses.replace(spec, params=spec.params[::-1]),
+        "number of parameters": dataclasses.replace(spec, params=spec.params[:-1]),
+    }
+    for match, other in others.items():
+        with pytest.raises(JobMismatchError, match=f"checkpoint {uri} does not match.*{match}"):
+            check_restorable(manifest, other, uri)
+
+
+def test_checkpoint_of_another_number_of_workers_or_other_hyperparameters_is_taken(tmp_path: Path) -> None:
+    run = trained()
+    manifest = save(run, str(tmp_path))
+    other = dataclasses.replace(run.group.spec, world_size=16, chunk_numel=4096, rule=ProdigyRule(lr=0.5, slice_p=11))
+    check_restorable(manifest, other, str(tmp_path))
+
+
+def test_restore_that_fails_leaves_a_lost_shard_that_another_restore_brings_back(tmp_path: Path) -> None:
+    run = trained()
+    good, bad = str(tmp_path / "good"), str(tmp_path / "bad")
+    save(run, good)
+    expected = run.state()
+    manifest = save(run, bad)
+    (tmp_path / "bad" / manifest.files[0][0]).write_bytes(b"\xff" * manifest.files[0][1])
+    with CheckpointReader(bad, manifest) as reader, pytest.raises(CheckpointError):
+        run.group.load(reader.source(), timeline=2)
+    with pytest.raises(NotRegisteredError, match="interrupted while it loaded"):
+        run.group.shards[0].require_whole()
+    with CheckpointReader(good, read_manifest(good)) as reader:
+        run.group.load(reader.source(), timeline=3)
+    assert_same_state(run.state(), expected)
