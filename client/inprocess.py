@@ -29,7 +29,8 @@ from ..sharding.inprocess import ShardGroup
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
 from ..sharding.push import Push, PushHeader
-from ..sharding.shard import Decision, ShardStatus, StepResult
+from ..sharding.shard import ShardStatus, StepResult
+from ..sharding.vote import Decision
 from .flat import FlatBuffer
 from .transport import Transport, Values, join_pieces
 

@@ -16,7 +16,8 @@ from ..sharding.errors import ShardLostError, StepwellError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, dtype_name
 from ..sharding.push import PushHeader
-from ..sharding.shard import Decision, ShardStatus, StepResult
+from ..sharding.shard import ShardStatus, StepResult
+from ..sharding.vote import Decision
 from .flat import FlatBuffer
 from .transport import Transport, Values, join_pieces
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from ..optim import Rule
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
-from ..sharding.shard import Decision
+from ..sharding.vote import Decision
 from .groups import pack_groups, param_specs, plain_rule, read_hyper, show_scalars, unpack_groups, written_scalars
 from .inprocess import InProcessService
 from .resolve import resolve_ranks, resolve_service

@@ -15,7 +15,8 @@ from ..sharding.buffers import MASTER
 from ..sharding.errors import AttemptError, StepAbortedError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
 from ..sharding.push import PushHeader, pack_present
-from ..sharding.shard import Decision, StepResult
+from ..sharding.shard import StepResult
+from ..sharding.vote import Decision
 from .flat import FlatBuffer, copy_all
 from .transport import Transport, Values
 

@@ -25,7 +25,8 @@ from ..sharding.errors import (
 )
 from ..sharding.layout import dtype_from_name
 from ..sharding.push import Push
-from ..sharding.shard import Decision, Receipt, Reduction, Shard, ShardStatus, StepResult
+from ..sharding.shard import Receipt, Reduction, Shard, ShardStatus, StepResult
+from ..sharding.vote import Decision
 from .collective import Collective, GroupStore
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .messages import LoadHeader, WireTensor, from_wire, to_wire, unpack_job, unpack_push

@@ -11,7 +11,8 @@ from .inprocess import ShardGroup
 from .job import JobSpec
 from .layout import Layout, ParamSpec
 from .push import Push, PushHeader, pack_present, unpack_present
-from .shard import Decision, Receipt, Reduction, Shard, ShardStatus, StepResult
+from .shard import Receipt, Reduction, Shard, ShardStatus, StepResult
+from .vote import Decision
 
 __all__ = [
     "MASTER",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
@@ -24,7 +23,6 @@ from .errors import (
     HyperparameterError,
     IncarnationError,
     MessageError,
-    MissingRankError,
     NotRegisteredError,
     StaleRequestError,
     StepAbortedError,
@@ -35,14 +33,7 @@ from .job import JobSpec, kernel_identity
 from .kernels import run_apply, run_local
 from .partials import SumTable
 from .push import Inbox, Push, PushHeader, check_gradient, check_hyper, unpack_present
-
-
-class Decision(enum.Enum):
-    """What the vote says, the same on every shard."""
-
-    COMMIT = "commit"
-    SKIP = "skip"
-    ABORT = "abort"
+from .vote import Decision, cast_vote, count_votes
 
 
 class Receipt(enum.Enum):
@@ -246,7 +237,15 @@ class Shard:
         moving = False
         try:
             grads = [] if missing else average(pushes, self._present(pushes), self.buffers)
-            votes = yield self._vote(pushes, missing, count_nonfinite(grads))
+            votes = yield cast_vote(
+                self._shard,
+                self._num_shards,
+                timeline=self.timeline,
+                sequence=self.sequence + 1,
+                pushes=pushes,
+                missing=missing,
+                num_nonfinite=count_nonfinite(grads),
+            )
             result = self._decide(votes)
             if result.decision is Decision.COMMIT:
                 moving = True
@@ -259,35 +258,10 @@ class Shard:
                 self._lost = f"shard {self._shard} was interrupted within step {self.sequence + 1}"
             self._deciding = None
 
-    def _vote(self, pushes: Sequence[Push], missing: Sequence[int], num_nonfinite: int) -> Tensor:
-        """This shard's row of the vote, ``(num_shards, 5)`` int64 with zeros in all other rows."""
-        digest = hashlib.sha256(b"".join(push.header.digest() for push in pushes)).digest()
-        votes = torch.zeros(self._num_shards, 5, dtype=torch.int64)
-        short = int.from_bytes(digest[:8], "big", signed=True)
-        row = [self.timeline, self.sequence + 1, missing[0] + 1 if missing else 0, short, num_nonfinite]
-        votes[self._shard] = torch.tensor(row)
-        return votes
-
     def _decide(self, votes: Tensor) -> StepResult:
-        """The decision, from all shards' votes; the same arithmetic everywhere."""
         sequence = self.sequence + 1
-        missing = votes[:, 2].max().item()
-        error: StepAbortedError | None = None
-        if missing:
-            shard = int(votes[:, 2].argmax())
-            error = MissingRankError(
-                f"step {sequence}: rank {missing - 1} of {self.spec.world_size} did not push to shard {shard} in time; "
-                "no shard has changed. Call step() again on every rank, or restart that worker."
-            )
-        elif not bool((votes[:, [0, 1, 3]] == votes[0, [0, 1, 3]]).all()):
-            error = StepAbortedError(
-                f"step {sequence}: the shards hold different attempts of it; no shard has changed. "
-                "Call step() again on every rank."
-            )
-        if error is not None:
-            return StepResult(sequence, Decision.ABORT, self.scalars, error)
-        skip = bool(votes[:, 4].any())
-        return StepResult(sequence, Decision.SKIP if skip else Decision.COMMIT, self.scalars)
+        decision, error = count_votes(votes, sequence=sequence, world_size=self.spec.world_size)
+        return StepResult(sequence, decision, self.scalars, error)
 
     def _commit(self, pushes: Sequence[Push], grads: Sequence[Tensor]) -> Reduction:
         header, present = pushes[0].header, self._present(pushes).any(dim=0)

@@ -1,8 +1,6 @@
-"""Stepwell: a distributed optimizer service. State sharded, results exact.
+"""Stepwell: a distributed optimizer service, whose state is sharded and whose results are exact.
 
-    import stepwell
-
-    optimizer = stepwell.Prodigy(model.parameters())
+``stepwell.Prodigy(model.parameters())`` is where most begin; docs/design.md says how it works.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from stepwell.sharding.inprocess import ShardGroup
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout
 from stepwell.sharding.push import Push, PushHeader
-from stepwell.sharding.shard import Decision, ShardStatus, StepResult
+from stepwell.sharding.shard import ShardStatus, StepResult
+from stepwell.sharding.vote import Decision
 
 WAIT_S = 30.0
 

@@ -1,4 +1,4 @@
-"""A Ray for each module of this folder, on loopback, and services in it."""
+"""One Ray for this folder, on loopback, and services in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 import stepwell
 from stepwell.server import cluster
@@ -24,7 +25,16 @@ def _no_service_of_the_person_who_runs_this() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Beside shards that use the cores, two threads of this process wait for each other longer than they compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[str]:
     """The address of a Ray that this process started."""
     cluster.start_embedded(num_cpus=1)

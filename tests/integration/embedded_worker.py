@@ -14,6 +14,7 @@ from tests.integration.training import Trainer, small_in_order
 
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Train with a service that nothing names; leave the results in ``folder``."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     worker = Trainer(small_in_order(), stepwell.Prodigy, shift=float(rank), d0=0.1)
     worker.rank, worker.world_size = rank, world_size

@@ -23,8 +23,12 @@ def assert_all_end(pids: Iterable[int]) -> None:
     while alive and time.monotonic() < deadline:
         time.sleep(0.05)
         alive = [pid for pid in alive if is_alive(pid)]
-    commands = {pid: _read(pid, "cmdline").replace(b"\0", b" ").decode() for pid in alive}
-    assert not alive, f"left behind: {commands}"
+    assert not alive, f"left behind: { {pid: command(pid) for pid in alive} }"
+
+
+def command(pid: int) -> str:
+    """A process's command line, or the title that it took; empty for one that has ended."""
+    return _read(pid, "cmdline").replace(b"\0", b" ").decode().strip()
 
 
 def is_alive(pid: int) -> bool:

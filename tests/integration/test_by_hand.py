@@ -31,7 +31,8 @@ from stepwell.sharding.errors import (
     UnknownRankError,
     UnknownVersionError,
 )
-from stepwell.sharding.shard import Decision, StepResult
+from stepwell.sharding.shard import StepResult
+from stepwell.sharding.vote import Decision
 from tests.integration.by_hand import LIMIT_S, HandJob
 from tests.integration.conftest import Launch
 from tests.zoo import assert_same_state, small

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two workers on three shards."""
+    """Two workers on two shards."""
 
     service: stepwell.Service
     workers: list[Trainer]
@@ -63,7 +63,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def module_pair(module_launch: Launch) -> Pair:
-    service = module_launch(3)
+    service = module_launch(2)
     return Pair(service, make_workers(service, 2))
 
 
@@ -80,15 +80,14 @@ def test_resume_in_another_process_on_another_number_of_shards(launch: Launch, t
     service, uri, out = launch(2), str(tmp_path / "checkpoint"), str(tmp_path / "out.pt")
     worker = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, service=service).run(NUM_STEPS // 2)
     assert service.save(uri) == NUM_STEPS // 2
-    worker.run(NUM_STEPS)
+    worker.optimizer.close()
     command = [sys.executable, "-m", "tests.integration.resume", uri, "3", str(NUM_STEPS // 2), str(NUM_STEPS), out]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert run.returncode == 0, run.stderr
     resumed = torch.load(out)
-    assert_same_tensors(resumed["params"], worker.params, "parameter")
-    assert_same_state_dict(resumed["state_dict"], worker.optimizer.state_dict())
-    Oracle().to(NUM_STEPS).require_same(worker)
-    worker.optimizer.close()
+    undisturbed = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, service="inprocess").run(NUM_STEPS)
+    assert_same_tensors(resumed["params"], undisturbed.params, "parameter")
+    assert_same_state_dict(resumed["state_dict"], undisturbed.optimizer.state_dict())
 
 
 def test_restore_takes_a_running_job_back(pair: Pair, tmp_path: Path) -> None:

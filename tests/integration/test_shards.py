@@ -37,7 +37,6 @@ def in_one_process(make: Make, num_steps: int) -> Trainer:
         (stepwell.Prodigy, 3, NUM_STEPS, None),
         (stepwell.Prodigy, 5, SHORT, 2**16),
         (stepwell.AdamW, 2, NUM_STEPS, None),
-        (stepwell.LAMB, 1, SHORT, None),
         (stepwell.LAMB, 3, NUM_STEPS, None),
     ],
 )

@@ -25,21 +25,6 @@ ROOT = Path(__file__).parents[2]
 NUM_STEPS = 60
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_workers_share_a_batch_and_give_one_worker_s_result(launch: Launch, world_size: int) -> None:
-    workers = make_workers(launch(2), world_size)
-    for worker in workers[1:]:
-        assert_same_tensors(worker.params, workers[0].params, "parameter as registered")
-    on_all(workers, lambda worker: worker.run(NUM_STEPS))
-    expected = Oracle(world_size).to(NUM_STEPS)
-    for worker in workers:
-        expected.require_same(worker)
-    alone = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, service="inprocess").run(NUM_STEPS)
-    for left, right in zip(workers[0].params, alone.params, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
-    on_all(workers, lambda worker: worker.optimizer.close())
-
-
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """Two workers and their oracle."""
@@ -71,6 +56,32 @@ def pair(module_pair: Pair) -> Iterator[Pair]:
     module_pair.train()
     yield module_pair
     module_pair.train()
+
+
+def test_two_workers_give_what_one_does(pair: Pair) -> None:
+    on_all(pair.workers, lambda worker: worker.run(NUM_STEPS))
+    pair.oracle.to(NUM_STEPS)
+    require_close_to_one_worker(pair.workers)
+
+
+def test_four_workers_give_what_one_does(launch: Launch) -> None:
+    workers = make_workers(launch(2), 4)
+    for worker in workers[1:]:
+        assert_same_tensors(worker.params, workers[0].params, "parameter as registered")
+    on_all(workers, lambda worker: worker.run(NUM_STEPS))
+    oracle = Oracle(4).to(NUM_STEPS)
+    for worker in workers:
+        oracle.require_same(worker)
+    require_close_to_one_worker(workers)
+    on_all(workers, lambda worker: worker.optimizer.close())
+
+
+def require_close_to_one_worker(workers: list[Trainer]) -> None:
+    """That saw the same batches whole."""
+    alone = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, service="inprocess").run(NUM_STEPS)
+    for worker in workers:
+        for left, right in zip(worker.params, alone.params, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_nan_from_one_worker_is_told_to_both_and_moves_nothing(pair: Pair) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from stepwell import optim
 from stepwell.optim.rule import tile_sum
 from stepwell.sharding.push import pack_present
-from stepwell.sharding.shard import Decision
+from stepwell.sharding.vote import Decision
 from tests.optim.battery import (
     ALL_CASES,
     BAD,
@@ -27,9 +27,8 @@ from tests.optim.battery import (
 )
 from tests.zoo import NUM_STEPS, Problem, Run, assert_same_state, assert_same_tensors, run_reference, small
 
-
 SLACK = 1.1
-"""How much farther from float64 than the reference's own float32 run a run may be, where both are at the mercy of luck."""
+"""How much farther from float64 than the reference's own float32 run a run may be: luck decides between the two."""
 
 
 def error_of(problem: Problem, actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

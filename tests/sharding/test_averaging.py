@@ -9,7 +9,7 @@ from torch import Tensor
 from stepwell.optim import AdamWRule, ProdigyRule, Rule
 from stepwell.sharding.averaging import average, count_nonfinite
 from stepwell.sharding.push import pack_present
-from stepwell.sharding.shard import Decision
+from stepwell.sharding.vote import Decision
 from tests.zoo import NUM_STEPS, Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, views
 
 TENSORS = (ZooTensor((300,)), ZooTensor(()), ZooTensor((20, 30), group=1), ZooTensor((700,), dtype="float64"))

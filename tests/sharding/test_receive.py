@@ -26,7 +26,8 @@ from stepwell.sharding.errors import (
 )
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.push import Push, pack_present, unpack_present
-from stepwell.sharding.shard import Decision, Receipt, Shard
+from stepwell.sharding.shard import Receipt, Shard
+from stepwell.sharding.vote import Decision
 from tests.zoo import Run, assert_same_state, assert_same_tensors, constant, initial_state, small, state_source
 
 NUM_SHARDS = 3
@@ -67,6 +68,17 @@ def test_repeated_push_counts_once() -> None:
         assert run.group.push(first) is None
     result = run.group.push(second)
     assert result is not None
+    untroubled.step()
+    assert_same_state(run.state(), untroubled.state())
+
+
+def test_repeat_of_an_attempt_does_not_replace_it() -> None:
+    """Else shards that saw the one and shards that saw the other would agree in the vote and not in the gradient."""
+    run, untroubled = ready(), ready()
+    wrong = {index: torch.ones_like(gradient) for index, gradient in run.gradients(3).items()}
+    run.group.push(run.pushes(0))
+    run.group.push(run.pushes(0, gradients=wrong))
+    run.group.push(run.pushes(1))
     untroubled.step()
     assert_same_state(run.state(), untroubled.state())
 

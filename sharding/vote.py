@@ -1,0 +1,84 @@
+"""The vote: one small all-reduce after which every shard has the same decision about a step.
+
+Each shard fills its own row of a matrix and leaves the others zero, so the sum over shards holds every row.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import MissingRankError, StepAbortedError
+from .push import Push
+
+_TIMELINE, _SEQUENCE, _MISSING, _DIGEST, _NONFINITE = range(5)
+
+
+class Decision(enum.Enum):
+    """What the vote says, the same on every shard."""
+
+    COMMIT = "commit"
+    SKIP = "skip"
+    ABORT = "abort"
+
+
+def cast_vote(
+    shard: int,
+    num_shards: int,
+    *,
+    timeline: int,
+    sequence: int,
+    pushes: Sequence[Push],
+    missing: Sequence[int],
+    num_nonfinite: int,
+) -> Tensor:
+    """One shard's vote on a step.
+
+    Args:
+        shard: The shard.
+        num_shards: How many there are.
+        timeline: The history that it follows.
+        sequence: The step.
+        pushes: What it holds, in rank order.
+        missing: Ranks that it lacks.
+        num_nonfinite: Elements of its averaged gradient that are inf or NaN.
+
+    Returns:
+        ``(num_shards, 5)`` int64, zero in the other shards' rows.
+    """
+    digest = hashlib.sha256(b"".join(push.header.digest() for push in pushes)).digest()
+    votes = torch.zeros(num_shards, 5, dtype=torch.int64)
+    votes[shard, _TIMELINE] = timeline
+    votes[shard, _SEQUENCE] = sequence
+    votes[shard, _MISSING] = missing[0] + 1 if missing else 0
+    votes[shard, _DIGEST] = int.from_bytes(digest[:8], "big", signed=True)
+    votes[shard, _NONFINITE] = num_nonfinite
+    return votes
+
+
+def count_votes(votes: Tensor, *, sequence: int, world_size: int) -> tuple[Decision, StepAbortedError | None]:
+    """The decision, and with ABORT the reason.
+
+    Args:
+        votes: All shards' votes, ``(num_shards, 5)`` int64.
+        sequence: The step.
+        world_size: Workers.
+    """
+    missing = int(votes[:, _MISSING].max())
+    if missing:
+        shard = int(votes[:, _MISSING].argmax())
+        return Decision.ABORT, MissingRankError(
+            f"step {sequence}: rank {missing - 1} of {world_size} did not push to shard {shard} in time; no shard has "
+            "changed. Call step() again on every rank, or restart that worker."
+        )
+    compared = votes[:, [_TIMELINE, _SEQUENCE, _DIGEST]]
+    if not bool((compared == compared[0]).all()):
+        return Decision.ABORT, StepAbortedError(
+            f"step {sequence}: the shards hold different attempts of it; no shard has changed. "
+            "Call step() again on every rank."
+        )
+    return Decision.SKIP if bool(votes[:, _NONFINITE].any()) else Decision.COMMIT, None
