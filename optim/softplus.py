@@ -15,11 +15,13 @@ from .rule import Coefficients, ElementwiseRule, Slot, StepInputs, Tiles
 
 SHARPNESS = 50.0
 """beta of softplus_beta(x) = log(1 + exp(beta x)) / beta."""
+IDENTITY_FROM = 50.0
+"""beta x from which softplus is the identity: exact to rounding, in float64 too."""
 
 
 def softplus(values: Tensor) -> Tensor:
     """softplus with sharpness 50; the identity where that is exact to rounding."""
-    return torch.nn.functional.softplus(values, beta=SHARPNESS)
+    return torch.nn.functional.softplus(values, beta=SHARPNESS, threshold=IDENTITY_FROM)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from stepwell import optim
-from tests.optim.formulas import FormulaLAMB
+from tests.optim.formulas import (
+    FormulaBAdam,
+    FormulaDuvAdam,
+    FormulaLAMB,
+    FormulaMomentum,
+    FormulaPreLAMB,
+    FormulaSAdam,
+    FormulaSRAdam,
+    FormulaSUAdam,
+    FormulaUM,
+)
 from tests.zoo import NUM_STEPS, Problem, run_reference, small
 
 
@@ -84,6 +94,25 @@ CASES = [
     lamb(),
     lamb(weight_decay=0.1, betas=(0.8, 0.9), eps=1e-3),
     lamb([{"lr": 0.01, "weight_decay": 0.1}, {"betas": (0.5, 0.9)}]),
+    Case(optim.SGDRule, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
+    Case(optim.SGDRule, torch.optim.SGD, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    Case(optim.SGDRule, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    Case(optim.SGDRule, torch.optim.SGD, {"lr": 0.01, "momentum": 0.8, "nesterov": True}),
+    Case(optim.RMSpropRule, torch.optim.RMSprop),
+    Case(optim.RMSpropRule, torch.optim.RMSprop, {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "eps": 1e-3}),
+    Case(optim.RAdamRule, torch.optim.RAdam),
+    Case(optim.RAdamRule, torch.optim.RAdam, {"weight_decay": 0.1, "betas": (0.8, 0.9), "maximize": True}),
+    Case(optim.RAdamRule, torch.optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    Case(optim.MomentumRule, FormulaMomentum, {"weight_decay": 0.1}),
+    Case(optim.MomentumRule, FormulaMomentum, {"bias_correction": True}),
+    Case(optim.SAdamRule, FormulaSAdam, {"weight_decay": 0.1}),
+    Case(optim.SRAdamRule, FormulaSRAdam, {"weight_decay": 0.1, "betas": (0.8, 0.95)}),
+    Case(optim.UMRule, FormulaUM),
+    Case(optim.UMRule, FormulaUM, {"norm": "l2", "weight_decay": 0.1}),
+    Case(optim.PreLAMBRule, FormulaPreLAMB, {"weight_decay": 0.1}),
+    Case(optim.DuvAdamRule, FormulaDuvAdam, {"weight_decay": 0.1}),
+    Case(optim.SUAdamRule, FormulaSUAdam, {"weight_decay": 0.1}),
+    Case(optim.BAdamRule, FormulaBAdam, {"lr": 1e-4, "weight_decay": 0.1}),
 ]
 
 ALL_CASES = pytest.mark.parametrize("case", CASES, ids=str)
@@ -121,6 +150,17 @@ BAD = [
     (optim.LAMBRule, {"eps": -1e-8}),
     (optim.LAMBRule, {"betas": (-0.5, 0.9)}),
     (optim.LAMBRule, {"weight_decay": -0.1}),
+    (optim.SGDRule, {"momentum": -0.5}),
+    (optim.RMSpropRule, {"alpha": -0.1}),
+    (optim.RAdamRule, {"rho_threshold": 3.0}),
+    (optim.MomentumRule, {"beta": 1.0}),
+    (optim.SAdamRule, {"betas": (0.9, 1.0)}),
+    (optim.SRAdamRule, {"lr": -1.0}),
+    (optim.UMRule, {"norm": "l1"}),
+    (optim.PreLAMBRule, {"beta": -0.1}),
+    (optim.DuvAdamRule, {"ratio_clip": 0.0}),
+    (optim.SUAdamRule, {"min_scale": -1.0}),
+    (optim.BAdamRule, {"curvature_clip": 0.0}),
 ]
 """Hyperparameters that a rule must refuse, naming the value."""
 

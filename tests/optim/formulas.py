@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class FormulaLAMB(torch.optim.Optimizer):
@@ -38,3 +39,170 @@ class FormulaLAMB(torch.optim.Optimizer):
                 p_norm, update_norm = float((p**2).sum()) ** 0.5, float((update**2).sum()) ** 0.5
                 ratio = p_norm / update_norm if p_norm > 0 and update_norm > 0 else 1.0
                 p -= group["lr"] * ratio * update
+
+
+class Formula(torch.optim.Optimizer):
+    """One tensor at a time: subclasses give the change of p from p, g, the state, the group and the step t."""
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["t"] = state.get("t", 0) + 1
+                    change = self.change(p.clone(), p.grad, state, group, state["t"])
+                    p *= 1 - group["lr"] * group["weight_decay"]
+                    p += change
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        raise NotImplementedError
+
+
+def ema(state: dict[str, Any], name: str, beta: float, value: Tensor) -> Tensor:
+    state[name] = beta * state.get(name, torch.zeros_like(value)) + (1 - beta) * value
+    average: Tensor = state[name]
+    return average
+
+
+def softplus_50(x: Tensor) -> Tensor:
+    return torch.logaddexp(50 * x, torch.zeros_like(x)) / 50
+
+
+def ratio_to(average: Tensor, value: Tensor, clip: float) -> Tensor:
+    ratio = torch.ones_like(value)
+    ratio[average != 0] = (value / average)[average != 0]
+    return ratio.clamp(-clip, clip)
+
+
+class FormulaMomentum(Formula):
+    def __init__(
+        self, params: Any, lr: float = 1e-3, beta: float = 0.9, weight_decay: float = 0.0, bias_correction: bool = False
+    ) -> None:
+        super().__init__(params, lr=lr, beta=beta, weight_decay=weight_decay, bias_correction=bias_correction)
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        average = ema(state, "V", group["beta"], g)
+        return -group["lr"] * (average / (1 - group["beta"] ** t) if group["bias_correction"] else average)
+
+
+class FormulaSAdam(Formula):
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        beta1, beta2 = group["betas"]
+        m_hat = ema(state, "m", beta1, g) / (1 - beta1**t)
+        v_hat = ema(state, "v", beta2, g * g) / (1 - beta2**t)
+        return -group["lr"] * m_hat / softplus_50(v_hat.sqrt())
+
+
+class FormulaSRAdam(FormulaSAdam):
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        beta1, beta2 = group["betas"]
+        m_hat = ema(state, "m", beta1, g) / (1 - beta1**t)
+        v_hat = ema(state, "v", beta2, g * g) / (1 - beta2**t)
+        limit = 2 / (1 - beta2) - 1
+        rho = limit - 2 * t * beta2**t / (1 - beta2**t)
+        if rho <= 4:
+            return -group["lr"] * m_hat
+        r = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
+        return -group["lr"] * m_hat / softplus_50(v_hat.sqrt() / r)
+
+
+class FormulaUM(Formula):
+    def __init__(
+        self, params: Any, lr: float = 1e-3, beta: float = 0.9, weight_decay: float = 0.0, norm: str = "rms"
+    ) -> None:
+        super().__init__(params, lr=lr, beta=beta, weight_decay=weight_decay, norm=norm)
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        m_hat = ema(state, "m", group["beta"], g) / (1 - group["beta"] ** t)
+        square = m_hat.square().mean() if group["norm"] == "rms" else m_hat.square().sum()
+        return -group["lr"] * m_hat / square.sqrt() if square > 0 else torch.zeros_like(p)
+
+
+class FormulaPreLAMB(Formula):
+    def __init__(self, params: Any, lr: float = 1e-3, beta: float = 0.9, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, beta=beta, weight_decay=weight_decay)
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        p_norm, g_norm = p.square().sum().sqrt(), g.square().sum().sqrt()
+        scaled = g * p_norm / g_norm if p_norm > 0 and g_norm > 0 else g
+        return -group["lr"] * ema(state, "m", group["beta"], scaled) / (1 - group["beta"] ** t)
+
+
+class FormulaDuvAdam(Formula):
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        ratio_clip: float = 10.0,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, ratio_clip=ratio_clip)
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        beta1, beta2 = group["betas"]
+        r = ratio_to(state.get("m", torch.zeros_like(g)), g, group["ratio_clip"])
+        v_hat = ema(state, "v", beta2, (r - 1).square()) / (1 - beta2**t)
+        return -group["lr"] * ema(state, "m", beta1, g) / (1 - beta1**t) / (1 + v_hat.sqrt())
+
+
+class FormulaSUAdam(Formula):
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        ratio_clip: float = 10.0,
+        min_scale: float = 1e-3,
+    ) -> None:
+        super().__init__(
+            params, lr=lr, betas=betas, weight_decay=weight_decay, ratio_clip=ratio_clip, min_scale=min_scale
+        )
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        beta1, beta2 = group["betas"]
+        s = g.sign()
+        r = ratio_to(state.get("m", torch.zeros_like(g)), s, group["ratio_clip"])
+        v_hat = ema(state, "v", beta2, (r - 1).abs()) / (1 - beta2**t)
+        m_hat = ema(state, "m", beta1, s) / (1 - beta1**t)
+        return -group["lr"] * p.abs().mean().clamp_min(group["min_scale"]) * m_hat / (1 + v_hat)
+
+
+class FormulaBAdam(Formula):
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        curvature_clip: float = 1e4,
+        min_scale: float = 1e-3,
+    ) -> None:
+        super().__init__(
+            params, lr=lr, betas=betas, weight_decay=weight_decay, curvature_clip=curvature_clip, min_scale=min_scale
+        )
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        beta1, beta2 = group["betas"]
+        scale = p.abs().mean().clamp_min(group["min_scale"])
+        u = -group["lr"] * scale * ema(state, "m", beta1, g) / (1 - beta1**t)
+        if t > 1:
+            before = state["u"]
+            sign = torch.where(before < 0, -1.0, 1.0)
+            clamped = sign * before.abs().clamp_min(max(float(before.abs().mean()), 1e-12))
+            phi = ((g - state["g"]) / clamped).clamp(-group["curvature_clip"], group["curvature_clip"])
+            v_hat = ema(state, "v", beta2, phi) / (1 - beta2 ** (t - 1))
+            u = u / softplus_50(v_hat.abs())
+        state["u"], state["g"] = u, g.clone()
+        return u

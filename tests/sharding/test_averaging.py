@@ -10,7 +10,7 @@ from stepwell.optim import AdamWRule, ProdigyRule, Rule
 from stepwell.sharding.averaging import average, count_nonfinite
 from stepwell.sharding.push import pack_present
 from stepwell.sharding.vote import Decision
-from tests.zoo import NUM_STEPS, Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, views
+from tests.zoo import Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, views
 
 TENSORS = (ZooTensor((300,)), ZooTensor(()), ZooTensor((20, 30), group=1), ZooTensor((700,), dtype="float64"))
 NUM_TENSORS = len(TENSORS)
@@ -110,13 +110,13 @@ def test_any_number_of_workers_with_the_same_global_batch_agree(rule: Rule) -> N
     """But for rounding, which comes back through the gradient: along the path of the run on one worker, closely."""
     guide = Run(small(), rule)
     path = []
-    for step in range(NUM_STEPS):
+    for step in range(100):
         path.append(guide.params())
         guide.steps(step + 1)
     problem = small().along(path)
-    alone = Run(problem, rule).steps(NUM_STEPS)
+    alone = Run(problem, rule).steps(100)
     for world_size in (2, 4):
-        run = Run(problem, rule, world_size=world_size, num_shards=2).steps(NUM_STEPS)
+        run = Run(problem, rule, world_size=world_size, num_shards=2).steps(100)
         for name, value in alone.state().scalars.items():
             assert run.state().scalars[name] == pytest.approx(value, rel=1e-5)
         for actual, expected in zip(run.params(), alone.params(), strict=True):

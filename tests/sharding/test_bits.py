@@ -11,6 +11,7 @@ import functools
 import pytest
 import torch
 
+from stepwell import optim
 from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule
 from stepwell.sharding import kernels
 from tests.zoo import NUM_STEPS, Problem, Run, State, ZooTensor, assert_same_state, straddling
@@ -66,9 +67,9 @@ def test_result_is_the_same_for_any_size_of_chunks(name: str, chunk_numel: int) 
 def test_result_is_the_same_for_any_size_of_kernel_calls(
     name: str, piece_tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = Run(straddling(), RULES[name]).steps(10).state()
+    expected = Run(straddling(), RULES[name]).steps(5).state()
     monkeypatch.setattr(kernels, "PIECE_TILES", piece_tiles)
-    assert_same_state(Run(straddling(), RULES[name], num_shards=2).steps(10).state(), expected)
+    assert_same_state(Run(straddling(), RULES[name], num_shards=2).steps(5).state(), expected)
 
 
 @ALL_RULES
@@ -78,7 +79,7 @@ def test_result_is_the_same_for_any_number_of_threads(name: str) -> None:
     states = []
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
-        states.append(Run(problem, RULES[name], num_shards=2).steps(20).state())
+        states.append(Run(problem, RULES[name], num_shards=2).steps(6).state())
     assert_same_state(*states)
 
 
@@ -106,10 +107,10 @@ def test_result_is_the_same_when_float64_and_float32_share_the_model(name: str) 
         ZooTensor((50, 50), dtype="bfloat16"),
     ]
     problem = Problem(tuple(tensors))
-    expected = Run(problem, RULES[name]).steps(50).state()
+    expected = Run(problem, RULES[name]).steps(30).state()
     assert {tensor.dtype for tensor in expected.params} == {torch.float32, torch.float64}
     for num_shards in (2, 3, 9):
-        assert_same_state(Run(problem, RULES[name], num_shards=num_shards).steps(50).state(), expected)
+        assert_same_state(Run(problem, RULES[name], num_shards=num_shards).steps(30).state(), expected)
 
 
 def test_more_shards_than_chunks_leave_some_with_nothing() -> None:
@@ -119,3 +120,31 @@ def test_more_shards_than_chunks_leave_some_with_nothing() -> None:
         run = Run(problem, rule, num_shards=6).steps(10)
         assert [shard.buffers.extents[0].numel for shard in run.group.shards].count(0) == 3, name
         assert_same_state(run.state(), expected)
+
+
+OTHER_RULES = [
+    optim.AdamRule(lr=0.01, weight_decay=0.1),
+    optim.BAdamRule(lr=0.01),
+    optim.DuvAdamRule(lr=0.01),
+    optim.MomentumRule(lr=0.01),
+    optim.PreLAMBRule(lr=0.01),
+    optim.RAdamRule(lr=0.01, betas=(0.8, 0.9)),
+    optim.RMSpropRule(lr=0.01, centered=True, momentum=0.9),
+    optim.SAdamRule(lr=0.01),
+    optim.SGDRule(lr=0.01, momentum=0.9),
+    optim.SRAdamRule(lr=0.01, betas=(0.8, 0.9)),
+    optim.SUAdamRule(lr=0.01),
+    optim.UMRule(lr=0.01),
+]
+
+
+@pytest.mark.parametrize("rule", OTHER_RULES, ids=lambda rule: str(rule.name))
+def test_every_rule_gives_the_same_result_for_any_number_of_shards(rule: Rule) -> None:
+    expected = Run(straddling(), rule).steps(20).state()
+    for num_shards in (3, 7):
+        assert_same_state(Run(straddling(), rule, num_shards=num_shards).steps(20).state(), expected)
+
+
+def test_every_rule_is_among_those_tested() -> None:
+    tested = {rule.name for rule in [*RULES.values(), *OTHER_RULES]}
+    assert tested == set(optim.RULES.names())
