@@ -55,7 +55,8 @@ def from_states(
         if key not in index_of:
             raise JobMismatchError(f"state dict: expected states of its groups' parameters only, got one of {key!r}")
         index = index_of[key]
-        step_counts[index] = int(state["step"]) if "step" in state else 0
+        # torch.optim.SGD counts no steps; that it has a state means that it took one.
+        step_counts[index] = int(state["step"]) if "step" in state else 1
         known = {slot.name: slot for slot in (*spec.rule.slots, MASTER)}
         for name, value in state.items():
             if name == "step":
