@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from ..server.calls import wait_for
 from ..server.config import COLLECTIVE_MARGIN_S
 from ..server.messages import LoadHeader, Registration, from_wire, pack_job, pack_push, to_wire
 from ..server.service import Service
-from ..sharding.errors import ShardLostError, StepwellError
+from ..sharding.errors import ServiceError, ShardLostError, StepwellError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, dtype_name
 from ..sharding.push import PushHeader
@@ -22,7 +24,7 @@ from .flat import FlatBuffer
 from .transport import Transport, Values, join_pieces
 
 STATE_TIMEOUT_S = 1800.0
-LEAVE_TIMEOUT_S = 10.0
+LEAVE_TIMEOUT_S = 15.0
 
 
 class ObjectStoreTransport(Transport):
@@ -35,11 +37,13 @@ class ObjectStoreTransport(Transport):
 
     def __init__(self, service: Service, *, owned: bool = False) -> None:
         self.service: Service = service
-        self._owned = owned
+        self._owned, self._is_closed = owned, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
 
     def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
         """See :class:`Transport`."""
+        # Not left to the optimizer, which may be gone long before the process ends, while other ranks still train.
+        atexit.register(self.close, rank, spec.world_size)
         return self._ask_where("register", pack_job(spec), rank, incarnation, what="the registration")
 
     def attach(self, layout: Layout) -> None:
@@ -122,15 +126,18 @@ class ObjectStoreTransport(Transport):
 
     def close(self, rank: int, world_size: int) -> None:
         """See :class:`Transport`. Who owns the service waits a while for the other ranks before ending it."""
-        if not ray.is_initialized():
+        atexit.unregister(self.close)
+        if self._is_closed or not ray.is_initialized():
             return
+        self._is_closed = True
+        with contextlib.suppress(ServiceError):  # who is gone already needs no goodbye
+            if self._owned:
+                others = [other for other in range(world_size) if other != rank]
+                self._ask("wait_until_left", others, LEAVE_TIMEOUT_S, what="the other ranks")
+            else:
+                self._ask("leave", rank, what="the coordinator")
         if self._owned:
-            self._ask(
-                "wait_until_left", [r for r in range(world_size) if r != rank], LEAVE_TIMEOUT_S, what="the other ranks"
-            )
             self.service.shutdown()
-        else:
-            self._ask("leave", rank, what="the coordinator")
 
     def _fill(self, params: FlatBuffer, replies: Sequence[Sequence[Any]]) -> None:
         for index, parts in enumerate(replies):

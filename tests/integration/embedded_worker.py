@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import stepwell
-from tests.integration.training import Trainer, small_in_order
+from tests.integration.training import LIMIT_S, Trainer, small_in_order
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:
@@ -20,9 +21,23 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     worker.rank, worker.world_size = rank, world_size
     began_with = worker.values()
     worker.run(30)
-    results = {"began_with": began_with, "params": worker.values(), "status": worker.optimizer.service.status()}
+    if rank != 0:
+        wait_for_file(folder / "0.pt")  # rank 0 is about to end; it has to keep the service for this rank
+    results = {
+        "began_with": began_with,
+        "params": worker.values(),
+        "state": worker.optimizer.state_dict()["state"],
+        "status": worker.optimizer.service.status(),
+    }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def wait_for_file(path: Path) -> None:
+    """Wait until another process has written a file."""
+    deadline = time.monotonic() + LIMIT_S
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
