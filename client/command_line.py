@@ -29,3 +29,7 @@ def main() -> None:
     except (StepwellError, ValueError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

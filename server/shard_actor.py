@@ -55,7 +55,8 @@ class ShardActor:
         self._peers: list[Any] = []
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
-        self._outcome: asyncio.Future[Outcome] | None = None
+        self._outcome_of_step: asyncio.Future[Outcome] | None = None
+        self._outcome_of_next: asyncio.Future[Outcome] | None = None
         self._outcome_of_push: dict[int, tuple[PushKey, asyncio.Future[Outcome]]] = {}
         self._patience: asyncio.TimerHandle | None = None
         self._held_after: int | None = None
@@ -153,7 +154,7 @@ class ShardActor:
         self._start_if_complete()
         while self._whole_job().sequence < sequence or self._is_stepping:
             left = deadline - asyncio.get_running_loop().time()
-            outcome = await self._wait(self._next_outcome(), sequence, max(left, 0.001))
+            outcome = await self._wait(self._first_outcome(), sequence, max(left, 0.001))
             if outcome.decision is Decision.ABORT:
                 self._held_after = self._whole_job().sequence
                 break
@@ -217,10 +218,9 @@ class ShardActor:
 
     async def decided(self, timeline: int, sequence: int, timeout_s: float) -> StepResult | None:
         """The result of step ``sequence`` if it was taken; waits for one that is under way, for no other."""
-        result = self._job().result(timeline, sequence)
-        if result is None and self._is_stepping:
-            return await self._wait(self._next_outcome(), sequence, timeout_s)
-        return result
+        if self._is_stepping:
+            await self._wait(self._first_outcome(), sequence, timeout_s)
+        return self._job().result(timeline, sequence)
 
     async def parameters(self, dtypes: Sequence[str]) -> list[WireTensor]:
         """The owned parameters, flat, per extent, in the wanted dtypes."""
@@ -244,7 +244,9 @@ class ShardActor:
         receipt = self._job().receive(Push(header, parts, changed))
         if receipt is not Receipt.DECIDED:
             key = (header.timeline, header.sequence, header.attempt)
-            self._outcome_of_push[header.rank] = key, self._next_outcome()
+            known, outcome = self._outcome_of_push.get(header.rank, (None, None))
+            if outcome is None or outcome.done() or known != key:
+                self._outcome_of_push[header.rank] = key, self._next_outcome()
         if receipt is Receipt.COMPLETE:
             self._start_if_complete()
         elif receipt is Receipt.WAITING:
@@ -254,11 +256,12 @@ class ShardActor:
     async def _result(self, key: PushKey, rank: int, timeout_s: float) -> StepResult:
         timeline, sequence, _ = key
         result = self._job().result(timeline, sequence)
-        if result is not None and result.decision is not Decision.ABORT:
-            return result
         known, outcome = self._outcome_of_push.get(rank, (None, None))
         if outcome is None or known != key:
+            if result is not None and result.decision is not Decision.ABORT:
+                return result
             outcome = self._next_outcome()
+        # Not `result`, which the other thread may have left there before the step's task has ended here.
         return await self._wait(outcome, sequence, timeout_s)
 
     def _job(self) -> Shard:
@@ -296,19 +299,21 @@ class ShardActor:
         return result
 
     def _next_outcome(self) -> asyncio.Future[Outcome]:
-        """What will be told to all who wait for the step that is under way or the next one."""
-        if self._outcome is None:
-            self._outcome = asyncio.get_running_loop().create_future()
-        return self._outcome
+        """What will be told to all who wait for the step that has not begun."""
+        if self._outcome_of_next is None:
+            self._outcome_of_next = asyncio.get_running_loop().create_future()
+        return self._outcome_of_next
 
-    def _tell(self, outcome: Outcome) -> None:
-        waiting, self._outcome = self._next_outcome(), None
-        waiting.set_result(outcome)
+    def _first_outcome(self) -> asyncio.Future[Outcome]:
+        """What will be told first: of the step that is under way, else of the next one."""
+        running = self._outcome_of_step
+        return running if running is not None and not running.done() else self._next_outcome()
 
     def _dismiss_pushes(self) -> None:
         """Tell the senders of pushes that a new timeline has swept away."""
         self._stop_waiting_for_missing()
-        self._tell(
+        waiting, self._outcome_of_next = self._next_outcome(), None
+        waiting.set_result(
             TimelineError(
                 "the service was restored or loaded before this step began. "
                 "Call refresh() on every rank to take over its parameters and step number."
@@ -349,9 +354,11 @@ class ShardActor:
 
     def _start(self, shard: Shard) -> None:
         self._stop_waiting_for_missing()
-        self._step = asyncio.get_running_loop().create_task(self._run_step(shard))
+        told, self._outcome_of_next = self._next_outcome(), None
+        self._outcome_of_step = told
+        self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told))
 
-    async def _run_step(self, shard: Shard) -> None:
+    async def _run_step(self, shard: Shard, told: asyncio.Future[Outcome]) -> None:
         loop = asyncio.get_running_loop()
         calling = loop.call_later(self._config.worker_timeout_s, self._call_peers, shard.timeline, shard.sequence + 1)
         outcome: Outcome = ServiceError(f"shard {self._index} failed in a step; its log has the traceback")
@@ -361,7 +368,7 @@ class ShardActor:
             outcome = error
         finally:
             calling.cancel()
-            self._tell(outcome)
+            told.set_result(outcome)
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)
 
