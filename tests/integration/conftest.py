@@ -1,4 +1,4 @@
-"""One Ray for this folder, on loopback, and services in it."""
+"""A Ray for each module of this folder, on loopback, and services in it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[str]:
-    """The address of a Ray that this process started."""
+    """The address of a Ray that this process started; not kept for longer, as a process ends with its Ray."""
     cluster.start_embedded(num_cpus=1)
     yield cluster.address()
     ray.shutdown()
