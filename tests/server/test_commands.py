@@ -77,6 +77,7 @@ def own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert (fields["name"], fields["num_shards"], fields["rule"]) == ("trainer", 2, None)
         assert fields["address"].startswith("127.0.0.2:")
         yield state
+        ray.shutdown()  # commands that ran in this process left it in that Ray, and a process ends with its Ray
         down = cli_process("down", "trainer", "--json")
         assert json.loads(down.out) == {"name": "trainer", "ended_ray": True}, down.err
         assert not (state / "stepwell" / "ray.json").exists()
