@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
+from ..sharding.clipping import ClipLimits
 from ..sharding.errors import AttemptError, StepAbortedError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
 from ..sharding.push import PushHeader, pack_present
@@ -35,6 +36,8 @@ class Worker:
     Attributes:
         scalars: The rule's scalars after the last step.
         num_steps: Steps that the service has taken, skipped ones included.
+        num_skipped_steps: Steps of these that were skipped.
+        last_result: Of the last step that this worker has heard of since it registered or refreshed; None before it.
     """
 
     def __init__(self, transport: Transport, spec: JobSpec, params: Sequence[Tensor], rank: int) -> None:
@@ -57,7 +60,15 @@ class Worker:
             logger.info("rank %d joined service %r at step %d", rank, transport.service.name, registration.step)
         self.take_parameters()
 
-    def step(self, hyper: Mapping[str, Sequence[float]] | None, scalars: Mapping[str, float] | None) -> StepResult:
+    def step(
+        self,
+        hyper: Mapping[str, Sequence[float]] | None,
+        scalars: Mapping[str, float] | None,
+        *,
+        limits: ClipLimits | None = None,
+        grad_scale: float = 1.0,
+        found_inf: bool = False,
+    ) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
 
         After a failure the next call first asks whether the failed step was taken after all: if so it takes its result
@@ -66,6 +77,9 @@ class Worker:
         Args:
             hyper: Rank 0: hyperparameter name to one value per group. Other ranks: None.
             scalars: Rank 0: scalars that a person wrote. Other ranks: None.
+            limits: Rank 0: of the averaged gradient. Other ranks: None.
+            grad_scale: What this rank's gradients are multiplied by.
+            found_inf: Whether this rank wants the step skipped, as its gradients are not finite.
 
         Returns:
             The result, COMMIT or SKIP.
@@ -80,6 +94,10 @@ class Worker:
             present=self._gather_gradients(),
             hyper=hyper,
             scalars=scalars,
+            max_grad_norm=None if limits is None else limits.max_norm,
+            max_grad_value=None if limits is None else limits.max_value,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
         reloaded = self._changed_by_hand() if self.rank == 0 else {}
         self._is_open = True
@@ -95,7 +113,7 @@ class Worker:
             self.settle()
             if self.sequence == sequence:
                 raise
-            return self.step(hyper, scalars)
+            return self.step(hyper, scalars, limits=limits, grad_scale=grad_scale, found_inf=found_inf)
         if result.decision is Decision.COMMIT:
             self._write_parameters()
         self._close_step(result)
@@ -143,6 +161,8 @@ class Worker:
     def _adopt(self, registration: Registration) -> None:
         self.timeline, self.sequence = registration.timeline, registration.sequence
         self.scalars, self.num_steps = registration.scalars, registration.step
+        self.num_skipped_steps = registration.skipped_steps
+        self.last_result: StepResult | None = None
         # Attempts go on counting: an inbox may still hold a push of this step, and takes the next try for its repeat.
         self._is_open = False
 
@@ -156,6 +176,8 @@ class Worker:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.
         self.sequence, self.scalars = result.sequence, result.scalars
         self.num_steps += 1
+        self.num_skipped_steps += result.decision is Decision.SKIP
+        self.last_result = result
         self._attempt, self._is_open = 0, False
 
     def _gather_gradients(self) -> bytes:

@@ -15,6 +15,8 @@ from .push import Push
 def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[Tensor]:
     """Average the ranks' gradients: a sum in rank order, divided by how many ranks have the tensor.
 
+    Each rank's scale is undone first, in the state dtype.
+
     Args:
         pushes: All ranks' pushes, in rank order.
         present: ``(world_size, num_tensors)`` bool.
@@ -24,8 +26,9 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[T
         Per extent ``(tiles, 256)`` in the state dtype, zero where no rank has the tensor and in padding. With a single
         worker it may share memory with the push and must not be written.
     """
+    scales = [push.header.grad_scale for push in pushes]
     return [
-        _average_extent([push.gradient[index] for push in pushes], present[:, extent.tensor_of_tile], extent)
+        _average_extent([push.gradient[index] for push in pushes], scales, present[:, extent.tensor_of_tile], extent)
         for index, extent in enumerate(buffers.extents)
     ]
 
@@ -41,11 +44,14 @@ def _count_nonfinite(grad: Tensor) -> int:
     return int(grad.numel() - torch.isfinite(grad).sum())
 
 
-def _average_extent(parts: Sequence[Tensor], present: Tensor, buffers: ExtentBuffers) -> Tensor:
+def _average_extent(
+    parts: Sequence[Tensor], scales: Sequence[float], present: Tensor, buffers: ExtentBuffers
+) -> Tensor:
     device = buffers.slots[MASTER.name].device
     total: Tensor | None = None
-    for part, here in zip(parts, present, strict=True):
+    for part, scale, here in zip(parts, scales, present, strict=True):
         grad = part.to(device, buffers.extent.dtype).view(-1, TILE_NUMEL)
+        grad = grad if scale == 1.0 else grad * (1.0 / scale)
         if not bool(here.all()):
             grad = torch.where(here[:, None].to(device), grad, 0.0)
         total = grad if total is None else total + grad
