@@ -14,7 +14,8 @@ class GradScaler(torch.amp.GradScaler):
     """``torch.amp.GradScaler`` whose ``update()`` goes by what the service decided, so that all ranks keep one scale.
 
     torch's own works too, and gives the same with one worker. With several each rank goes by its own gradients there:
-    the scales part from each other, and a rank that saw nothing amiss keeps a scale with which another overflowed.
+    the scales part from each other, and a rank that saw nothing amiss keeps a scale with which another overflowed. With
+    ``gradients="sharded"`` that would be wrong, as FSDP2 adds gradients of all ranks up before their scale is undone.
 
     Arguments and methods are torch's. Called on every rank, as ``optimizer.step()`` is; other optimizers than
     Stepwell's are treated as by torch.

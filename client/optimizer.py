@@ -15,10 +15,12 @@ from torch.optim.optimizer import ParamsT
 
 from ..optim import Rule
 from ..sharding.clipping import ClipLimits, require_positive
+from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
 from ..sharding.vote import Decision
 from .groups import pack_groups, param_specs, plain_rule, read_hyper, show_scalars, unpack_groups, written_scalars
+from .holdings import holdings_of, resolve_gradients
 from .inprocess import InProcessService
 from .resolve import resolve_ranks, resolve_service
 from .state_dict import from_states, load_header, to_param_state
@@ -36,6 +38,7 @@ class ServiceOptions(TypedDict, total=False):
     rank: int | None
     world_size: int | None
     num_shards: int | None
+    gradients: Gradients | None
     on_nonfinite: Literal["skip", "raise"]
     max_grad_norm: float | None
     max_grad_value: float | None
@@ -44,9 +47,9 @@ class ServiceOptions(TypedDict, total=False):
 class ServiceOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose state and master parameters live in a Stepwell service.
 
-    Every rank makes one, with the same model, and calls ``step()`` at the same times; gradients are each rank's own,
-    and the service averages them over the ranks that have one. Rank 0's initial parameters go to all ranks, unless the
-    service holds this job's parameters already: then those do. Rank 0's ``param_groups`` count.
+    Every rank makes one, with the same model, and calls ``step()`` at the same times. Rank 0's initial parameters go to
+    all ranks (of a sharded model each rank's own part), unless the service holds this job's parameters already: then
+    those do. Rank 0's ``param_groups`` count.
 
     Args:
         params: Parameters, named parameters, or groups of either.
@@ -56,6 +59,11 @@ class ServiceOptimizer(torch.optim.Optimizer):
             for one worker and ``"embedded"`` for several.
         rank, world_size: This worker and how many there are; None takes torch.distributed's if it is initialised.
         num_shards: Shards of an in-process (default 1) or embedded service (default one per worker).
+        gradients: What a rank's gradients mean. ``"local"``: its own; the service averages them over the ranks that
+            have one. ``"replicated"``: equal on all ranks, as DDP leaves them; each rank pushes a share.
+            ``"sharded"``: the part that this rank holds of an averaged gradient, as FSDP2 leaves it; each rank pushes
+            and gets back what it holds. None: ``"sharded"`` for DTensor parameters, ``"replicated"`` for named ones
+            that all have DDP's prefix ``module.``, else ``"local"``, which is right with DDP too. Logged.
         on_nonfinite: What a step does whose averaged gradient holds inf or NaN: it is skipped on all shards, and
             ``"raise"`` tells the caller so.
         max_grad_norm: Scale the averaged gradient of the whole model down to this 2-norm, as
@@ -86,6 +94,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         rank: int | None = None,
         world_size: int | None = None,
         num_shards: int | None = None,
+        gradients: Gradients | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         max_grad_norm: float | None = None,
         max_grad_value: float | None = None,
@@ -97,17 +106,15 @@ class ServiceOptimizer(torch.optim.Optimizer):
         super().__init__(params, rule.defaults())
         self.rule, self._on_nonfinite = plain_rule(rule), on_nonfinite
         read_hyper(self.rule, self.param_groups)
-        rank, world_size = resolve_ranks(rank, world_size)
-        flat_params = [param for group in self.param_groups for param in group["params"]]
-        spec = JobSpec(self.rule, tuple(param_specs(self.param_groups)), len(self.param_groups), world_size)
-        device = flat_params[0].device if flat_params else torch.device("cpu")
-        transport = resolve_service(service, rank=rank, world_size=world_size, num_shards=num_shards, device=device)
-        self._world_size = world_size
-        self._worker = Worker(transport, spec, flat_params, rank)
-        show_scalars(self.param_groups, self._worker.scalars)
-        # Code that finds an empty state takes a step of its own to fill it.
-        for param in flat_params:
-            self.state[param]["service"] = transport.service.name
+        rank, self._world_size = resolve_ranks(rank, world_size)
+        self.gradients = resolve_gradients(gradients, self._named_params(), self._world_size)
+        spec, params, holdings = self._describe_job()
+        device = params[0].device if params else torch.device("cpu")
+        transport = resolve_service(
+            service, rank=rank, world_size=self._world_size, num_shards=num_shards, device=device
+        )
+        self._worker = Worker(transport, spec, params, rank, holdings)
+        self._show_service()
         atexit.register(_close_at_exit, weakref.ref(self))
 
     @property
@@ -239,13 +246,49 @@ class ServiceOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, before the optimizer is registered; torch's constructor calls it."""
-        if self._worker is not None:
-            raise NotImplementedError(
-                "add_param_group after the optimizer was made is not supported yet: pass all groups to the "
-                "constructor, those to be trained later with lr=0 or requires_grad=False"
-            )
+        """Add a group, at any time between two steps. Called on every rank, with the same group.
+
+        The added parameters begin with rank 0's values; what exists stays as it is, to the bit.
+
+        Raises:
+            ValueError: As torch, if a parameter is in another group already.
+            HyperparameterError: If the group's values are out of range.
+            JobMismatchError: If the ranks add different groups. The optimizer and the service are as before.
+        """
         super().add_param_group(param_group)
+        if self._worker is None:
+            return  # torch's constructor at work
+        try:
+            read_hyper(self.rule, self.param_groups)
+            resolve_gradients(self.gradients, self._named_params(), self._world_size)
+            self._worker.extend(*self._describe_job())
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._show_service()
+
+    def _named_params(self) -> list[tuple[str, torch.Tensor]]:
+        """Every parameter in index order, with its name where one is known."""
+        return [
+            named
+            for group in self.param_groups
+            for named in zip(group.get("param_names") or [""] * len(group["params"]), group["params"], strict=True)
+        ]
+
+    def _describe_job(self) -> tuple[JobSpec, list[torch.Tensor], Holdings | None]:
+        """The job, all parameters, and what this rank holds of them if they are sharded."""
+        named, groups = self._named_params(), self.param_groups
+        spec = JobSpec(self.rule, tuple(param_specs(groups)), len(groups), self._world_size, gradients=self.gradients)
+        return spec, [param for _, param in named], holdings_of(named) if self.gradients == "sharded" else None
+
+    def _show_service(self) -> None:
+        """Write what code looks for: scalars into the groups, something into the state.
+
+        Code that finds an empty state takes a step of its own to fill it.
+        """
+        show_scalars(self.param_groups, self._registered.scalars)
+        for _, param in self._named_params():
+            self.state[param]["service"] = self._registered.transport.service.name
 
     def _tell_of_skip(self, sequence: int, *, is_scaled: bool) -> None:
         message = f"step {sequence} was skipped on all shards: the averaged gradient holds inf or NaN"

@@ -1,4 +1,4 @@
-"""The mean gradient of a step, per element over the ranks that have it."""
+"""The gradient of a step, from what the ranks push: their mean, or their parts side by side."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from .buffers import MASTER, Buffers, ExtentBuffers
+from .coverage import Runs
 from .push import Push
 
 
 def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[Tensor]:
     """Average the ranks' gradients: a sum in rank order, divided by how many ranks have the tensor.
-
-    Each rank's scale is undone first, in the state dtype.
 
     Args:
         pushes: All ranks' pushes, in rank order.
@@ -26,11 +25,49 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[T
         Per extent ``(tiles, 256)`` in the state dtype, zero where no rank has the tensor and in padding. With a single
         worker it may share memory with the push and must not be written.
     """
-    scales = [push.header.grad_scale for push in pushes]
     return [
-        _average_extent([push.gradient[index] for push in pushes], scales, present[:, extent.tensor_of_tile], extent)
+        _average_extent(pushes, index, present[:, extent.tensor_of_tile], extent)
         for index, extent in enumerate(buffers.extents)
     ]
+
+
+def assemble(pushes: Sequence[Push], present: Tensor, buffers: Buffers, runs: Sequence[Sequence[Runs]]) -> list[Tensor]:
+    """Put the ranks' parts of a gradient that is reduced already side by side; no two ranks push the same element.
+
+    Args:
+        pushes: All ranks' pushes, in rank order.
+        present: ``(world_size, num_tensors)`` bool.
+        buffers: The shard's memory, for its tiles and device; not changed.
+        runs: Per rank and extent, where what it pushes lies, counted from the shard's first tile.
+
+    Returns:
+        Per extent ``(tiles, 256)`` in the state dtype, zero where a tensor is absent and in padding.
+    """
+    grads = []
+    for index, extent in enumerate(buffers.extents):
+        device = extent.slots[MASTER.name].device
+        whole = torch.zeros(extent.numel, dtype=extent.extent.dtype, device=device)
+        for push, its_runs, here in zip(pushes, runs, present, strict=True):
+            _place(whole, _unscaled(push, index, extent), its_runs[index], here[extent.tensor_of_tile])
+        grads.append(whole.view(-1, TILE_NUMEL))
+    return grads
+
+
+def _place(whole: Tensor, values: Tensor, runs: Runs, present: Tensor) -> None:
+    """Copy one rank's packed values to their runs; ``present`` is ``(tiles,)`` bool.
+
+    A run that is not of whole tiles lies within one tensor, so that its tiles are all present or all absent.
+    """
+    all_present, taken = bool(present.all()), 0
+    for start, stop in runs.tolist():
+        target, part = whole[start:stop], values[taken : taken + stop - start]
+        taken += stop - start
+        here = present[start // TILE_NUMEL : -(-stop // TILE_NUMEL)]
+        if all_present or bool(here.all()):
+            target.copy_(part)
+        elif bool(here.any()):
+            kept = here[:, None].to(whole.device)
+            target.copy_(torch.where(kept, part.view(-1, TILE_NUMEL), 0.0).view(-1))
 
 
 def count_nonfinite(grads: Sequence[Tensor]) -> int:
@@ -44,19 +81,22 @@ def _count_nonfinite(grad: Tensor) -> int:
     return int(grad.numel() - torch.isfinite(grad).sum())
 
 
-def _average_extent(
-    parts: Sequence[Tensor], scales: Sequence[float], present: Tensor, buffers: ExtentBuffers
-) -> Tensor:
+def _unscaled(push: Push, index: int, buffers: ExtentBuffers) -> Tensor:
+    """A rank's part of an extent on the shard's device; without a scale that it has, and then in the state dtype."""
+    part, scale = push.gradient[index].to(buffers.slots[MASTER.name].device), push.header.grad_scale
+    return part if scale == 1.0 else part.to(buffers.extent.dtype) * (1.0 / scale)
+
+
+def _average_extent(pushes: Sequence[Push], index: int, present: Tensor, buffers: ExtentBuffers) -> Tensor:
     device = buffers.slots[MASTER.name].device
     total: Tensor | None = None
-    for part, scale, here in zip(parts, scales, present, strict=True):
-        grad = part.to(device, buffers.extent.dtype).view(-1, TILE_NUMEL)
-        grad = grad if scale == 1.0 else grad * (1.0 / scale)
+    for push, here in zip(pushes, present, strict=True):
+        grad = _unscaled(push, index, buffers).to(buffers.extent.dtype).view(-1, TILE_NUMEL)
         if not bool(here.all()):
             grad = torch.where(here[:, None].to(device), grad, 0.0)
         total = grad if total is None else total + grad
     assert total is not None, "a step has at least one rank"
-    if len(parts) > 1:
+    if len(pushes) > 1:
         counts = present.sum(dim=0).clamp_min(1).to(device, buffers.extent.dtype)
         total = total / counts[:, None]
     return total

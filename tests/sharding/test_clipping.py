@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule, SGDRule
 from stepwell.sharding import clipping
+from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.errors import HyperparameterError, MessageError, StepAbortedError
 from stepwell.sharding.shard import StepResult
 from stepwell.sharding.vote import Decision
+from tests.sharding.test_coverage import PartedRun, split_rows
 from tests.zoo import (
     Problem,
     Run,
@@ -268,6 +270,24 @@ def test_scale_that_is_no_power_of_two_is_undone_but_for_rounding() -> None:
     plain.step(gradients=gradients)
     for actual, expected in zip(run.params(), plain.params(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradients", ["replicated", "sharded"])
+def test_parts_of_one_gradient_are_unscaled_and_clipped_as_a_whole(gradients: Gradients) -> None:
+    limits = {"max_grad_norm": 5.0, "max_grad_value": 1.5}
+    whole = Run(straddling(), SGDRule(lr=0.1), rank_0=limits)
+    holdings = split_rows(straddling(), 3) if gradients == "sharded" else None
+    run = PartedRun(straddling(), SGDRule(lr=0.1), gradients, num_shards=2, world_size=3, holdings=holdings)
+    for _ in range(3):
+        grads = run.problem_gradients()
+        expected = whole.step(gradients=grads)
+        scaled = {index: grad * 1024.0 for index, grad in grads.items()}
+        results = [
+            run.group.push(run.pushes_of(rank, scaled, grad_scale=1024.0, **(limits if rank == 0 else {})))
+            for rank in range(3)
+        ]
+        assert results[-1] == expected
+    assert_same_state(run.state(), whole.state())
 
 
 # What is refused
