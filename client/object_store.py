@@ -100,6 +100,7 @@ class ObjectStoreTransport(Transport):
                     header.timeline,
                     header.sequence,
                     header.rank,
+                    header.incarnation,
                     header.attempt,
                     dtypes,
                     params.part,
@@ -126,15 +127,23 @@ class ObjectStoreTransport(Transport):
 
     def decided(self, timeline: int, sequence: int) -> StepResult | None:
         """See :class:`Transport`."""
-        calls = [shard.decided.remote(timeline, sequence, self._step_timeout_s) for shard in self.service.shards]
-        results = self._wait(calls, what=f"the result of step {sequence}")
-        taken = [result for result in results if result is not None and result.decision is not Decision.ABORT]
+        results, taken = self._ask_decided(timeline, sequence)
+        if 0 < len(taken) < len(results):
+            # Some were asked just before the last push reached them. A step that is taken has begun on all of them, so
+            # that now they wait for it too.
+            results, taken = self._ask_decided(timeline, sequence)
         if 0 < len(taken) < len(results):
             raise ShardLostError(
                 f"step {sequence} was taken by {len(taken)} of {len(results)} shards; the others failed in it. "
                 "Restore the service from its last checkpoint with service.restore(URI), then call refresh()"
             )
         return taken[0] if taken else None
+
+    def _ask_decided(self, timeline: int, sequence: int) -> tuple[list[StepResult | None], list[StepResult]]:
+        """What each shard says of a step, and what those say that took it."""
+        calls = [shard.decided.remote(timeline, sequence, self._step_timeout_s) for shard in self.service.shards]
+        results: list[StepResult | None] = self._wait(calls, what=f"the result of step {sequence}")
+        return results, [result for result in results if result is not None and result.decision is not Decision.ABORT]
 
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""

@@ -144,8 +144,15 @@ class Coordinator:
             header: The small part of the state.
         """
         async with self._changing:
-            self._timeline += 1
-            await self._all("load", header, self._timeline, *values, what="the shards to take the state")
+            try:
+                await self._all("hold", what="the shards to come to rest")
+                if self._loaded.is_set():
+                    # Ends what a shard may be at: a step in which it waits for others that will not begin it any more.
+                    await self._form_group()
+                self._timeline += 1
+                await self._all("load", header, self._timeline, *values, what="the shards to take the state")
+            finally:
+                await self._all("release", what="the shards to go on")
             self._loaded.set()
             return await self._registration()
 

@@ -43,8 +43,8 @@ from .messages import (
 )
 
 Outcome = StepResult | StepwellError
-PushKey = tuple[int, int, int]
-"""Timeline, sequence number and attempt."""
+PushKey = tuple[int, int, str, int]
+"""Timeline, sequence number, incarnation and attempt."""
 
 
 class ShardActor:
@@ -66,6 +66,8 @@ class ShardActor:
         self._peers: list[Any] = []
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
+        self._sequence_of_step = 0
+        self._is_loading = False
         self._outcome_of_step: asyncio.Future[Outcome] | None = None
         self._outcome_of_next: asyncio.Future[Outcome] | None = None
         self._outcome_of_push: dict[int, tuple[PushKey, asyncio.Future[Outcome]]] = {}
@@ -128,8 +130,7 @@ class ShardActor:
     async def load(self, header: LoadHeader, timeline: int, *parts: WireValues) -> None:
         """Take a state that workers hold, a part each."""
         source = source_of(header, map(values_from_wire, parts))
-        await self._compute(lambda: self._job().load(source, timeline=timeline))
-        self._dismiss_pushes()
+        await self._load(lambda: self._job().load(source, timeline=timeline))
 
     async def prepare_extension(self, job: bytes, *parts: WireValues) -> None:
         """Make room for parameters that are added to the job."""
@@ -148,13 +149,13 @@ class ShardActor:
             with CheckpointReader(uri, read_manifest(uri)) as reader:
                 self._job().load(reader.source(), timeline=timeline)
 
-        await self._compute(restore)
-        self._dismiss_pushes()
+        await self._load(restore)
 
     async def hold(self) -> int:
         """Begin no step after the one that is under way; returns the step to wait for, see :meth:`settle`."""
         sequence = 0 if self._shard is None else self._shard.sequence
-        self._held_after = sequence + self._is_stepping
+        # Not one more than `sequence`: the other thread may have counted the step before its task has ended here.
+        self._held_after = self._sequence_of_step if self._is_stepping else sequence
         return self._held_after
 
     async def settle(self, sequence: int, timeout_s: float) -> ShardStatus:
@@ -217,6 +218,7 @@ class ShardActor:
         timeline: int,
         sequence: int,
         rank: int,
+        incarnation: str,
         attempt: int,
         dtypes: Sequence[str],
         wanted: Part,
@@ -228,10 +230,11 @@ class ShardActor:
 
         Returns:
             In place of the result an error, as for :meth:`push`: SequenceError, if it is not the last step or the next
-            one or the service was restored meanwhile; ServiceTimeoutError; ShardLostError, if another shard was lost.
+            one or the service was restored meanwhile; AttemptError or IncarnationError, if the step was taken with
+            another push of this rank; ServiceTimeoutError; ShardLostError, if another shard was lost.
         """
         try:
-            result = await self._result((timeline, sequence, attempt), rank, timeout_s)
+            result = await self._result((timeline, sequence, incarnation, attempt), rank, timeout_s)
             return result, await self.parameters(dtypes, rank, wanted) if result.decision is Decision.COMMIT else []
         except StepwellError as error:
             return error, []
@@ -264,7 +267,7 @@ class ShardActor:
         changed = {index: from_wire(wire) for index, wire in reloaded.items()}
         receipt = self._job().receive(Push(header, parts, changed))
         if receipt is not Receipt.DECIDED:
-            key = (header.timeline, header.sequence, header.attempt)
+            key = (header.timeline, header.sequence, header.incarnation, header.attempt)
             known, outcome = self._outcome_of_push.get(header.rank, (None, None))
             if outcome is None or outcome.done() or known != key:
                 self._outcome_of_push[header.rank] = key, self._next_outcome()
@@ -275,15 +278,17 @@ class ShardActor:
         return receipt
 
     async def _result(self, key: PushKey, rank: int, timeout_s: float) -> StepResult:
-        timeline, sequence, _ = key
+        timeline, sequence, incarnation, attempt = key
         result = self._job().result(timeline, sequence)
         known, outcome = self._outcome_of_push.get(rank, (None, None))
-        if outcome is None or known != key:
-            if result is not None and result.decision is not Decision.ABORT:
-                return result
-            outcome = self._next_outcome()
-        # Not `result`, which the other thread may have left there before the step's task has ended here.
-        return await self._wait(outcome, sequence, timeout_s)
+        if outcome is not None and known == key:
+            # Not `result`, which the other thread may have left there before the step's task has ended here.
+            result = await self._wait(outcome, sequence, timeout_s)
+        elif result is None:
+            result = await self._wait(self._next_outcome(), sequence, timeout_s)
+        if result.decision is not Decision.ABORT:
+            self._job().require_taken(rank, incarnation, attempt)
+        return result
 
     def _job(self) -> Shard:
         if self._shard is None:
@@ -302,6 +307,17 @@ class ShardActor:
     @property
     def _is_stepping(self) -> bool:
         return self._step is not None and not self._step.done()
+
+    async def _load(self, load: Callable[[], None]) -> None:
+        """Take a state; no step begins before it is there."""
+        self._is_loading = True
+        try:
+            await self._compute(load)
+        finally:
+            self._is_loading = False
+            if not self._job().is_waiting:
+                self._dismiss_pushes()
+            self._start_if_complete()
 
     async def _compute(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._data, work)
@@ -371,12 +387,14 @@ class ShardActor:
 
     def _is_free(self, shard: Shard) -> bool:
         is_held = self._held_after is not None and shard.sequence >= self._held_after
-        return not self._is_stepping and not is_held
+        return not (self._is_stepping or self._is_loading or is_held)
 
     def _start(self, shard: Shard) -> None:
         self._stop_waiting_for_missing()
         told, self._outcome_of_next = self._next_outcome(), None
         self._outcome_of_step = told
+        self._sequence_of_step = shard.sequence + 1
+        shard.begin()
         self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told))
 
     async def _run_step(self, shard: Shard, told: asyncio.Future[Outcome]) -> None:
@@ -400,17 +418,18 @@ class ShardActor:
 
 def _drive(step: Reduction, collective: Collective | None) -> StepResult:
     """Run a step to its end, all-reducing whatever it yields."""
-    if collective is None:
-        raise ShardLostError("the shards have no process group; restart the service")
     try:
         vector = next(step)
+        if collective is None:
+            raise ShardLostError("the shards have no process group; restart the service")
         while True:
             vector = step.send(collective.all_reduce(vector))
     except StopIteration as stop:
         result: StepResult = stop.value
         return result
     except BaseException:
-        collective.close()  # the others must not wait for this shard
+        if collective is not None:
+            collective.close()  # the others must not wait for this shard
         raise
     finally:
         step.close()

@@ -11,7 +11,7 @@ from .coverage import Coverage, Holdings, Range, Runs, coverage_of
 from .errors import IncarnationError, MessageError, UnknownRankError
 from .job import JobSpec
 from .layout import Layout
-from .push import Push, PushHeader, check_gradient
+from .push import Push, check_gradient
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,16 +71,16 @@ class Members:
         if not 0 <= rank < self._spec.world_size:
             raise UnknownRankError(f"expected a rank from 0 to {self._spec.world_size - 1}, got {rank}")
 
-    def require_incarnation(self, header: PushHeader) -> None:
-        """Refuse a push of another process than the one admitted.
+    def require_incarnation(self, rank: int, incarnation: str) -> None:
+        """Refuse a request of another process than the one admitted.
 
         Raises:
             IncarnationError: If it is of another, or none is admitted.
         """
-        known = self[header.rank].incarnation
-        if known != header.incarnation:
+        known = self[rank].incarnation
+        if known != incarnation:
             raise IncarnationError(
-                f"rank {header.rank}: expected a push of process {known}, got one of {header.incarnation}; "
+                f"rank {rank}: expected a push of process {known}, got one of {incarnation}; "
                 "another process has registered as this rank since"
             )
 

@@ -233,6 +233,7 @@ class Shard:
         if self._deciding is not None:
             raise StepAbortedError(f"step {self.sequence + 1} is being decided; load when it is done")
         self._lost = f"shard {self._shard} was interrupted while it loaded a state"
+        self._inbox = Inbox(self.spec.world_size)
         self.buffers.load(source)
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)
@@ -261,7 +262,7 @@ class Shard:
         header = push.header
         self._require_sender(header)
         if header.sequence == self.sequence:
-            self._require_taken(header)
+            self.require_taken(header.rank, header.incarnation, header.attempt)
             return Receipt.DECIDED
         if self._deciding is not None:
             held = {(push.header.rank, push.header.incarnation, push.header.attempt) for push in self._deciding}
@@ -285,15 +286,44 @@ class Shard:
             return self._last_result
         return None
 
+    def require_taken(self, rank: int, incarnation: str, attempt: int) -> None:
+        """Refuse whom the last step was taken without, as it was taken with another push of this rank.
+
+        Raises:
+            StaleRequestError: If this timeline had no step yet.
+            IncarnationError: If another process has taken the rank's place.
+            AttemptError: If it was taken with another attempt.
+        """
+        if self._last_result is None:
+            raise StaleRequestError(f"step {self.sequence} was decided before this timeline began; call refresh()")
+        taken = self._taken.get(rank)
+        if taken is None or (taken.incarnation, taken.attempt) == (incarnation, attempt):
+            return
+        self.members.require_incarnation(rank, incarnation)
+        raise AttemptError(
+            f"step {self.sequence} was taken with another push of rank {rank} (attempt {taken.attempt} of process "
+            f"{taken.incarnation}); call step() again, which takes its result over and goes on after it"
+        )
+
+    def begin(self) -> None:
+        """Take the pushes that the next step is decided on; what comes now is too late for it.
+
+        For who receives pushes while :meth:`step` waits for its turn, which else does this itself. Must be followed by
+        a step that is run until its first vector at least.
+        """
+        self._deciding = self._inbox.take()
+
     def step(self) -> Reduction:
         """Run the next step: vote, local pass, reduction, apply pass.
 
         Call it when every rank is in, or to give the step up for want of a rank. Until the vote is a COMMIT no slot
         has moved; an exception thrown in before leaves the shard as it was.
         """
-        missing, pushes = self._inbox.missing, self._inbox.take()
-        self._deciding = pushes
-        moving = False
+        if self._deciding is None:
+            self.begin()
+        pushes, moving = self._deciding or [], False
+        here = {push.header.rank for push in pushes}
+        missing = [rank for rank in range(self.spec.world_size) if rank not in here]
         try:
             grads = [] if missing else self._gradient(pushes)
             limits = ClipLimits() if missing else limits_of(pushes[0].header)
@@ -414,21 +444,7 @@ class Shard:
     def _require_sender(self, header: PushHeader) -> None:
         self.members.require_rank(header.rank)
         self._require_sequence(header.timeline, header.sequence)
-        self.members.require_incarnation(header)
-
-    def _require_taken(self, header: PushHeader) -> None:
-        """Refuse a new push for a step that was taken with another one; a repeat of that one is fine."""
-        if self._last_result is None:
-            raise StaleRequestError(
-                f"expected step {self.sequence + 1}, got {header.sequence}, "
-                "which was decided before this timeline began"
-            )
-        taken = self._taken.get(header.rank)
-        if taken is not None and (taken.incarnation, taken.attempt) != (header.incarnation, header.attempt):
-            raise AttemptError(
-                f"step {header.sequence} was taken with an earlier push of rank {header.rank} (attempt {taken.attempt} "
-                f"of process {taken.incarnation}); call step() again, which takes its result over and goes on after it"
-            )
+        self.members.require_incarnation(header.rank, header.incarnation)
 
     def _require_content(self, push: Push) -> None:
         header = push.header

@@ -38,7 +38,14 @@ class HandJob:
         self.timeline = 0
         for rank in range(world_size):
             self.register(rank)
-        values = {(index, MASTER.name, 0): to_wire(problem.initial(index)) for index in range(len(problem.tensors))}
+        self.load()
+
+    def load(self) -> None:
+        """Load the initial parameters."""
+        values = {
+            (index, MASTER.name, 0): to_wire(self.oracle.problem.initial(index))
+            for index in range(len(self.oracle.problem.tensors))
+        }
         self.timeline = self.ask("load", [ray.put(values)], LoadHeader()).timeline
 
     def ask(self, method: str, *arguments: Any) -> Registration:
@@ -70,7 +77,7 @@ class HandJob:
         """The reference of a reply to a push."""
         header, dtypes = push.header, ["float32"]
         return self.service.shards[shard].pull.remote(
-            header.timeline, header.sequence, header.rank, header.attempt, dtypes, "held", timeout_s
+            header.timeline, header.sequence, header.rank, header.incarnation, header.attempt, dtypes, "held", timeout_s
         )
 
     def result(self, push: Push, shard: int = 0) -> Reply:

@@ -23,6 +23,7 @@ from stepwell.sharding.errors import (
     MissingRankError,
     RequestError,
     ShapeMismatchError,
+    ShardLostError,
     StaleRequestError,
     StepAbortedError,
     StepwellError,
@@ -60,6 +61,7 @@ def job(module_job: HandJob) -> Iterator[HandJob]:
 def test_step_that_waits_for_a_rank_has_moved_nothing(job: HandJob) -> None:
     assert job.send(job.pushes(1)) == ["waiting"] * 3
     assert_same_state(job.state(), job.oracle.state())
+    job.step()
 
 
 def test_repeated_push_counts_once(job: HandJob) -> None:
@@ -259,4 +261,17 @@ def test_worker_that_died_before_it_reached_all_shards_gives_the_step_up(job: Ha
     for each in pushes:
         job.send(each, [0])
     expect_abort(job.result(pushes[0][0]), MissingRankError, "rank 0 of 2 did not push to shard 1 in time")
+    assert_same_state(job.state(), job.oracle.state())
+
+
+def test_load_frees_a_shard_from_a_step_that_the_others_will_not_begin(launch: Launch) -> None:
+    """Shard 0 has both ranks and waits for the vote of others, who go on to another timeline."""
+    job = HandJob(launch(3), small(), ProdigyRule(d0=0.1))
+    pushes = [job.pushes(0), job.pushes(1)]
+    for each in pushes:
+        job.send(each, [0])
+    asked = job.ask_result(pushes[1][0])
+    job.load()
+    assert isinstance(ray.get(asked, timeout=LIMIT_S)[0], (ShardLostError, TimelineError))
+    job.step()
     assert_same_state(job.state(), job.oracle.state())

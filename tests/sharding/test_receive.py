@@ -130,7 +130,7 @@ def test_new_attempt_at_a_step_that_was_taken_is_refused() -> None:
     run = ready()
     late = run.pushes(1, attempt=1)
     run.step()
-    refused(run, late, AttemptError, "was taken with an earlier push of rank 1")
+    refused(run, late, AttemptError, "was taken with another push of rank 1")
 
 
 def test_new_process_replaces_what_its_predecessor_pushed() -> None:
