@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -59,9 +60,8 @@ def train(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dic
     rule = getattr(stepwell, options.pop("rule", "Prodigy"))
     dtype = getattr(torch, options.pop("dtype", "float32"))
     model, gradients = wrap(mode, make_net().to(dtype), world_size)
-    later = (
-        [param for name, param in model.named_parameters() if name.endswith("4.bias")] if options.pop("add", 0) else []
-    )
+    goes_through_dcp, adds = options.pop("dcp", 0), options.pop("add", 0)
+    later = [param for name, param in model.named_parameters() if adds and name.endswith("4.bias")]
     first = [(name, param) for name, param in model.named_parameters() if not any(param is each for each in later)]
     optimizer = rule(first, gradients=gradients, **options)
     losses = []
@@ -71,6 +71,11 @@ def train(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dic
         if step == 10:
             with torch.no_grad():
                 local_part(first[0][1]).mul_(0.5)
+        if step == 15 and goes_through_dcp:
+            before = optimizer.service.status()["step"]
+            state = get_optimizer_state_dict(model, optimizer)
+            set_optimizer_state_dict(model, optimizer, state)
+            assert optimizer.service.status()["step"] == before, "none was taken to fill an empty state"
         x, y = (each.to(dtype) for each in batch(step, rank, world_size))
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()

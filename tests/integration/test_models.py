@@ -62,13 +62,13 @@ def in_one_process(options: Mapping[str, Any]) -> dict[str, Any]:
 def test_prodigy_gives_what_one_process_does(
     mode: str, world_size: int, gradients: str, dtype: str, launch: Launch, tmp_path: Path
 ) -> None:
-    """A group added on the way and a parameter changed by hand included.
+    """A group added on the way, a parameter changed by hand and a state dict saved and loaded included.
 
     Small steps: else rounding comes back through the gradient, in one process as in several.
     """
     options = {"d0": D0, "d_coef": 0.1, "weight_decay": 0.01, "add": 1, "dtype": dtype}
     expected = in_one_process(options)
-    ranks = run_ranks(mode, world_size, tmp_path, launch(2).name, options)
+    ranks = run_ranks(mode, world_size, tmp_path, launch(2).name, {**options, "dcp": 1})
     assert expected["scalars"]["d"] > 2 * D0
     tolerance = 1e-6 if dtype == "float32" else 1e-10
     for results in ranks:
