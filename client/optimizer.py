@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
+import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from ..optim import Rule
+from ..sharding.clipping import ClipLimits, require_positive
 from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class ServiceOptions(TypedDict, total=False):
-    """Keywords of every optimizer that say where its state lives; see :class:`ServiceOptimizer`."""
+    """Keywords of every optimizer, beside those of its rule; see :class:`ServiceOptimizer`."""
 
     service: str | Service | InProcessService | None
     rank: int | None
@@ -36,6 +40,8 @@ class ServiceOptions(TypedDict, total=False):
     num_shards: int | None
     gradients: Gradients | None
     on_nonfinite: Literal["skip", "raise"]
+    max_grad_norm: float | None
+    max_grad_value: float | None
 
 
 class ServiceOptimizer(torch.optim.Optimizer):
@@ -60,15 +66,24 @@ class ServiceOptimizer(torch.optim.Optimizer):
             that all have DDP's prefix ``module.``, else ``"local"``, which is right with DDP too. Logged.
         on_nonfinite: What a step does whose averaged gradient holds inf or NaN: it is skipped on all shards, and
             ``"raise"`` tells the caller so.
+        max_grad_norm: Scale the averaged gradient of the whole model down to this 2-norm, as
+            ``torch.nn.utils.clip_grad_norm_`` would; ``math.inf`` measures only. None: neither.
+        max_grad_value: Clip each element of the averaged gradient to this absolute value before that, as
+            ``torch.nn.utils.clip_grad_value_`` would. None: do not.
+
+    Attributes:
+        max_grad_norm, max_grad_value: As above; what stands here on rank 0 goes with the next step.
 
     Raises:
-        HyperparameterError: If a group's value is out of range, or differs where the job has one for all.
+        HyperparameterError: If a group's value or a limit is out of range, or differs where the job has one for all.
         UnsupportedParameterError: If a parameter is sparse, complex, quantized or integer.
         ServiceError: If the service cannot be reached or started.
         JobMismatchError: If the service runs another job.
     """
 
     _worker: Worker | None = None
+    _step_supports_amp_scaling = True
+    """Tells ``torch.amp.GradScaler`` to call ``step()`` whatever the gradients, with the scale as an attribute."""
 
     def __init__(
         self,
@@ -81,9 +96,13 @@ class ServiceOptimizer(torch.optim.Optimizer):
         num_shards: int | None = None,
         gradients: Gradients | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
     ) -> None:
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite: expected 'skip' or 'raise', got {on_nonfinite!r}")
+        ClipLimits(max_grad_norm, max_grad_value)
+        self.max_grad_norm, self.max_grad_value = max_grad_norm, max_grad_value
         super().__init__(params, rule.defaults())
         self.rule, self._on_nonfinite = plain_rule(rule), on_nonfinite
         read_hyper(self.rule, self.param_groups)
@@ -103,12 +122,33 @@ class ServiceOptimizer(torch.optim.Optimizer):
         """The service: ``status()``, ``save(uri)``, ``restore(uri)``, ``shutdown()``."""
         return self._registered.transport.service
 
+    @property
+    def grad_norm(self) -> float | None:
+        """The 2-norm of the last step's averaged gradient before it was clipped to it, the same on all ranks.
+
+        None before the first step or if rank 0 set no limit. After a skipped step it may be infinite or NaN.
+        """
+        result = self._registered.last_result
+        return None if result is None else result.grad_norm
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was skipped, on all ranks, as its gradient held inf or NaN."""
+        result = self._registered.last_result
+        return result is not None and result.decision is Decision.SKIP
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that the job has skipped so far, before a restart or restore too."""
+        return self._registered.num_skipped_steps
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Push this rank's gradients, wait until the step is taken, take the new parameters over. Called on every rank.
 
         A rank's parameters without a gradient are left out of the average; without a gradient on any rank they stand
-        still. Parameters that were changed in place since the last step (on rank 0) replace the service's.
+        still. Parameters that were changed in place since the last step (on rank 0) replace the service's. With a
+        gradient scaler the service undoes the scale; the gradients here stay scaled.
 
         Args:
             closure: Computes the loss and the gradients again.
@@ -121,21 +161,23 @@ class ServiceOptimizer(torch.optim.Optimizer):
             NonFiniteGradientError: With ``on_nonfinite="raise"``, if it was skipped.
             ServiceError: If the service did not answer. The next call finds out what became of the step.
         """
-        worker = self._settled()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        hyper = read_hyper(self.rule, self.param_groups)
-        written = written_scalars(self.rule, self.param_groups, worker.scalars)
-        result = worker.step(hyper, written) if worker.rank == 0 else worker.step(None, None)
-        if result.decision is Decision.COMMIT:
-            show_scalars(self.param_groups, worker.scalars)
-        else:
-            message = f"step {result.sequence} was skipped on all shards: the averaged gradient holds inf or NaN"
-            if self._on_nonfinite == "raise":
-                raise NonFiniteGradientError(message)
-            logger.warning(message)
+        with self._loss_scale() as (grad_scale, found_inf):
+            worker = self._settled()
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            hyper = read_hyper(self.rule, self.param_groups)
+            written = written_scalars(self.rule, self.param_groups, worker.scalars)
+            limits = ClipLimits(self.max_grad_norm, self.max_grad_value)
+            if worker.rank == 0:
+                result = worker.step(hyper, written, limits=limits, grad_scale=grad_scale, found_inf=found_inf)
+            else:
+                result = worker.step(None, None, grad_scale=grad_scale, found_inf=found_inf)
+            if result.decision is Decision.COMMIT:
+                show_scalars(self.param_groups, worker.scalars)
+            else:
+                self._tell_of_skip(result.sequence, is_scaled=grad_scale != 1.0)
         return loss
 
     def refresh(self) -> None:
@@ -247,6 +289,30 @@ class ServiceOptimizer(torch.optim.Optimizer):
         show_scalars(self.param_groups, self._registered.scalars)
         for _, param in self._named_params():
             self.state[param]["service"] = self._registered.transport.service.name
+
+    def _tell_of_skip(self, sequence: int, *, is_scaled: bool) -> None:
+        message = f"step {sequence} was skipped on all shards: the averaged gradient holds inf or NaN"
+        if self._on_nonfinite == "raise":
+            raise NonFiniteGradientError(message)
+        # A scaler tries scales that are too large on purpose.
+        logger.log(logging.INFO if is_scaled else logging.WARNING, message)
+
+    @contextlib.contextmanager
+    def _loss_scale(self) -> Iterator[tuple[float, bool]]:
+        """What ``torch.amp.GradScaler`` has attached for this step: the scale, and whether it found inf or NaN.
+
+        It removes both afterwards, but not if the step fails. They must go then too: it multiplies a scale that it
+        finds with its own.
+        """
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        try:
+            grad_scale = 1.0 if scale is None else float(scale)
+            require_positive("grad_scale", grad_scale, below=math.inf)
+            yield grad_scale, bool(found_inf)
+        except BaseException:
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
 
     @property
     def _registered(self) -> Worker:

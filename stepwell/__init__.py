@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import optim
+from .client.grad_scaler import GradScaler
 from .client.inprocess import InProcessService
 from .client.optimizer import ServiceOptimizer
 from .client.optimizers import LAMB, AdamW, Prodigy
@@ -33,6 +34,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "LAMB",
     "AdamW",
+    "GradScaler",
     "InProcessService",
     "Prodigy",
     "Service",
