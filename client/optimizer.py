@@ -14,15 +14,31 @@ from ..optim import Rule
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
 from ..sharding.vote import Decision
-from .groups import pack_groups, param_specs, plain_rule, read_hyper, show_scalars, unpack_groups, written_scalars
+from .copies import revive, take_snapshot
+from .groups import (
+    WeightDecayMask,
+    apply_mask,
+    pack_groups,
+    param_specs,
+    plain_rule,
+    read_hyper,
+    require_distinct,
+    show_scalars,
+    unpack_groups,
+    written_scalars,
+)
 from .inprocess import InProcessService
 from .resolve import resolve_ranks, resolve_service
-from .state_dict import from_states, load_header, to_param_state
+from .state_dict import from_states, load_header, read_reference, read_states, reference_uri, save_reference
 from .transport import ServiceHandle
 from .worker import Worker, logger
 
 if TYPE_CHECKING:
     from ..server.service import Service
+
+
+_COPIED = ("rule", "_on_nonfinite", "_world_size", "_reference_uri", "_detached_from")
+"""What copies carry beside torch's own attributes."""
 
 
 class ServiceOptions(TypedDict, total=False):
@@ -33,6 +49,9 @@ class ServiceOptions(TypedDict, total=False):
     world_size: int | None
     num_shards: int | None
     on_nonfinite: Literal["skip", "raise"]
+    weight_decay_mask: WeightDecayMask | None
+    state_dict_form: Literal["torch", "reference"]
+    checkpoint_uri: str | None
 
 
 class ServiceOptimizer(torch.optim.Optimizer):
@@ -52,8 +71,15 @@ class ServiceOptimizer(torch.optim.Optimizer):
         num_shards: Shards of an in-process (default 1) or embedded service (default one per worker).
         on_nonfinite: What a step does whose averaged gradient holds inf or NaN: it is skipped on all shards, and
             ``"raise"`` tells the caller so.
+        weight_decay_mask: Which parameters decay: a callable of name and parameter, or one flag for each parameter in
+            index order. None: all.
+        state_dict_form: ``"torch"``: ``state_dict()`` holds the whole state. ``"reference"``, for large models: it
+            saves a checkpoint through the service and holds where that is.
+        checkpoint_uri: A folder, as path or fsspec URI, that workers and shards can reach, for ``"reference"``.
+        carried: Further keys of every group, which mean nothing here and travel with state dicts.
 
     Raises:
+        ValueError: If an argument is out of range, or a parameter is given twice.
         HyperparameterError: If a group's value is out of range, or differs where the job has one for all.
         UnsupportedParameterError: If a parameter is sparse, complex, quantized or integer.
         ServiceError: If the service cannot be reached or started.
@@ -61,6 +87,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
     """
 
     _worker: Worker | None = None
+    _detached_from: str | None = None
 
     def __init__(
         self,
@@ -72,15 +99,21 @@ class ServiceOptimizer(torch.optim.Optimizer):
         world_size: int | None = None,
         num_shards: int | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        weight_decay_mask: WeightDecayMask | None = None,
+        state_dict_form: Literal["torch", "reference"] = "torch",
+        checkpoint_uri: str | None = None,
+        carried: Mapping[str, object] | None = None,
     ) -> None:
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite: expected 'skip' or 'raise', got {on_nonfinite!r}")
-        super().__init__(params, rule.defaults())
+        self._reference_uri = reference_uri(state_dict_form, checkpoint_uri)
+        super().__init__(params, {**rule.defaults(), **(carried or {})})
         self.rule, self._on_nonfinite = plain_rule(rule), on_nonfinite
         read_hyper(self.rule, self.param_groups)
         rank, world_size = resolve_ranks(rank, world_size)
         flat_params = [param for group in self.param_groups for param in group["params"]]
-        spec = JobSpec(self.rule, tuple(param_specs(self.param_groups)), len(self.param_groups), world_size)
+        specs = apply_mask(list(param_specs(self.param_groups)), flat_params, weight_decay_mask)
+        spec = JobSpec(self.rule, specs, len(self.param_groups), world_size)
         device = flat_params[0].device if flat_params else torch.device("cpu")
         transport = resolve_service(service, rank=rank, world_size=world_size, num_shards=num_shards, device=device)
         self._world_size = world_size
@@ -156,18 +189,17 @@ class ServiceOptimizer(torch.optim.Optimizer):
         """The state in torch's form, keyed by parameter index, as the reference optimizer would give it.
 
         Any rank may call it, between steps; it reads the whole state from the service. A parameter that never had a
-        gradient has no entry.
+        gradient has no entry. With ``state_dict_form="reference"`` the service saves a checkpoint instead, once for all
+        ranks, and ``state_dict["stepwell"]`` holds its ``uri``, ``step`` and ``digest``.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         worker = self._settled()
-        values, status = worker.transport.read_state()
-        state = {
-            index: to_param_state(worker.spec, index, values, count)
-            for index, count in enumerate(status.step_counts)
-            if count
-        }
-        state_dict: dict[str, Any] = {"state": state, "param_groups": pack_groups(self.param_groups)}
+        state_dict: dict[str, Any] = {"state": {}, "param_groups": pack_groups(self.param_groups)}
+        if self._reference_uri is not None:
+            state_dict["stepwell"] = save_reference(worker, self._reference_uri)
+        else:
+            state_dict["state"] = read_states(worker)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             hooked = post_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
@@ -177,9 +209,12 @@ class ServiceOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict of this class or of the reference optimizer. Called on every rank; rank 0's state counts.
 
+        One that refers to a checkpoint restores the service from it, and the model takes its parameters over.
+
         Raises:
             ValueError: If the number or sizes of the groups differ, as torch.
             JobMismatchError: If a slot is missing, unknown or of another length. Nothing has changed.
+            CheckpointError: If the checkpoint is not there, damaged, or not the one that the state dict was made with.
         """
         loaded = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -188,9 +223,11 @@ class ServiceOptimizer(torch.optim.Optimizer):
         worker = self._registered
         groups = unpack_groups(loaded["param_groups"], self.param_groups, self.defaults)
         read_hyper(self.rule, groups)
-        values, step_counts = from_states(worker.spec, loaded["param_groups"], loaded["state"])
-        header = load_header(worker.spec, step_counts, groups, worker.sequence)
-        worker.load(values, header)
+        if "stepwell" in loaded:
+            worker.restore(*read_reference(loaded["stepwell"]))
+        else:
+            values, step_counts = from_states(worker.spec, loaded["param_groups"], loaded["state"])
+            worker.load(values, load_header(worker.spec, step_counts, groups, worker.sequence))
         self.param_groups = groups
         show_scalars(groups, worker.scalars)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -203,13 +240,46 @@ class ServiceOptimizer(torch.optim.Optimizer):
                 "add_param_group after the optimizer was made is not supported yet: pass all groups to the "
                 "constructor, those to be trained later with lr=0 or requires_grad=False"
             )
+        if isinstance(param_group, dict):
+            require_distinct(param_group, self.param_groups)
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle carries: of an in-process optimizer all; of any other all but its place in the job.
+
+        Hooks stay behind, as torch's do.
+        """
+        state: dict[str, Any] = super().__getstate__()
+        state.update({name: getattr(self, name) for name in _COPIED})
+        if self._worker is None:
+            return state
+        worker = self._settled()
+        service = worker.transport.service
+        if isinstance(service, InProcessService):
+            return {**state, "snapshot": take_snapshot(worker, service)}
+        return {**state, "_detached_from": service.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, or what was pickled: an optimizer of its own if the original was in-process, else detached."""
+        state = dict(state)
+        snapshot = state.pop("snapshot", None)
+        defaults = dict(state["defaults"])
+        super().__setstate__(state)
+        self.defaults = defaults  # torch adds a key of its own
+        if snapshot is not None:
+            self._worker = revive(snapshot, [param for group in self.param_groups for param in group["params"]])
+            atexit.register(_close_at_exit, weakref.ref(self))
 
     @property
     def _registered(self) -> Worker:
-        if self._worker is None:
-            raise RuntimeError("this optimizer is closed, or a copy of another; make one with the constructor")
-        return self._worker
+        if self._worker is not None:
+            return self._worker
+        if self._detached_from is not None:
+            raise RuntimeError(
+                f"this is a copy of an optimizer of service {self._detached_from!r}, and has no place in its job: use "
+                "the original, or make an optimizer with the constructor and give it the original's state_dict()"
+            )
+        raise RuntimeError("this optimizer is closed; make one with the constructor")
 
     def _settled(self) -> Worker:
         """The worker, once it is known what became of its last step."""

@@ -5,16 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
-from ..sharding.errors import AttemptError, StepAbortedError, StepwellError, UnsupportedParameterError
+from ..sharding.errors import (
+    AttemptError,
+    CheckpointError,
+    StepAbortedError,
+    StepwellError,
+    UnsupportedParameterError,
+)
 from ..sharding.job import JobSpec
 from ..sharding.push import PushHeader, pack_present
+from ..sharding.saved import manifest_digest
 from ..sharding.shard import StepResult
 from ..sharding.vote import Decision
 from .flat import FlatBuffer, copy_all
@@ -81,7 +88,7 @@ class Worker:
             hyper=hyper,
             scalars=scalars,
         )
-        reloaded = self._changed_by_hand() if self.rank == 0 else {}
+        reloaded = {index: _flat(self._params[index]) for index in self.changed_by_hand()} if self.rank == 0 else {}
         self._is_open = True
         self._attempt += 1
         try:
@@ -136,9 +143,34 @@ class Worker:
         self.transport.read_parameters(self._flat_params)
         self._write_parameters()
 
-    def mark_changed(self) -> None:
-        """Send all parameters with the next step, as changed by hand."""
-        self._versions = [-1] * len(self._params)
+    def restore(self, uri: str, digest: str) -> None:
+        """Restore the service from a checkpoint; called on every rank, rank 0 does it.
+
+        Raises:
+            CheckpointError: If the checkpoint is not the one with this digest, or damaged.
+        """
+        if self.rank == 0:
+            found = manifest_digest(uri)
+            if found != digest:
+                raise CheckpointError(
+                    f"{uri}: expected the checkpoint whose manifest has SHA-256 {digest}, got {found}; it was replaced "
+                    "since the state dict was made. Use a state dict and a checkpoint of the same save"
+                )
+            self.transport.service.restore(uri)
+            self._adopt(self.transport.refresh())
+        else:
+            self._adopt(self.transport.wait_until_loaded(self.timeline))
+        self.take_parameters()
+
+    def changed_by_hand(self) -> list[int]:
+        """Indices of parameters that something else than this class has written since it last did."""
+        versions = enumerate(zip(self._params, self._versions, strict=True))
+        return [index for index, (param, version) in versions if param._version != version]
+
+    def mark_changed(self, indices: Iterable[int] | None = None) -> None:
+        """Send these parameters, or all, with the next step, as changed by hand."""
+        for index in range(len(self._params)) if indices is None else indices:
+            self._versions[index] = -1
 
     def _adopt(self, registration: Registration) -> None:
         self.timeline, self.sequence = registration.timeline, registration.sequence
@@ -168,14 +200,6 @@ class Worker:
                 sources.append(_dense(param.grad))
         copy_all(targets, sources)
         return pack_present(present)
-
-    def _changed_by_hand(self) -> dict[int, Tensor]:
-        """Parameters that something else than this class has written since it last did."""
-        return {
-            index: _flat(param)
-            for index, (param, version) in enumerate(zip(self._params, self._versions, strict=True))
-            if param._version != version
-        }
 
     def _write_parameters(self) -> None:
         with torch.no_grad():

@@ -10,7 +10,23 @@ from typing import TYPE_CHECKING, Any
 from . import optim
 from .client.inprocess import InProcessService
 from .client.optimizer import ServiceOptimizer
-from .client.optimizers import LAMB, AdamW, Prodigy
+from .client.optimizers import (
+    LAMB,
+    SGD,
+    UM,
+    Adam,
+    AdamW,
+    BAdam,
+    DuvAdam,
+    Momentum,
+    PreLAMB,
+    Prodigy,
+    RAdam,
+    RMSprop,
+    SAdam,
+    SRAdam,
+    SUAdam,
+)
 from .sharding.errors import StepwellError
 
 if TYPE_CHECKING:
@@ -32,9 +48,21 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "LAMB",
+    "SGD",
+    "UM",
+    "Adam",
     "AdamW",
+    "BAdam",
+    "DuvAdam",
     "InProcessService",
+    "Momentum",
+    "PreLAMB",
     "Prodigy",
+    "RAdam",
+    "RMSprop",
+    "SAdam",
+    "SRAdam",
+    "SUAdam",
     "Service",
     "ServiceOptimizer",
     "StepwellError",
