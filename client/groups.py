@@ -179,6 +179,10 @@ def unpack_groups(
             )
         names = {"param_names": group["param_names"]} if "param_names" in group else {}
         kept = {key: copy.deepcopy(value) for key, value in old.items() if key not in ("params", "param_names")}
+        # torch.distributed.checkpoint, and formats that know no tuples, make lists of them.
+        for key, value in kept.items():
+            if isinstance(value, list) and isinstance(defaults.get(key), tuple):
+                kept[key] = tuple(value)
         unpacked.append({**defaults, **kept, **names, "params": group["params"]})
     return unpacked
 

@@ -29,7 +29,15 @@ from .groups import (
 )
 from .inprocess import InProcessService
 from .resolve import resolve_ranks, resolve_service
-from .state_dict import from_states, load_header, read_reference, read_states, reference_uri, save_reference
+from .state_dict import (
+    from_states,
+    load_header,
+    read_reference,
+    read_states,
+    reference_uri,
+    save_reference,
+    state_names,
+)
 from .transport import ServiceHandle
 from .worker import Worker, logger
 
@@ -119,9 +127,9 @@ class ServiceOptimizer(torch.optim.Optimizer):
         self._world_size = world_size
         self._worker = Worker(transport, spec, flat_params, rank)
         show_scalars(self.param_groups, self._worker.scalars)
-        # Code that finds an empty state takes a step of its own to fill it.
-        for param in flat_params:
-            self.state[param]["service"] = transport.service.name
+        # Code that finds an empty state takes a step of its own to fill it, and some looks up the names in it.
+        for index, param in enumerate(flat_params):
+            self.state[param] = dict.fromkeys(state_names(spec, index), f"in service {transport.service.name!r}")
         atexit.register(_close_at_exit, weakref.ref(self))
 
     @property
@@ -188,9 +196,9 @@ class ServiceOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's form, keyed by parameter index, as the reference optimizer would give it.
 
-        Any rank may call it, between steps; it reads the whole state from the service. A parameter that never had a
-        gradient has no entry. With ``state_dict_form="reference"`` the service saves a checkpoint instead, once for all
-        ranks, and ``state_dict["stepwell"]`` holds its ``uri``, ``step`` and ``digest``.
+        Any rank may call it, between steps; it reads the whole state from the service. After the first step a parameter
+        that never had a gradient has no entry. With ``state_dict_form="reference"`` the service saves a checkpoint
+        instead, once for all ranks, and ``state_dict["stepwell"]`` holds its ``uri``, ``step`` and ``digest``.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)

@@ -39,13 +39,25 @@ def reference_uri(state_dict_form: str, checkpoint_uri: str | None) -> str | Non
 
 
 def read_states(worker: Worker) -> dict[int, dict[str, Any]]:
-    """Every parameter's state; one that never had a gradient has none."""
+    """Every parameter's state; one that never had a gradient has none, if any other had one.
+
+    Before the first step all have their initial state: torch.distributed.checkpoint cannot load a full state dict into
+    an optimizer that shows none.
+    """
     values, status = worker.transport.read_state()
+    is_fresh = not any(status.step_counts)
     return {
         index: to_param_state(worker.spec, index, values, count)
         for index, count in enumerate(status.step_counts)
-        if count
+        if count or is_fresh
     }
+
+
+def state_names(spec: JobSpec, index: int) -> list[str]:
+    """The names in one parameter's state."""
+    param = spec.params[index]
+    master = [MASTER.name] if dtype_from_name(param.dtype) != param.state_dtype else []
+    return ["step", *(slot.name for slot in spec.rule.slots), *master]
 
 
 def to_param_state(spec: JobSpec, index: int, values: Values, step_count: int) -> dict[str, Any]:
@@ -81,10 +93,14 @@ def from_states(
     values: dict[tuple[int, str], Tensor] = {}
     step_counts: dict[int, int] = {}
     index_of = {key: index for index, key in enumerate(key for group in groups for key in group["params"])}
-    for key, state in states.items():
+    for key, given in states.items():
         if key not in index_of:
             raise JobMismatchError(f"state dict: expected states of its groups' parameters only, got one of {key!r}")
         index = index_of[key]
+        # Flattened and unflattened by torch.distributed.checkpoint, what was not there has become an empty dict.
+        state = {name: value for name, value in given.items() if not (isinstance(value, dict) and not value)}
+        if given and not state:
+            continue
         # torch.optim.SGD counts no steps; that it has a state means that it took one.
         step_counts[index] = int(state["step"]) if "step" in state else 1
         known = {slot.name: slot for slot in (*spec.rule.slots, MASTER)}
