@@ -34,13 +34,13 @@ SENTENCES = {
     "curvature_clip": "Largest magnitude of one step's estimate of the curvature.",
     "d0": "First estimate of the distance.",
     "d_coef": "Factor on the estimate.",
-    "d_scope": "What one estimate d is taken over.",
+    "d_scope": "What one estimate d is taken over: the whole model, or each parameter group for itself.",
     "dampening": "Share of the gradient that is kept out of the momentum.",
     "decouple": "AdamW's form of weight decay.",
     "decoupled_weight_decay": "Multiply the parameter, as AdamW does, instead of adding to the gradient.",
     "eps": "Added to the denominator.",
     "Prodigy.eps": "Added to the denominator, scaled by d.",
-    "eps_d": "Which d scales eps.",
+    "eps_d": 'Which d scales eps, the step\'s "new" one or the "old" one.',
     "estimator": "How the distance is estimated.",
     "excluded_c_in": "Weights with so many input channels, and fewer output channels, are left alone.",
     "freeze_d": "Keep the estimate as it is.",
@@ -53,7 +53,7 @@ SENTENCES = {
     "momentum_decay": "Decay of the momentum's schedule.",
     "nesterov": "Nesterov's form of momentum.",
     "norm": 'The norm that the step is divided by, "rms" or "l2".',
-    "ratio": "Which way the ratio of norms is taken.",
+    "ratio": 'Which way the ratio of norms is taken: "current/init" or "init/current".',
     "ratio_clip": "Largest magnitude of the gradient's ratio to its average.",
     "rho_threshold": "From which rho on the step is rectified: 5 in torch, 4 in the paper.",
     "safeguard_warmup": "Keep lr out of the estimate's denominator, for long warm-ups.",
@@ -109,7 +109,8 @@ def keywords_of(rule: type[Rule]) -> list[Keyword]:
 
 def docstring_of(rule: type[Rule], keywords: list[Keyword]) -> str:
     """The class's docstring: what it is, every keyword, what it raises."""
-    scalars = [f"``{name}``" for name in rule().initial_scalars]
+    others = {field.name for field in dataclasses.fields(rule)} | rule.carried_group_keys.keys()
+    scalars = [f"``{name}``" for name in rule().defaults() if name not in others]
     shown = f" After each step every group shows {', '.join(scalars)}." if scalars else ""
     lines = [inspect.getdoc(rule).splitlines()[0], ""]
     lines += textwrap.wrap(f"The equations are those of :class:`stepwell.optim.{rule.__name__}`.{shown}", WIDTH - 4)
@@ -150,12 +151,13 @@ def module_of(rules: list[type[Rule]]) -> str:
     """The source of the module that holds the optimizers of ``rules``."""
     body = "".join(class_of(rule) for rule in rules)
     math_import = "import math\n" if "math." in body else ""
+    typing_names = "Literal, Unpack" if "Literal[" in body else "Unpack"
     keywords = "make_rule, torch_keywords" if "torch_keywords(" in body else "make_rule"
     return f'''"""{", ".join(rule.name for rule in rules)}. Written by `make optimizers` from the rules; edit those."""
 
 from __future__ import annotations
 
-{math_import}from typing import Unpack
+{math_import}from typing import {typing_names}
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
