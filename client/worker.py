@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -13,10 +13,11 @@ from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
 from ..sharding.clipping import ClipLimits
 from ..sharding.coverage import Holdings
-from ..sharding.errors import AttemptError, JobMismatchError, StepAbortedError
+from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, StepAbortedError
 from ..sharding.job import JobSpec
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader, pack_present
+from ..sharding.saved import manifest_digest
 from ..sharding.shard import StepResult
 from ..sharding.vote import Decision
 from .model_buffers import ModelBuffers, common_device
@@ -138,7 +139,7 @@ class Worker:
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
-        reloaded = self._buffers.changed_by_hand()
+        reloaded = self._buffers.reloaded()
         self._is_open = True
         self._attempt += 1
         try:
@@ -193,9 +194,32 @@ class Worker:
         self.transport.read_parameters(self._buffers.held)
         self._buffers.write_parameters()
 
-    def mark_changed(self) -> None:
-        """Send all parameters with the next step, as changed by hand."""
-        self._buffers.mark_changed()
+    def restore(self, uri: str, digest: str) -> None:
+        """Restore the service from a checkpoint; called on every rank, rank 0 does it.
+
+        Raises:
+            CheckpointError: If the checkpoint is not the one with this digest, or damaged.
+        """
+        if self.rank == 0:
+            found = manifest_digest(uri)
+            if found != digest:
+                raise CheckpointError(
+                    f"{uri}: expected the checkpoint whose manifest has SHA-256 {digest}, got {found}; it was replaced "
+                    "since the state dict was made. Use a state dict and a checkpoint of the same save"
+                )
+            self.transport.service.restore(uri)
+            self._adopt(self.transport.refresh())
+        else:
+            self._adopt(self.transport.wait_until_loaded(self.timeline))
+        self.take_parameters()
+
+    def changed_by_hand(self) -> list[int]:
+        """Indices of parameters that something else than this class has written since it last did."""
+        return self._buffers.changed_by_hand()
+
+    def mark_changed(self, indices: Iterable[int] | None = None) -> None:
+        """Send these parameters, or all, with the next step, as changed by hand."""
+        self._buffers.mark_changed(indices)
 
     def _adopt(self, registration: Registration) -> None:
         spec = unpack_job(registration.spec)

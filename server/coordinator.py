@@ -23,6 +23,7 @@ from ..sharding.errors import (
     UnknownRankError,
 )
 from ..sharding.job import JobSpec
+from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import ShardStatus
 from .calls import gather
 from .config import ServiceConfig
@@ -79,6 +80,7 @@ class Coordinator:
         self._spec: JobSpec | None = None
         self._timeline = 0
         self._loaded = asyncio.Event()
+        self._saved: SavedCheckpoint | None = None
         self._workers: dict[int, Worker] = {}
         self._left: set[int] = set()
         self._covering = Rendezvous(self._require_cover, what="all ranks to register")
@@ -192,14 +194,20 @@ class Coordinator:
             return await self._registration()
 
     async def save(self, uri: str) -> int:
-        """Write a checkpoint between two steps; returns the number of steps in it."""
+        """Write a checkpoint between two steps; returns the number of steps in it.
+
+        Ranks that ask for the same one, between the same two steps, get it written once.
+        """
         async with self._changing:
             spec = self._require_spec()
             try:
                 status = await self._settle()
+                if self._saved is not None and await asyncio.to_thread(self._saved.serves, uri, status):
+                    return status.step
                 files = await self._all("save", uri, uuid.uuid4().hex[:12], what=f"the shards to write {uri}")
                 manifest = build_manifest(spec, files, status)
                 await asyncio.to_thread(write_manifest, uri, manifest)
+                self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, status)
             finally:
                 await self._all("release", what="the shards to go on")
         return status.step
