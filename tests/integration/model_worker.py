@@ -60,7 +60,8 @@ def train(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dic
     rule = getattr(stepwell, options.pop("rule", "Prodigy"))
     dtype = getattr(torch, options.pop("dtype", "float32"))
     model, gradients = wrap(mode, make_net().to(dtype), world_size)
-    goes_through_dcp, adds = options.pop("dcp", 0), options.pop("add", 0)
+    goes_through_dcp, adds, overflows_at = options.pop("dcp", 0), options.pop("add", 0), options.pop("overflows_at", 0)
+    scaler = stepwell.GradScaler("cpu", init_scale=1024.0, growth_interval=8, enabled=bool(overflows_at))
     later = [param for name, param in model.named_parameters() if adds and name.endswith("4.bias")]
     first = [(name, param) for name, param in model.named_parameters() if not any(param is each for each in later)]
     optimizer = rule(first, gradients=gradients, **options)
@@ -79,8 +80,10 @@ def train(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dic
         x, y = (each.to(dtype) for each in batch(step, rank, world_size))
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
+        overflows = overflows_at == step > 0 and rank == world_size - 1
+        scaler.scale(loss * torch.inf if overflows else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         losses.append(loss.item())
     return {
         "losses": losses,
@@ -88,6 +91,8 @@ def train(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dic
         "state": optimizer.state_dict()["state"],
         "scalars": {name: optimizer.param_groups[0][name] for name in optimizer.rule.initial_scalars},
         "gradients": optimizer.gradients,
+        "skipped": optimizer.num_skipped_steps,
+        "scale": scaler.get_scale(),
     }
 
 

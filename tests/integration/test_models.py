@@ -82,9 +82,16 @@ def test_prodigy_gives_what_one_process_does(
 
 @pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
 def test_sgd_is_not_divided_twice(mode: str, launch: Launch, tmp_path: Path) -> None:
-    """Prodigy and Adam hide a wrong factor in the gradient, SGD and the gradient's norm do not."""
-    options = {"rule": "SGD", "lr": 0.1, "max_grad_norm": 0.5}
+    """Prodigy and Adam hide a wrong factor in the gradient, SGD and the gradient's norm do not.
+
+    The gradient is scaled, and overflows on one rank in one step: that moves every rank's scale.
+    """
+    options = {"rule": "SGD", "lr": 0.1, "max_grad_norm": 0.5, "overflows_at": 7}
     expected = in_one_process(options)
+    assert (expected["scale"], expected["skipped"]) == (1024.0, 1), (
+        "halved by the overflow, doubled by eight good steps"
+    )
     for results in run_ranks(mode, 2, tmp_path, launch(2).name, options):
+        assert (results["scale"], results["skipped"]) == (1024.0, 1)
         for param, wanted in zip(results["params"], expected["params"], strict=True):
             torch.testing.assert_close(param, wanted, rtol=1e-5, atol=1e-6)
