@@ -1,48 +1,78 @@
-"""A worker's side of the flat space: one buffer for gradients, one for parameters, with a view for each parameter."""
+"""A worker's side of the flat space: buffers for gradients and parameters, with a view for each parameter's part."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..optim import TILE_NUMEL
+from ..sharding.coverage import Coverage, Part
 from ..sharding.layout import Extent, Layout, dtype_from_name
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run of one parameter lies in a buffer.
+
+    Attributes:
+        param: Parameter index.
+        offset: Where the run begins in the flattened parameter.
+        view: ``(numel,)`` of the buffer.
+    """
+
+    param: int
+    offset: int
+    view: Tensor
+
+
 class FlatBuffer:
-    """One padded flat tensor per extent, and a view of each parameter's place in it. Padding is and stays zero.
+    """What a rank pushes or holds, packed into one flat tensor per extent. Padding is and stays zero.
 
     Args:
         layout: The flat space.
+        coverage: Where the rank's part lies in it; None for everything.
         device: Where the buffer lives.
+        part: Which of the rank's two coverages it is.
+        parts: Memory to use, of at least the sizes needed and all zero; None allocates it.
 
     Attributes:
-        parts: Per extent ``(padded_numel,)`` in the extent's wire dtype.
-        views: Per parameter a view of its shape.
+        parts: Per extent ``(coverage.numel(extent),)`` in the extent's wire dtype.
+        places: Every run of every parameter, in order.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.parts = [
-            torch.zeros(extent.padded_numel, dtype=wire_dtype(layout, extent), device=device)
-            for extent in layout.extents
-        ]
-        views: dict[int, Tensor] = {}
-        for extent, part in zip(layout.extents, self.parts, strict=True):
-            for position, index in enumerate(extent.params):
-                param = layout.params[index]
-                start = int(extent.first_tile[position]) * TILE_NUMEL
-                views[index] = part[start : start + param.numel].view(param.shape)
-        self.views = [views[index] for index in range(len(layout.params))]
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device,
+        *,
+        coverage: Coverage | None = None,
+        part: Part = "held",
+        parts: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.part = part
+        self._coverage = Coverage.whole(layout) if coverage is None else coverage
+        if parts is None:
+            sizes = (self._coverage.numel(index) for index in range(len(layout.extents)))
+            dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
+            parts = [torch.zeros(n, dtype=dtype, device=device) for n, dtype in zip(sizes, dtypes, strict=True)]
+        self.parts = [each[: self._coverage.numel(index)] for index, each in enumerate(parts)]
+        self.places = tuple(
+            place
+            for index, extent in enumerate(layout.extents)
+            for place in _places(layout, extent, self.parts[index], self._coverage, index)
+        )
 
     def shard_parts(self, layout: Layout, shard: int, num_shards: int) -> list[Tensor]:
         """The parts of the buffer that a shard owns, as views."""
-        ranges = (extent.tile_range(shard, num_shards) for extent in layout.extents)
-        return [
-            part[tiles.start * TILE_NUMEL : tiles.stop * TILE_NUMEL]
-            for part, tiles in zip(self.parts, ranges, strict=True)
-        ]
+        parts = []
+        for index, (extent, part) in enumerate(zip(layout.extents, self.parts, strict=True)):
+            tiles = extent.tile_range(shard, num_shards)
+            _, where = self._coverage.within(index, tiles.start * TILE_NUMEL, tiles.stop * TILE_NUMEL)
+            parts.append(part[where])
+        return parts
 
 
 def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
@@ -55,3 +85,14 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy many tensors, converting dtype and device."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
+
+
+def _places(layout: Layout, extent: Extent, packed: Tensor, coverage: Coverage, index: int) -> Iterator[Place]:
+    """The runs of an extent's parameters, cut where the coverage's runs are."""
+    for position, param in enumerate(extent.params):
+        start = int(extent.first_tile[position]) * TILE_NUMEL
+        runs, where = coverage.within(index, start, start + layout.params[param].numel)
+        taken = where.start
+        for first, last in runs.tolist():
+            yield Place(param, first, packed[taken : taken + last - first])
+            taken += last - first

@@ -6,15 +6,14 @@ import contextlib
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..server.messages import LoadHeader, Registration, pack_job
-from ..sharding.buffers import StateSource
+from ..server.messages import LoadHeader, Registration, pack_job, source_of
 from ..sharding.checkpoint import (
     CheckpointReader,
     build_manifest,
@@ -24,16 +23,18 @@ from ..sharding.checkpoint import (
     write_manifest,
     write_shard,
 )
+from ..sharding.coverage import Holdings
 from ..sharding.errors import JobMismatchError, NotRegisteredError, StepAbortedError
 from ..sharding.inprocess import ShardGroup
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
+from ..sharding.pieces import PieceValues
 from ..sharding.push import Push, PushHeader
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import ShardStatus, StepResult
 from ..sharding.vote import Decision
 from .flat import FlatBuffer
-from .transport import Transport, Values, join_pieces
+from .transport import Transport, join_pieces
 
 
 class InProcessService:
@@ -81,20 +82,21 @@ class InProcessService:
         """As :meth:`stepwell.Service.save`."""
         save_id, shards = uuid.uuid4().hex[:12], self.group.shards
         status = shards[0].status()
-        if self._saved is not None and self._saved.serves(uri, status):
+        if self._saved is not None and self._saved.serves(uri, self.group.spec, status):
             return status.step
         files = [
             write_shard(shard.buffers, uri, shard_file_name(save_id, index, len(shards)))
             for index, shard in enumerate(shards)
         ]
         write_manifest(uri, build_manifest(self.group.spec, files, status))
-        self._saved = SavedCheckpoint.just_written(uri, status)
+        self._saved = SavedCheckpoint.just_written(uri, self.group.spec, status)
         return status.step
 
     def restore(self, uri: str) -> int:
         """As :meth:`stepwell.Service.restore`; call ``optimizer.refresh()`` afterwards."""
         manifest = read_manifest(uri)
         check_restorable(manifest, self.group.spec, uri)
+        self.group.take_batches(manifest.spec.batches)
         with CheckpointReader(uri, manifest) as reader:
             self.group.load(reader.source(), timeline=self.group.shards[0].timeline + 1)
         return manifest.step
@@ -141,28 +143,26 @@ class InProcessTransport(Transport):
     def __init__(self, service: InProcessService) -> None:
         self.service: InProcessService = service
 
-    def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
+    def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """See :class:`Transport`."""
-        self.service.register(spec).admit(rank, incarnation)
+        self.service.register(spec).admit(rank, incarnation, holdings)
         return self._registration(needs_parameters=True)
 
-    def attach(self, layout: Layout) -> None:
+    def attach(self, layout: Layout, rank: int) -> None:
         """See :class:`Transport`."""
-        self._layout = layout
+        self._layout, self._rank = layout, rank
 
-    def load(self, values: Values, header: LoadHeader) -> Registration:
+    def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
-        source = StateSource(
-            read=lambda param, slot, offset, numel: values[param, slot][offset : offset + numel],
-            available=frozenset(values),
-            step_counts=header.step_counts,
-            scalars=header.scalars,
-            sequence=header.sequence,
-            step=header.step,
-            skipped_steps=header.skipped_steps,
-        )
-        group = self.service.group
-        group.load(source, timeline=group.shards[0].timeline + 1)
+        return self._load([values], header)
+
+    def hand_in(self, values: PieceValues) -> Registration:
+        """See :class:`Transport`; there is no other rank to wait for."""
+        return self._load([values], LoadHeader())
+
+    def extend(self, spec: JobSpec, holdings: Holdings | None, values: PieceValues) -> Registration:
+        """See :class:`Transport`; there is no other rank to wait for."""
+        self._extend(spec, {self._rank: holdings}, [values])
         return self._registration()
 
     def wait_until_loaded(self, after_timeline: int) -> Registration:
@@ -200,7 +200,7 @@ class InProcessTransport(Transport):
         dtypes = [part.dtype for part in params.parts]
         for index, shard in enumerate(shards):
             targets = params.shard_parts(self._layout, index, len(shards))
-            for target, part in zip(targets, shard.parameters(dtypes), strict=True):
+            for target, part in zip(targets, shard.parameters(dtypes, self._rank, params.part), strict=True):
                 target.copy_(part)
 
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
@@ -216,6 +216,14 @@ class InProcessTransport(Transport):
     def close(self, rank: int, world_size: int) -> None:
         """See :class:`Transport`."""
         self.service.shutdown()
+
+    def _load(self, parts: Sequence[PieceValues], header: LoadHeader) -> Registration:
+        group = self.service.group
+        group.load(source_of(header, parts), timeline=group.shards[0].timeline + 1)
+        return self._registration()
+
+    def _extend(self, spec: JobSpec, holdings: Mapping[int, Holdings | None], parts: Sequence[PieceValues]) -> None:
+        self.service.group.extend(spec, source_of(LoadHeader(), parts), holdings)
 
     def _registration(self, *, needs_parameters: bool = False) -> Registration:
         status = self.service.group.shards[0].status()

@@ -12,16 +12,27 @@ from torch import Tensor
 
 from ..server.calls import wait_for
 from ..server.config import COLLECTIVE_MARGIN_S
-from ..server.messages import LoadHeader, Registration, from_wire, pack_job, pack_push, to_wire
+from ..server.messages import (
+    LoadHeader,
+    Registration,
+    from_wire,
+    pack_holdings,
+    pack_job,
+    pack_push,
+    to_wire,
+    values_to_wire,
+)
 from ..server.service import Service
+from ..sharding.coverage import Holdings
 from ..sharding.errors import ServiceError, ShardLostError, StepwellError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, dtype_name
+from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
 from ..sharding.shard import ShardStatus, StepResult
 from ..sharding.vote import Decision
 from .flat import FlatBuffer
-from .transport import Transport, Values, join_pieces
+from .transport import Transport, join_pieces
 
 STATE_TIMEOUT_S = 1800.0
 LEAVE_TIMEOUT_S = 15.0
@@ -40,20 +51,29 @@ class ObjectStoreTransport(Transport):
         self._owned, self._is_closed = owned, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
 
-    def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
+    def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """See :class:`Transport`."""
         # Not left to the optimizer, which may be gone long before the process ends, while other ranks still train.
         atexit.register(self.close, rank, spec.world_size)
-        return self._ask_where("register", pack_job(spec), rank, incarnation, what="the registration")
+        packed = pack_job(spec), rank, incarnation, pack_holdings(holdings)
+        return self._ask_where("register", *packed, what="the registration")
 
-    def attach(self, layout: Layout) -> None:
+    def attach(self, layout: Layout, rank: int) -> None:
         """See :class:`Transport`."""
-        self._layout = layout
+        self._layout, self._rank = layout, rank
 
-    def load(self, values: Values, header: LoadHeader) -> Registration:
+    def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
-        reference = ray.put({key: to_wire(tensor) for key, tensor in values.items()})
-        return self._ask_where("load", [reference], header, what="the shards to take the state")
+        return self._ask_where("load", _put(values), header, what="the shards to take the state")
+
+    def hand_in(self, values: PieceValues) -> Registration:
+        """See :class:`Transport`."""
+        return self._ask_where("hand_in", self._rank, _put(values), what="all ranks to hand in their parameters")
+
+    def extend(self, spec: JobSpec, holdings: Holdings | None, values: PieceValues) -> Registration:
+        """See :class:`Transport`."""
+        asked = pack_job(spec), self._rank, pack_holdings(holdings), _put(values)
+        return self._ask_where("extend", *asked, what="all ranks to add a parameter group")
 
     def wait_until_loaded(self, after_timeline: int) -> Registration:
         """See :class:`Transport`."""
@@ -77,7 +97,13 @@ class ObjectStoreTransport(Transport):
             pushes.append(shard.push.remote(request, [to_wire(part) for part in parts], changed))
             pulls.append(
                 shard.pull.remote(
-                    header.timeline, header.sequence, header.rank, header.attempt, dtypes, self._step_timeout_s
+                    header.timeline,
+                    header.sequence,
+                    header.rank,
+                    header.attempt,
+                    dtypes,
+                    params.part,
+                    self._step_timeout_s,
                 )
             )
         try:
@@ -113,7 +139,7 @@ class ObjectStoreTransport(Transport):
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
         dtypes = [dtype_name(part.dtype) for part in params.parts]
-        calls = [shard.parameters.remote(dtypes) for shard in self.service.shards]
+        calls = [shard.parameters.remote(dtypes, self._rank, params.part) for shard in self.service.shards]
         self._fill(params, self._wait(calls, what="the parameters"))
 
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
@@ -155,6 +181,11 @@ class ObjectStoreTransport(Transport):
     def _ask(self, method: str, *args: Any, what: str) -> Any:
         call = getattr(self.service.coordinator, method).remote(*args)
         return wait_for([call], timeout_s=STATE_TIMEOUT_S, what=f"service {self.service.name!r}: {what}")[0]
+
+
+def _put(values: PieceValues) -> list[Any]:
+    """A reference to the values, in a list so that Ray hands it on as it is; empty for none."""
+    return [ray.put(values_to_wire(values))] if values else []
 
 
 def _require_none(replies: Sequence[Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..optim import Rule
+from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
 from ..sharding.vote import Decision
@@ -27,6 +28,7 @@ from .groups import (
     unpack_groups,
     written_scalars,
 )
+from .holdings import holdings_of, resolve_gradients
 from .inprocess import InProcessService
 from .resolve import resolve_ranks, resolve_service
 from .state_dict import (
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from ..server.service import Service
 
 
-_COPIED = ("rule", "_on_nonfinite", "_world_size", "_reference_uri", "_detached_from")
+_COPIED = ("rule", "gradients", "_on_nonfinite", "_world_size", "_reference_uri", "_detached_from")
 """What copies carry beside torch's own attributes."""
 
 
@@ -56,6 +58,7 @@ class ServiceOptions(TypedDict, total=False):
     rank: int | None
     world_size: int | None
     num_shards: int | None
+    gradients: Gradients | None
     on_nonfinite: Literal["skip", "raise"]
     weight_decay_mask: WeightDecayMask | None
     state_dict_form: Literal["torch", "reference"]
@@ -65,9 +68,9 @@ class ServiceOptions(TypedDict, total=False):
 class ServiceOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose state and master parameters live in a Stepwell service.
 
-    Every rank makes one, with the same model, and calls ``step()`` at the same times; gradients are each rank's own,
-    and the service averages them over the ranks that have one. Rank 0's initial parameters go to all ranks, unless the
-    service holds this job's parameters already: then those do. Rank 0's ``param_groups`` count.
+    Every rank makes one, with the same model, and calls ``step()`` at the same times. Rank 0's initial parameters go to
+    all ranks (of a sharded model each rank's own part), unless the service holds this job's parameters already: then
+    those do. Rank 0's ``param_groups`` count.
 
     Args:
         params: Parameters, named parameters, or groups of either.
@@ -77,10 +80,15 @@ class ServiceOptimizer(torch.optim.Optimizer):
             for one worker and ``"embedded"`` for several.
         rank, world_size: This worker and how many there are; None takes torch.distributed's if it is initialised.
         num_shards: Shards of an in-process (default 1) or embedded service (default one per worker).
+        gradients: What a rank's gradients mean. ``"local"``: its own; the service averages them over the ranks that
+            have one. ``"replicated"``: equal on all ranks, as DDP leaves them; each rank pushes a share.
+            ``"sharded"``: the part that this rank holds of an averaged gradient, as FSDP2 leaves it; each rank pushes
+            and gets back what it holds. None: ``"sharded"`` for DTensor parameters, ``"replicated"`` for named ones
+            that all have DDP's prefix ``module.``, else ``"local"``, which is right with DDP too. Logged.
         on_nonfinite: What a step does whose averaged gradient holds inf or NaN: it is skipped on all shards, and
             ``"raise"`` tells the caller so.
         weight_decay_mask: Which parameters decay: a callable of name and parameter, or one flag for each parameter in
-            index order. None: all.
+            index order; those of groups added later then decay. None: all.
         state_dict_form: ``"torch"``: ``state_dict()`` holds the whole state. ``"reference"``, for large models: it
             saves a checkpoint through the service and holds where that is.
         checkpoint_uri: A folder, as path or fsspec URI, that workers and shards can reach, for ``"reference"``.
@@ -106,6 +114,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         rank: int | None = None,
         world_size: int | None = None,
         num_shards: int | None = None,
+        gradients: Gradients | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         weight_decay_mask: WeightDecayMask | None = None,
         state_dict_form: Literal["torch", "reference"] = "torch",
@@ -118,18 +127,16 @@ class ServiceOptimizer(torch.optim.Optimizer):
         super().__init__(params, {**rule.defaults(), **(carried or {})})
         self.rule, self._on_nonfinite = plain_rule(rule), on_nonfinite
         read_hyper(self.rule, self.param_groups)
-        rank, world_size = resolve_ranks(rank, world_size)
-        flat_params = [param for group in self.param_groups for param in group["params"]]
-        specs = apply_mask(list(param_specs(self.param_groups)), flat_params, weight_decay_mask)
-        spec = JobSpec(self.rule, specs, len(self.param_groups), world_size)
-        device = flat_params[0].device if flat_params else torch.device("cpu")
-        transport = resolve_service(service, rank=rank, world_size=world_size, num_shards=num_shards, device=device)
-        self._world_size = world_size
-        self._worker = Worker(transport, spec, flat_params, rank)
-        show_scalars(self.param_groups, self._worker.scalars)
-        # Code that finds an empty state takes a step of its own to fill it, and some looks up the names in it.
-        for index, param in enumerate(flat_params):
-            self.state[param] = dict.fromkeys(state_names(spec, index), f"in service {transport.service.name!r}")
+        self._weight_decay_mask = weight_decay_mask
+        rank, self._world_size = resolve_ranks(rank, world_size)
+        self.gradients = resolve_gradients(gradients, self._named_params(), self._world_size)
+        spec, params, holdings = self._describe_job()
+        device = params[0].device if params else torch.device("cpu")
+        transport = resolve_service(
+            service, rank=rank, world_size=self._world_size, num_shards=num_shards, device=device
+        )
+        self._worker = Worker(transport, spec, params, rank, holdings)
+        self._show_service()
         atexit.register(_close_at_exit, weakref.ref(self))
 
     @property
@@ -242,15 +249,57 @@ class ServiceOptimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, before the optimizer is registered; torch's constructor calls it."""
-        if self._worker is not None:
-            raise NotImplementedError(
-                "add_param_group after the optimizer was made is not supported yet: pass all groups to the "
-                "constructor, those to be trained later with lr=0 or requires_grad=False"
-            )
+        """Add a group, at any time between two steps. Called on every rank, with the same group.
+
+        The added parameters begin with rank 0's values; what exists stays as it is, to the bit.
+
+        Raises:
+            ValueError: If a parameter is given twice.
+            HyperparameterError: If the group's values are out of range.
+            JobMismatchError: If the ranks add different groups. The optimizer and the service are as before.
+        """
         if isinstance(param_group, dict):
             require_distinct(param_group, self.param_groups)
         super().add_param_group(param_group)
+        if self._worker is None:
+            return  # torch's constructor at work
+        try:
+            read_hyper(self.rule, self.param_groups)
+            resolve_gradients(self.gradients, self._named_params(), self._world_size)
+            self._worker.extend(*self._describe_job())
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._show_service()
+
+    def _named_params(self) -> list[tuple[str, torch.Tensor]]:
+        """Every parameter in index order, with its name where one is known."""
+        return [
+            named
+            for group in self.param_groups
+            for named in zip(group.get("param_names") or [""] * len(group["params"]), group["params"], strict=True)
+        ]
+
+    def _describe_job(self) -> tuple[JobSpec, list[torch.Tensor], Holdings | None]:
+        """The job, all parameters, and what this rank holds of them if they are sharded."""
+        named, groups = self._named_params(), self.param_groups
+        params, mask = [param for _, param in named], self._weight_decay_mask
+        if self._worker is not None and mask is not None and not callable(mask):
+            mask = [*mask, *[True] * (len(params) - len(mask))]
+        specs = apply_mask(list(param_specs(groups)), params, mask)
+        spec = JobSpec(self.rule, specs, len(groups), self._world_size, gradients=self.gradients)
+        return spec, params, holdings_of(named) if self.gradients == "sharded" else None
+
+    def _show_service(self) -> None:
+        """Write what code looks for: scalars into the groups, and into the state the names of what it would hold.
+
+        Code that finds an empty state takes a step of its own to fill it.
+        """
+        worker = self._registered
+        show_scalars(self.param_groups, worker.scalars)
+        where = f"in service {worker.transport.service.name!r}"
+        for index, (_, param) in enumerate(self._named_params()):
+            self.state[param] = dict.fromkeys(state_names(worker.spec, index), where)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle carries: of an in-process optimizer all; of any other all but its place in the job.
@@ -258,10 +307,12 @@ class ServiceOptimizer(torch.optim.Optimizer):
         Hooks stay behind, as torch's do.
         """
         state: dict[str, Any] = super().__getstate__()
-        state.update({name: getattr(self, name) for name in _COPIED})
+        state.update({name: getattr(self, name) for name in _COPIED}, _weight_decay_mask=None)
         if self._worker is None:
             return state
         worker = self._settled()
+        if self._weight_decay_mask is not None:  # as flags: a callable need not be one that pickles
+            state["_weight_decay_mask"] = [param.decays for param in worker.spec.params]
         service = worker.transport.service
         if isinstance(service, InProcessService):
             return {**state, "snapshot": take_snapshot(worker, service)}

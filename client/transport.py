@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration
+from ..sharding.coverage import Holdings
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
+from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
 from ..sharding.shard import ShardStatus, StepResult
 from .flat import FlatBuffer
 
 Values = Mapping[tuple[int, str], Tensor]
 """Whole slots, flattened: (parameter index, slot name) to ``(numel,)``."""
+
+
+def as_pieces(values: Values) -> PieceValues:
+    """Whole slots as pieces that begin at 0."""
+    return {(param, slot, 0): tensor for (param, slot), tensor in values.items()}
 
 
 class ServiceHandle(Protocol):
@@ -46,16 +53,30 @@ class Transport(abc.ABC):
     service: ServiceHandle
 
     @abc.abstractmethod
-    def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
-        """Register this worker. Called once by every rank."""
+    def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
+        """Register this worker, and what it holds of a sharded model. Called once by every rank."""
 
     @abc.abstractmethod
-    def attach(self, layout: Layout) -> None:
-        """Take note of the layout that the registration named."""
+    def attach(self, layout: Layout, rank: int) -> None:
+        """Take note of the layout that the service named last."""
 
     @abc.abstractmethod
-    def load(self, values: Values, header: LoadHeader) -> Registration:
+    def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """Load a state, beginning a new timeline. Called by rank 0."""
+
+    @abc.abstractmethod
+    def hand_in(self, values: PieceValues) -> Registration:
+        """Hand in this rank's part of a sharded model's first parameters; returns when all ranks have."""
+
+    @abc.abstractmethod
+    def extend(self, spec: JobSpec, holdings: Holdings | None, values: PieceValues) -> Registration:
+        """Add the parameters that ``spec`` has beyond the job; returns when all ranks have asked for it.
+
+        Args:
+            spec: The job with the added group.
+            holdings: What this rank holds of all its parameters, if the model is sharded.
+            values: The added parameters: rank 0's, or this rank's part of them.
+        """
 
     @abc.abstractmethod
     def wait_until_loaded(self, after_timeline: int) -> Registration:
@@ -83,7 +104,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def read_parameters(self, params: FlatBuffer) -> None:
-        """Fill ``params`` with the service's parameters."""
+        """Fill ``params`` with the service's parameters; which part of them, it says itself."""
 
     @abc.abstractmethod
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:

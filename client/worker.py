@@ -7,25 +7,20 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
-from ..sharding.errors import (
-    AttemptError,
-    CheckpointError,
-    StepAbortedError,
-    StepwellError,
-    UnsupportedParameterError,
-)
+from ..sharding.coverage import Holdings
+from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, StepAbortedError
 from ..sharding.job import JobSpec
+from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader, pack_present
 from ..sharding.saved import manifest_digest
 from ..sharding.shard import StepResult
 from ..sharding.vote import Decision
-from .flat import FlatBuffer, copy_all
-from .transport import Transport, Values
+from .model_buffers import ModelBuffers, common_device
+from .transport import Transport, Values, as_pieces
 
 logger = logging.getLogger("stepwell")
 
@@ -38,31 +33,69 @@ class Worker:
         spec: The job.
         params: The model's parameters, in index order.
         rank: This worker's rank.
+        holdings: What it holds of a sharded model.
 
     Attributes:
         scalars: The rule's scalars after the last step.
         num_steps: Steps that the service has taken, skipped ones included.
     """
 
-    def __init__(self, transport: Transport, spec: JobSpec, params: Sequence[Tensor], rank: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        spec: JobSpec,
+        params: Sequence[Tensor],
+        rank: int,
+        holdings: Holdings | None = None,
+    ) -> None:
         self.transport, self.rank = transport, rank
-        self._params = list(params)
+        self._params, self._holdings = list(params), holdings
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._attempt = 0
         self._is_open = False
-        device = _common_device(params)
-        registration = transport.register(spec, rank, self._incarnation)
-        self.spec = unpack_job(registration.spec)
-        self.layout = self.spec.layout()
-        transport.attach(self.layout)
-        self._gradient = FlatBuffer(self.layout, device)
-        self._flat_params = FlatBuffer(self.layout, device)
+        common_device(params)
+        registration = transport.register(spec, rank, self._incarnation, holdings)
+        self._attach(unpack_job(registration.spec))
         self._adopt(registration)
         if registration.needs_parameters:
             self._adopt(self._hand_out_parameters())
         elif registration.step:
             logger.info("rank %d joined service %r at step %d", rank, transport.service.name, registration.step)
         self.take_parameters()
+
+    def extend(self, spec: JobSpec, params: Sequence[Tensor], holdings: Holdings | None) -> None:
+        """Take more parameters into the job; called on every rank.
+
+        Args:
+            spec: The job with the added group.
+            params: All parameters, the added ones last.
+            holdings: What this rank holds of all of them, if the model is sharded.
+
+        Raises:
+            JobMismatchError: If the ranks add different groups. Nothing has changed.
+        """
+        self.settle()
+        grown = ModelBuffers(spec, spec.layout(), params, self.rank, holdings)
+        added = _as_pieces(grown.values(first=len(self._params)))
+        registration = self.transport.extend(spec, holdings, added)
+        self._params, self._holdings = list(params), holdings
+        self._adopt(registration)
+        self.take_parameters()
+
+    def _attach(self, spec: JobSpec) -> None:
+        """Lay the buffers out as the service has laid out the job.
+
+        Raises:
+            JobMismatchError: If the service's job has not this worker's parameters.
+        """
+        if len(spec.params) != len(self._params):
+            raise JobMismatchError(
+                f"the service's job has {len(spec.params)} parameters, rank {self.rank} has {len(self._params)}: a "
+                "parameter group was added or is missing here; call add_param_group on every rank"
+            )
+        self.spec, self.layout = spec, spec.layout()
+        self.transport.attach(self.layout, self.rank)
+        self._buffers = ModelBuffers(spec, self.layout, self._params, self.rank, self._holdings)
 
     def step(self, hyper: Mapping[str, Sequence[float]] | None, scalars: Mapping[str, float] | None) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
@@ -84,15 +117,15 @@ class Worker:
             rank=self.rank,
             incarnation=self._incarnation,
             attempt=self._attempt,
-            present=self._gather_gradients(),
+            present=pack_present(self._buffers.gather_gradients()),
             hyper=hyper,
             scalars=scalars,
         )
-        reloaded = {index: _flat(self._params[index]) for index in self.changed_by_hand()} if self.rank == 0 else {}
+        reloaded = self._buffers.changed_by_hand()
         self._is_open = True
         self._attempt += 1
         try:
-            result = self.transport.step(header, self._gradient, reloaded, self._flat_params)
+            result = self.transport.step(header, self._buffers.pushed, reloaded, self._buffers.pulled)
         except StepAbortedError:
             self._is_open = False
             raise
@@ -104,7 +137,7 @@ class Worker:
                 raise
             return self.step(hyper, scalars)
         if result.decision is Decision.COMMIT:
-            self._write_parameters()
+            self._buffers.take(result.sequence)
         self._close_step(result)
         return result
 
@@ -129,7 +162,7 @@ class Worker:
     def load(self, values: Values, header: LoadHeader) -> None:
         """Load a state into the service; called on every rank, the values of rank 0 count."""
         if self.rank == 0:
-            self._adopt(self.transport.load(values, header))
+            self._adopt(self.transport.load(as_pieces(values), header))
         else:
             self._adopt(self.transport.wait_until_loaded(self.timeline))
 
@@ -140,8 +173,8 @@ class Worker:
 
     def take_parameters(self) -> None:
         """Take over the service's parameters."""
-        self.transport.read_parameters(self._flat_params)
-        self._write_parameters()
+        self.transport.read_parameters(self._buffers.held)
+        self._buffers.write_parameters()
 
     def restore(self, uri: str, digest: str) -> None:
         """Restore the service from a checkpoint; called on every rank, rank 0 does it.
@@ -164,25 +197,27 @@ class Worker:
 
     def changed_by_hand(self) -> list[int]:
         """Indices of parameters that something else than this class has written since it last did."""
-        versions = enumerate(zip(self._params, self._versions, strict=True))
-        return [index for index, (param, version) in versions if param._version != version]
+        return list(self._buffers.changed_by_hand())
 
     def mark_changed(self, indices: Iterable[int] | None = None) -> None:
         """Send these parameters, or all, with the next step, as changed by hand."""
-        for index in range(len(self._params)) if indices is None else indices:
-            self._versions[index] = -1
+        self._buffers.mark_changed(range(len(self._params)) if indices is None else indices)
 
     def _adopt(self, registration: Registration) -> None:
+        spec = unpack_job(registration.spec)
+        if spec != self.spec:
+            self._attach(spec)
         self.timeline, self.sequence = registration.timeline, registration.sequence
         self.scalars, self.num_steps = registration.scalars, registration.step
         # Attempts go on counting: an inbox may still hold a push of this step, and takes the next try for its repeat.
         self._is_open = False
 
     def _hand_out_parameters(self) -> Registration:
+        if self.spec.gradients == "sharded":
+            return self.transport.hand_in(_as_pieces(self._buffers.values()))
         if self.rank != 0:
             return self.transport.wait_until_loaded(self.timeline)
-        values = {(index, MASTER.name): _flat(param) for index, param in enumerate(self._params)}
-        return self.transport.load(values, LoadHeader())
+        return self.transport.load(_as_pieces(self._buffers.values()), LoadHeader())
 
     def _close_step(self, result: StepResult) -> None:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.
@@ -190,35 +225,7 @@ class Worker:
         self.num_steps += 1
         self._attempt, self._is_open = 0, False
 
-    def _gather_gradients(self) -> bytes:
-        """Copy every gradient to its place in the flat buffer; which parameters have one."""
-        present = [param.grad is not None for param in self._params]
-        targets, sources = [], []
-        for view, param in zip(self._gradient.views, self._params, strict=True):
-            if param.grad is not None:
-                targets.append(view)
-                sources.append(_dense(param.grad))
-        copy_all(targets, sources)
-        return pack_present(present)
 
-    def _write_parameters(self) -> None:
-        with torch.no_grad():
-            copy_all(self._params, self._flat_params.views)
-        self._versions = [param._version for param in self._params]
-
-
-def _flat(param: Tensor) -> Tensor:
-    return param.detach().reshape(-1).clone()
-
-
-def _dense(grad: Tensor) -> Tensor:
-    if grad.layout is not torch.strided:
-        raise UnsupportedParameterError(f"expected a dense gradient, got one of layout {grad.layout}; use sparse=False")
-    return grad.detach()
-
-
-def _common_device(params: Sequence[Tensor]) -> torch.device:
-    devices = {param.device for param in params}
-    if len(devices) > 1:
-        raise StepwellError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
-    return devices.pop() if devices else torch.device("cpu")
+def _as_pieces(values: Mapping[int, tuple[int, Tensor]]) -> PieceValues:
+    """Parameters as pieces of the state; empty ones are none."""
+    return {(index, MASTER.name, offset): value for index, (offset, value) in values.items() if value.numel() > 0}

@@ -8,17 +8,27 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..sharding.checkpoint import build_manifest, check_restorable, read_manifest, write_manifest
-from ..sharding.errors import NotRegisteredError, ServiceError, ServiceTimeoutError, ShardLostError, UnknownRankError
+from ..sharding.coverage import Holdings, require_exact_cover
+from ..sharding.errors import (
+    CoverageError,
+    MessageError,
+    NotRegisteredError,
+    ServiceError,
+    ServiceTimeoutError,
+    ShardLostError,
+    UnknownRankError,
+)
 from ..sharding.job import JobSpec
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import ShardStatus
 from .calls import gather
 from .config import ServiceConfig
-from .messages import LoadHeader, Registration, pack_job, unpack_job
+from .messages import LoadHeader, Registration, pack_job, unpack_holdings, unpack_job
+from .rendezvous import Rendezvous
 
 FORMING_TIMEOUT_S = 60.0
 STATE_TIMEOUT_S = 1800.0
@@ -26,6 +36,34 @@ STATE_TIMEOUT_S = 1800.0
 RESTART_TIMEOUT_S = 120.0
 HOLD_TRIES = 3
 POLL_S = 0.05
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Worker:
+    """A registered worker: its process, and what it holds of a sharded model, packed."""
+
+    incarnation: str
+    holdings: bytes
+
+    def held(self, spec: JobSpec) -> Holdings:
+        """What it holds, unpacked.
+
+        Raises:
+            MessageError: If it named nothing.
+        """
+        holdings = unpack_holdings(self.holdings, spec.params)
+        if holdings is None:
+            raise MessageError("holdings: expected ranges from every rank of a sharded model, got none")
+        return holdings
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """What one rank brings to add a parameter group; see :meth:`Coordinator.extend`."""
+
+    spec: JobSpec
+    holdings: bytes
+    values: Sequence[Any]
 
 
 class Coordinator:
@@ -43,8 +81,11 @@ class Coordinator:
         self._timeline = 0
         self._loaded = asyncio.Event()
         self._saved: SavedCheckpoint | None = None
-        self._workers: dict[int, str] = {}
+        self._workers: dict[int, Worker] = {}
         self._left: set[int] = set()
+        self._covering = Rendezvous(self._require_cover, what="all ranks to register")
+        self._starting = Rendezvous(self._load_parts, what="all ranks to hand in their parameters")
+        self._extending = Rendezvous(self._extend, what="all ranks to add a parameter group")
         self._changing = asyncio.Lock()
 
     async def start(self, shards: Sequence[Any]) -> None:
@@ -56,13 +97,15 @@ class Coordinator:
         """The settings and the shards' handles."""
         return self._config, self._shards
 
-    async def register(self, job: bytes, rank: int, incarnation: str) -> Registration:
+    async def register(self, job: bytes, rank: int, incarnation: str, holdings: bytes) -> Registration:
         """Register a worker; the first one's job is the service's, every other must be the same.
 
-        Returns as soon as rank 0 may send its parameters; other ranks wait with :meth:`wait_for_timeline`.
+        With a sharded model it returns when all ranks are in and cover every parameter exactly once. Else it returns as
+        soon as rank 0 may send its parameters; other ranks wait with :meth:`wait_for_timeline`.
 
         Raises:
             JobMismatchError: Naming the first difference.
+            CoverageError: If the ranks leave a gap, or overlap.
             UnknownRankError: If the rank is not below the world size.
         """
         spec = dataclasses.replace(unpack_job(job), chunk_numel=self._config.chunk_numel)
@@ -70,9 +113,12 @@ class Coordinator:
             raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
         async with self._changing:
             await self._adopt(spec, rank)
-            self._workers[rank] = incarnation
+            self._workers[rank] = Worker(incarnation, holdings)
             self._left.discard(rank)
             await self._admit(rank)
+        if spec.gradients == "sharded":
+            await self._cover(rank, spec.world_size)
+        async with self._changing:
             return await self._registration()
 
     async def wait_for_timeline(self, after: int, timeout_s: float) -> Registration:
@@ -96,14 +142,36 @@ class Coordinator:
         """Load a state that rank 0 holds, beginning a new timeline.
 
         Args:
-            values: A list of one reference, passed on to the shards.
+            values: References to its parts, passed on to the shards.
             header: The small part of the state.
         """
         async with self._changing:
             self._timeline += 1
-            await self._all("load", values[0], header, self._timeline, what="the shards to take the state")
+            await self._all("load", header, self._timeline, *values, what="the shards to take the state")
             self._loaded.set()
             return await self._registration()
+
+    async def hand_in(self, rank: int, values: Sequence[Any]) -> Registration:
+        """Load the first parameters of a sharded model, of which each rank hands in its part."""
+        spec, timeout_s = self._require_spec(), self._config.worker_timeout_s
+        return await self._starting.arrive(rank, values, world_size=spec.world_size, timeout_s=timeout_s)
+
+    async def extend(self, job: bytes, rank: int, holdings: bytes, values: Sequence[Any]) -> Registration:
+        """Add parameters to the job, once every rank has asked for it; begins a new timeline.
+
+        Args:
+            job: The job with the added group.
+            rank: Who asks.
+            holdings: What the rank holds of all parameters.
+            values: References to the added parameters' values, or this rank's part of them.
+
+        Raises:
+            JobMismatchError: If it does not begin with the present job, or the ranks differ.
+        """
+        spec = unpack_job(job)
+        asked = Asked(spec, holdings, values)
+        world_size, timeout_s = self._require_spec().world_size, self._config.worker_timeout_s
+        return await self._extending.arrive(rank, asked, world_size=world_size, timeout_s=timeout_s)
 
     async def restore(self, uri: str) -> Registration:
         """Load a checkpoint, beginning a new timeline; without a job yet, the checkpoint's own."""
@@ -117,6 +185,7 @@ class Coordinator:
                 await self._await_restarts()
                 await self._all("hold", what="the shards to come to rest")
                 await self._mend()
+                await self._take_batches(manifest.spec)
                 self._timeline += 1
                 await self._all("restore", uri, self._timeline, what=f"the shards to read {uri}")
             finally:
@@ -133,12 +202,12 @@ class Coordinator:
             spec = self._require_spec()
             try:
                 status = await self._settle()
-                if self._saved is not None and await asyncio.to_thread(self._saved.serves, uri, status):
+                if self._saved is not None and await asyncio.to_thread(self._saved.serves, uri, spec, status):
                     return status.step
                 files = await self._all("save", uri, uuid.uuid4().hex[:12], what=f"the shards to write {uri}")
                 manifest = build_manifest(spec, files, status)
                 await asyncio.to_thread(write_manifest, uri, manifest)
-                self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, status)
+                self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, spec, status)
             finally:
                 await self._all("release", what="the shards to go on")
         return status.step
@@ -167,10 +236,59 @@ class Coordinator:
         if self._spec is None:
             await self._lay_out(spec)
             return
-        if not self._workers and spec.world_size != self._spec.world_size:
-            self._spec = dataclasses.replace(self._spec, world_size=spec.world_size)
-            await self._all("set_world_size", spec.world_size, what="the shards to take the number of workers")
+        wanted = dataclasses.replace(self._spec, world_size=spec.world_size, gradients=spec.gradients)
+        if wanted != self._spec and self._left.issuperset(self._workers):
+            # The workers before these have all left.
+            self._workers, self._left, self._spec = {}, set(), wanted
+            await self._all("set_workers", spec.world_size, spec.gradients, what="the shards to take the workers")
         self._spec.require_same(spec, whose=f"rank {rank}")
+
+    async def _cover(self, rank: int, world_size: int) -> None:
+        """See that the ranks' parts make up the model, once all are known."""
+        if len(self._workers) == world_size and self._covering.is_empty:
+            await self._require_cover({})
+        else:
+            await self._covering.arrive(rank, None, world_size=world_size, timeout_s=self._config.worker_timeout_s)
+
+    async def _require_cover(self, _: Mapping[int, None]) -> None:
+        spec = self._require_spec()
+        try:
+            require_exact_cover(spec.params, {rank: worker.held(spec) for rank, worker in self._workers.items()})
+        except CoverageError:
+            self._workers = {}
+            raise
+
+    async def _load_parts(self, parts: Mapping[int, Sequence[Any]]) -> Registration:
+        return await self.load([value for rank in sorted(parts) for value in parts[rank]], LoadHeader())
+
+    async def _extend(self, asked: Mapping[int, Asked]) -> Registration:
+        async with self._changing:
+            ours, first = self._require_spec(), asked[0].spec
+            for rank in sorted(asked):
+                first.require_same(asked[rank].spec, whose=f"rank {rank}")
+            if (len(first.params), first.num_groups) != (len(ours.params), ours.num_groups):
+                await self._take_extension(ours.extended(first), asked)
+            return await self._registration()
+
+    async def _take_extension(self, spec: JobSpec, asked: Mapping[int, Asked]) -> None:
+        for rank, what in asked.items():
+            self._workers[rank] = dataclasses.replace(self._workers[rank], holdings=what.holdings)
+        if spec.gradients == "sharded":
+            require_exact_cover(spec.params, {rank: worker.held(spec) for rank, worker in self._workers.items()})
+        values = [value for rank in sorted(asked) for value in asked[rank].values]
+        await self._all("prepare_extension", pack_job(spec), *values, what="the shards to make room")
+        self._spec, self._timeline = spec, self._timeline + 1
+        await self._all("adopt_extension", self._timeline, what="the shards to take the added parameters")
+        for rank in self._workers:
+            await self._admit(rank)
+
+    async def _take_batches(self, theirs: JobSpec) -> None:
+        """Lay the job out as a checkpoint's was: what was registered together fixes the order of sums."""
+        spec = self._require_spec()
+        if theirs.batches != spec.batches:
+            await self._lay_out(dataclasses.replace(spec, batches=theirs.batches))
+            for rank in self._workers:
+                await self._admit(rank)
 
     async def _lay_out(self, spec: JobSpec) -> None:
         await self._all("register", pack_job(spec), what="the shards to allocate their buffers")
@@ -230,7 +348,8 @@ class Coordinator:
                 await self._admit(rank)
 
     async def _admit(self, rank: int) -> None:
-        await self._all("admit", rank, self._workers[rank], what=f"the shards to admit rank {rank}")
+        worker = self._workers[rank]
+        await self._all("admit", rank, worker.incarnation, worker.holdings, what=f"the shards to admit rank {rank}")
 
     async def _settle(self) -> ShardStatus:
         """Bring all shards to rest after the same step; they stay held."""

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import reprlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..sharding.buffers import StateSource
+from ..sharding.coverage import Holdings
 from ..sharding.errors import (
     DTypeMismatchError,
     MessageError,
@@ -27,7 +29,8 @@ from ..sharding.errors import (
     UnsupportedParameterError,
 )
 from ..sharding.job import JobSpec
-from ..sharding.layout import dtype_from_name, dtype_name
+from ..sharding.layout import ParamSpec, dtype_from_name, dtype_name
+from ..sharding.pieces import HeldPieces, PieceValues
 from ..sharding.push import PushHeader
 
 PROTOCOL_VERSION = 1
@@ -35,6 +38,9 @@ MAX_MESSAGE_BYTES = 2**28
 
 WireTensor = tuple[str, NDArray[Any]]
 """A dtype's name and the flat array; bfloat16, which numpy lacks, travels as int16."""
+
+WireValues = Mapping[tuple[int, str, int], WireTensor]
+"""Pieces of state as they travel, see :data:`stepwell.sharding.pieces.PieceValues`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,7 +114,21 @@ def unpack_job(data: bytes) -> JobSpec:
     _field(fields, "num_groups", _is_count)
     _field(fields, "world_size", _is_count)
     _field(fields, "chunk_numel", lambda value: value is None or _is_count(value))
+    _field(fields, "gradients", lambda value: isinstance(value, str))
+    _field(fields, "batches", lambda value: isinstance(value, list) and all(map(_is_count, value)))
     return JobSpec.from_dict(fields)
+
+
+def pack_holdings(holdings: Holdings | None) -> bytes:
+    """What a rank holds of a sharded model as bytes; None for a rank that has the whole model."""
+    return _pack("holdings", {"ranges": None if holdings is None else holdings.to_lists()})
+
+
+def unpack_holdings(data: bytes, params: Sequence[ParamSpec]) -> Holdings | None:
+    """The reverse of :func:`pack_holdings`; raises as :func:`unpack_push`."""
+    fields = _unpack("holdings", data)
+    ranges = _field(fields, "ranges", lambda value: value is None or _is_map_of(value, _are_ranges))
+    return None if ranges is None else Holdings.from_lists(ranges, params)
 
 
 def to_wire(tensor: Tensor) -> WireTensor:
@@ -139,6 +159,23 @@ def from_wire(wire: WireTensor) -> Tensor:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
     return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
+
+
+def values_to_wire(values: PieceValues) -> WireValues:
+    """Pieces of state, to be put into the object store."""
+    return {key: to_wire(tensor) for key, tensor in values.items()}
+
+
+def values_from_wire(values: WireValues) -> PieceValues:
+    """The reverse of :func:`values_to_wire`; raises as :func:`from_wire`."""
+    return {key: from_wire(wire) for key, wire in values.items()}
+
+
+def source_of(header: LoadHeader, parts: Iterable[PieceValues]) -> StateSource:
+    """The state that ranks hold in parts."""
+    pieces = HeldPieces(parts)
+    fields = {field.name: getattr(header, field.name) for field in dataclasses.fields(header)}
+    return StateSource(read=pieces.read, available=pieces.available, **fields)
 
 
 def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
@@ -205,6 +242,12 @@ def _is_param(value: object) -> bool:
     name, shape, dtype, group = value
     is_shape = isinstance(shape, list) and all(map(_is_count, shape))
     return isinstance(name, str) and is_shape and isinstance(dtype, str) and _is_count(group)
+
+
+def _are_ranges(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, list) and len(each) == 2 and all(map(_is_count, each)) for each in value
+    )
 
 
 def _describe(value: object) -> str:

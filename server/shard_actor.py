@@ -12,8 +12,8 @@ from typing import Any
 import ray
 import torch
 
-from ..sharding.buffers import StateSource
 from ..sharding.checkpoint import CheckpointReader, ShardFile, read_manifest, shard_file_name, write_shard
+from ..sharding.coverage import Gradients, Part
 from ..sharding.errors import (
     NotRegisteredError,
     PlacementError,
@@ -29,7 +29,18 @@ from ..sharding.shard import Receipt, Reduction, Shard, ShardStatus, StepResult
 from ..sharding.vote import Decision
 from .collective import Collective, GroupStore
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
-from .messages import LoadHeader, WireTensor, from_wire, to_wire, unpack_job, unpack_push
+from .messages import (
+    LoadHeader,
+    WireTensor,
+    WireValues,
+    from_wire,
+    source_of,
+    to_wire,
+    unpack_holdings,
+    unpack_job,
+    unpack_push,
+    values_from_wire,
+)
 
 Outcome = StepResult | StepwellError
 PushKey = tuple[int, int, int]
@@ -105,27 +116,29 @@ class ShardActor:
             lambda: Shard(spec, shard=self._index, num_shards=self._config.num_shards, device=self._device)
         )
 
-    async def admit(self, rank: int, incarnation: str) -> None:
+    async def admit(self, rank: int, incarnation: str, holdings: bytes) -> None:
         """Let a worker's process push as ``rank``."""
-        self._job().admit(rank, incarnation)
+        shard = self._job()
+        shard.admit(rank, incarnation, unpack_holdings(holdings, shard.spec.params))
 
-    async def set_world_size(self, world_size: int) -> None:
-        """Change the number of workers."""
-        self._job().set_world_size(world_size)
+    async def set_workers(self, world_size: int, gradients: Gradients) -> None:
+        """Change number and kind of the workers."""
+        self._job().set_workers(world_size, gradients)
 
-    async def load(self, values: Mapping[tuple[int, str], WireTensor], header: LoadHeader, timeline: int) -> None:
-        """Take a state that a worker holds."""
-        tensors = {key: from_wire(wire) for key, wire in values.items()}
-        source = StateSource(
-            read=lambda param, slot, offset, numel: tensors[param, slot][offset : offset + numel],
-            available=frozenset(tensors),
-            step_counts=header.step_counts,
-            scalars=header.scalars,
-            sequence=header.sequence,
-            step=header.step,
-            skipped_steps=header.skipped_steps,
-        )
+    async def load(self, header: LoadHeader, timeline: int, *parts: WireValues) -> None:
+        """Take a state that workers hold, a part each."""
+        source = source_of(header, map(values_from_wire, parts))
         await self._compute(lambda: self._job().load(source, timeline=timeline))
+        self._dismiss_pushes()
+
+    async def prepare_extension(self, job: bytes, *parts: WireValues) -> None:
+        """Make room for parameters that are added to the job."""
+        spec, source = unpack_job(job), source_of(LoadHeader(), map(values_from_wire, parts))
+        await self._compute(lambda: self._whole_job().prepare_extension(spec, source))
+
+    async def adopt_extension(self, timeline: int) -> None:
+        """Take what was prepared into the job."""
+        self._job().adopt_extension(timeline=timeline)
         self._dismiss_pushes()
 
     async def restore(self, uri: str, timeline: int) -> None:
@@ -200,7 +213,14 @@ class ShardActor:
             return error
 
     async def pull(
-        self, timeline: int, sequence: int, rank: int, attempt: int, dtypes: Sequence[str], timeout_s: float
+        self,
+        timeline: int,
+        sequence: int,
+        rank: int,
+        attempt: int,
+        dtypes: Sequence[str],
+        wanted: Part,
+        timeout_s: float,
     ) -> tuple[Outcome, list[WireTensor]]:
         """Wait for the decision of step ``sequence``; its result and, after a COMMIT, the owned parameters.
 
@@ -212,7 +232,7 @@ class ShardActor:
         """
         try:
             result = await self._result((timeline, sequence, attempt), rank, timeout_s)
-            return result, await self.parameters(dtypes) if result.decision is Decision.COMMIT else []
+            return result, await self.parameters(dtypes, rank, wanted) if result.decision is Decision.COMMIT else []
         except StepwellError as error:
             return error, []
 
@@ -222,9 +242,10 @@ class ShardActor:
             await self._wait(self._first_outcome(), sequence, timeout_s)
         return self._job().result(timeline, sequence)
 
-    async def parameters(self, dtypes: Sequence[str]) -> list[WireTensor]:
-        """The owned parameters, flat, per extent, in the wanted dtypes."""
-        return [to_wire(part) for part in self._whole_job().parameters([dtype_from_name(name) for name in dtypes])]
+    async def parameters(self, dtypes: Sequence[str], rank: int, wanted: Part) -> list[WireTensor]:
+        """A rank's part of the owned parameters, flat, per extent, in the wanted dtypes."""
+        parts = self._whole_job().parameters([dtype_from_name(name) for name in dtypes], rank, wanted)
+        return [to_wire(part) for part in parts]
 
     async def attend(self, timeline: int, sequence: int) -> None:
         """Vote on a step that another shard waits in, whoever is missing here; called by that shard.

@@ -1,4 +1,4 @@
-"""The mean gradient of a step, per element over the ranks that have it."""
+"""The gradient of a step, from what the ranks push: their mean, or their parts side by side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from .buffers import MASTER, Buffers, ExtentBuffers
+from .coverage import Runs
 from .push import Push
 
 
@@ -28,6 +29,45 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[T
         _average_extent([push.gradient[index] for push in pushes], present[:, extent.tensor_of_tile], extent)
         for index, extent in enumerate(buffers.extents)
     ]
+
+
+def assemble(pushes: Sequence[Push], present: Tensor, buffers: Buffers, runs: Sequence[Sequence[Runs]]) -> list[Tensor]:
+    """Put the ranks' parts of a gradient that is reduced already side by side; no two ranks push the same element.
+
+    Args:
+        pushes: All ranks' pushes, in rank order.
+        present: ``(world_size, num_tensors)`` bool.
+        buffers: The shard's memory, for its tiles and device; not changed.
+        runs: Per rank and extent, where what it pushes lies, counted from the shard's first tile.
+
+    Returns:
+        Per extent ``(tiles, 256)`` in the state dtype, zero where a tensor is absent and in padding.
+    """
+    grads = []
+    for index, extent in enumerate(buffers.extents):
+        device = extent.slots[MASTER.name].device
+        whole = torch.zeros(extent.numel, dtype=extent.extent.dtype, device=device)
+        for push, its_runs, here in zip(pushes, runs, present, strict=True):
+            _place(whole, push.gradient[index].to(device), its_runs[index], here[extent.tensor_of_tile])
+        grads.append(whole.view(-1, TILE_NUMEL))
+    return grads
+
+
+def _place(whole: Tensor, values: Tensor, runs: Runs, present: Tensor) -> None:
+    """Copy one rank's packed values to their runs; ``present`` is ``(tiles,)`` bool.
+
+    A run that is not of whole tiles lies within one tensor, so that its tiles are all present or all absent.
+    """
+    all_present, taken = bool(present.all()), 0
+    for start, stop in runs.tolist():
+        target, part = whole[start:stop], values[taken : taken + stop - start]
+        taken += stop - start
+        here = present[start // TILE_NUMEL : -(-stop // TILE_NUMEL)]
+        if all_present or bool(here.all()):
+            target.copy_(part)
+        elif bool(here.any()):
+            kept = here[:, None].to(whole.device)
+            target.copy_(torch.where(kept, part.view(-1, TILE_NUMEL), 0.0).view(-1))
 
 
 def count_nonfinite(grads: Sequence[Tensor]) -> int:

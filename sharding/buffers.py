@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Set
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..optim import TILE_NUMEL, Rule, Slot, Tiles
+from .coverage import Runs
 from .layout import Extent, Layout, Piece
 
 MASTER = Slot("master_param", "param")
@@ -64,8 +67,9 @@ class ExtentBuffers:
         self._valid_numel = torch.from_numpy(extent.valid_numel[owned])
         self._index_in_tensor = torch.from_numpy(extent.index_in_tensor[owned])
         columns = torch.arange(TILE_NUMEL)
-        self._tail_rows = torch.nonzero(self._valid_numel < TILE_NUMEL).flatten().to(device)
-        self._padding = (columns >= self._valid_numel[self._tail_rows.cpu(), None]).to(device)
+        tail_rows = torch.nonzero(self._valid_numel < TILE_NUMEL).flatten()
+        self._tail_rows: list[int] = tail_rows.tolist()
+        self._padding = (columns >= self._valid_numel[tail_rows, None]).to(device)
         strides = {slot.stride for slot in rule.slots if slot.stride > 1}
         assert len(strides) <= 1, "a rule has one stride"
         self._stride = next(iter(strides), 1)
@@ -75,10 +79,25 @@ class ExtentBuffers:
         """Elements of the owned tiles, padding included."""
         return len(self.tiles) * TILE_NUMEL
 
-    def padding_is_zero(self, flat: Tensor) -> bool:
-        """Whether ``flat``, ``(numel,)`` laid out as the owned tiles, holds zeros between the tensors."""
-        tails = flat.view(-1, TILE_NUMEL)[self._tail_rows.to(flat.device)]
-        return not bool((tails[self._padding.to(flat.device)] != 0).any())
+    def padding_is_zero(self, packed: Tensor, runs: Runs) -> bool:
+        """Whether ``packed``, the values of ``runs`` one after the other, holds zeros between the tensors.
+
+        A run that does not begin and end on tile boundaries lies within one tensor and holds no padding.
+        """
+        taken = 0
+        for start, stop in runs.tolist():
+            part = packed[taken : taken + stop - start]
+            taken += stop - start
+            if start % TILE_NUMEL or stop % TILE_NUMEL:
+                continue
+            row = start // TILE_NUMEL
+            tails = slice(*(bisect.bisect_left(self._tail_rows, edge) for edge in (row, stop // TILE_NUMEL)))
+            if tails.start == tails.stop:
+                continue
+            rows = torch.tensor(self._tail_rows[tails], device=part.device) - row
+            if bool((part.view(-1, TILE_NUMEL)[rows][self._padding[tails].to(part.device)] != 0).any()):
+                return False
+        return True
 
     @property
     def size_bytes(self) -> int:
@@ -150,6 +169,12 @@ class Buffers:
         )
         self._rule = rule
 
+    def extended(self, added: Buffers) -> Buffers:
+        """These buffers and those of ``added`` extents; memory is shared, nothing moves."""
+        both = copy.copy(self)
+        both.extents = (*self.extents, *added.extents)
+        return both
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all buffers."""
@@ -190,21 +215,26 @@ class Buffers:
         values = tiles.sliced(tiles.param) if slot.stride > 1 else tiles.param
         buffers.slots[slot.name][rows.start : rows.stop].copy_(values)
 
-    def reload(self, param: int, value: Tensor, never_stepped: bool) -> None:
+    def reload(self, param: int, value: Tensor, never_stepped: bool, *, offset: int = 0) -> None:
         """Take a parameter that was changed by hand; where it equals the master's rounding the master stays.
 
         Args:
             param: Parameter index.
-            value: ``(numel,)`` in the model's dtype.
+            value: ``(numel,)`` in the model's dtype, elements from ``offset`` on.
             never_stepped: Whether the parameter had no step yet, so that copies of the initial value follow it.
+            offset: Where ``value`` begins in the flattened parameter.
         """
         for buffers in self.extents:
             for piece in (p for p in buffers.pieces(MASTER.name) if p.param == param):
                 held = buffers.read(MASTER.name, piece)
-                given = value[piece.offset : piece.offset + piece.numel].to(held.device)
-                buffers.write(
-                    MASTER.name, piece, torch.where(given == held.to(given.dtype), held, given.to(held.dtype))
+                first, last = (
+                    min(max(edge - piece.offset, 0), piece.numel) for edge in (offset, offset + value.numel())
                 )
+                start = piece.offset - offset
+                given = value[start + first : start + last].to(held.device) if first < last else value[:0]
+                old = held[first:last]
+                held[first:last] = torch.where(given == old.to(given.dtype), old, given.to(old.dtype))
+                buffers.write(MASTER.name, piece, held)
                 if never_stepped:
                     rows = range(piece.first_tile - buffers.tiles.start, piece.last_tile - buffers.tiles.start)
                     for slot in (s for s in self._rule.slots if s.init == "param"):

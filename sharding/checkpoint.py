@@ -17,7 +17,6 @@ from typing import Any
 
 import fsspec
 import msgpack
-import torch
 from fsspec import AbstractFileSystem
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,6 +25,7 @@ from torch import Tensor
 from .buffers import MASTER, Buffers, StateSource
 from .errors import CheckpointError, MessageError
 from .job import JobSpec
+from .pieces import MissingPieceError, read_across
 from .shard import ShardStatus
 
 FORMAT_VERSION = 1
@@ -213,7 +213,7 @@ class CheckpointReader:
     def __init__(self, uri: str, manifest: Manifest) -> None:
         self._uri, self._manifest = uri, manifest
         self._by_slot: dict[tuple[int, str], list[TensorPiece]] = {}
-        for piece in manifest.pieces:
+        for piece in sorted(manifest.pieces, key=lambda piece: piece.offset):
             self._by_slot.setdefault((piece.param, piece.slot), []).append(piece)
         self._scratch = tempfile.TemporaryDirectory(prefix="stepwell-restore-")
         self._open: dict[int, Any] = {}
@@ -243,18 +243,11 @@ class CheckpointReader:
         Raises:
             CheckpointError: If they are not there.
         """
-        parts = []
-        wanted = offset
-        for piece in sorted(self._by_slot[(param, slot)], key=lambda p: p.offset):
-            if piece.offset <= wanted < piece.offset + piece.numel and wanted < offset + numel:
-                stop = min(offset + numel, piece.offset + piece.numel)
-                parts.append(self._slice(piece, wanted - piece.offset, stop - piece.offset))
-                wanted = stop
-        if wanted != offset + numel:
-            raise CheckpointError(
-                f"{self._uri}: elements {wanted} to {offset + numel} of {slot} of parameter {param} are missing"
-            )
-        return torch.cat(parts) if parts else torch.zeros(0)
+        pieces = [(piece.offset, piece.numel, piece) for piece in self._by_slot[param, slot]]
+        try:
+            return read_across(pieces, offset, numel, self._slice)
+        except MissingPieceError as error:
+            raise CheckpointError(f"{self._uri}: {error} of {slot} of parameter {param} are missing") from None
 
     def _slice(self, piece: TensorPiece, start: int, stop: int) -> Tensor:
         try:
@@ -281,14 +274,13 @@ class CheckpointReader:
 
 
 def check_restorable(manifest: Manifest, spec: JobSpec, uri: str) -> None:
-    """Refuse a checkpoint of another model or rule; the number of workers may differ.
+    """Refuse a checkpoint of another model or rule; number and kind of the workers may differ.
 
     Raises:
         JobMismatchError: Naming the first difference.
     """
-    dataclasses.replace(spec, world_size=manifest.spec.world_size).require_same(
-        manifest.spec, whose=f"checkpoint {uri}"
-    )
+    theirs = dataclasses.replace(manifest.spec, world_size=spec.world_size, gradients=spec.gradients)
+    spec.require_same(theirs, whose=f"checkpoint {uri}")
 
 
 def build_manifest(spec: JobSpec, files: Sequence[ShardFile], status: ShardStatus) -> Manifest:

@@ -7,6 +7,7 @@ StepwellError
  │   │   └─ TruncatedMessageError
  │   ├─ NotRegisteredError       the service holds no job yet, or the shard lost it
  │   ├─ JobMismatchError         this model or rule is not the service's job
+ │   │   └─ CoverageError        the ranks' parts of a parameter leave a gap or overlap
  │   ├─ UnknownRankError
  │   ├─ IncarnationError         another process has taken this rank's place
  │   ├─ SequenceError            the step number is not the next one
@@ -62,6 +63,10 @@ class NotRegisteredError(RequestError):
 
 class JobMismatchError(RequestError):
     """This model or rule is not the service's job."""
+
+
+class CoverageError(JobMismatchError):
+    """The parts of a sharded parameter that the ranks hold leave a gap, or overlap."""
 
 
 class UnknownRankError(RequestError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .buffers import StateSource
+from .coverage import Holdings
 from .errors import StepAbortedError
 from .job import JobSpec
 from .partials import sum_vectors
@@ -25,18 +27,55 @@ class ShardGroup:
     """
 
     def __init__(self, spec: JobSpec, *, num_shards: int = 1, device: torch.device | None = None) -> None:
+        self._num_shards, self._device = num_shards, device
+        self._lay_out(spec)
+
+    def _lay_out(self, spec: JobSpec) -> None:
         self.spec = spec
-        self.shards = [Shard(spec, shard=index, num_shards=num_shards, device=device) for index in range(num_shards)]
+        self.shards = [
+            Shard(spec, shard=index, num_shards=self._num_shards, device=self._device)
+            for index in range(self._num_shards)
+        ]
+        self._workers: dict[int, tuple[str, Holdings | None]] = {}
 
     def load(self, source: StateSource, *, timeline: int) -> None:
         """Load a whole state into every shard."""
         for shard in self.shards:
             shard.load(source, timeline=timeline)
 
-    def admit(self, rank: int, incarnation: str) -> None:
-        """Let a worker's process push as ``rank``."""
+    def admit(self, rank: int, incarnation: str, holdings: Holdings | None = None) -> None:
+        """Let a worker's process push as ``rank``, and note what it holds of a sharded model."""
         for shard in self.shards:
-            shard.admit(rank, incarnation)
+            shard.admit(rank, incarnation, holdings)
+        self._workers[rank] = incarnation, holdings
+
+    def extend(self, spec: JobSpec, source: StateSource, holdings: Mapping[int, Holdings | None]) -> None:
+        """Add the parameters that ``spec`` has beyond the job.
+
+        Args:
+            spec: The job with the added group.
+            source: The added parameters' values.
+            holdings: What each rank holds of all parameters now.
+        """
+        extended = self.spec.extended(spec)
+        for shard in self.shards:
+            shard.prepare_extension(extended, source)
+        timeline = self.shards[0].timeline + 1
+        for shard in self.shards:
+            shard.adopt_extension(timeline=timeline)
+        self.spec = extended
+        for rank, (incarnation, _) in list(self._workers.items()):
+            self.admit(rank, incarnation, holdings[rank])
+
+    def take_batches(self, batches: tuple[int, ...]) -> None:
+        """Lay the job out as a checkpoint's was, before it is loaded: batches fix the order of sums."""
+        if batches != self.spec.batches:
+            workers, timeline = self._workers, self.shards[0].timeline
+            self._lay_out(dataclasses.replace(self.spec, batches=batches))
+            for shard in self.shards:
+                shard.timeline = timeline
+            for rank, (incarnation, holdings) in workers.items():
+                self.admit(rank, incarnation, holdings)
 
     def push(self, pushes: Sequence[Push]) -> StepResult | None:
         """Hand one worker's push to every shard, one part each; run the step if that completes it.

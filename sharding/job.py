@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..optim import RULES, Rule
+from .coverage import GRADIENTS, Gradients
 from .errors import JobMismatchError, MessageError
 from .layout import Layout, ParamSpec, dtype_from_name
 
@@ -23,6 +24,11 @@ class JobSpec:
         num_groups: Parameter groups.
         world_size: Workers.
         chunk_numel: Elements in a chunk; None chooses by the model's size. Never touches the result.
+        gradients: What a rank's gradient means.
+        batches: How many parameters were registered at once, time after time; empty for all at once.
+
+    Raises:
+        ValueError: If ``batches`` are not all parameters, or ``gradients`` is unknown.
     """
 
     rule: Rule
@@ -30,10 +36,31 @@ class JobSpec:
     num_groups: int
     world_size: int
     chunk_numel: int | None = None
+    gradients: Gradients = "local"
+    batches: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.gradients not in GRADIENTS:
+            raise ValueError(f"gradients: expected one of {', '.join(GRADIENTS)}, got {self.gradients!r}")
+        if self.batches and (sum(self.batches) != len(self.params) or min(self.batches) < 0):
+            raise ValueError(f"batches: expected counts of {len(self.params)} parameters in all, got {self.batches}")
 
     def layout(self) -> Layout:
         """The flat space of these parameters."""
-        return Layout.build(self.params, chunk_numel=self.chunk_numel)
+        return Layout.build(self.params, batches=self.batches or None, chunk_numel=self.chunk_numel)
+
+    def extended(self, other: JobSpec) -> JobSpec:
+        """This job with the parameters and groups that ``other`` has beyond it, registered as one more batch.
+
+        Raises:
+            JobMismatchError: If ``other`` does not begin with this job's parameters.
+        """
+        begun = dataclasses.replace(
+            other, params=other.params[: len(self.params)], num_groups=self.num_groups, batches=()
+        )
+        self.require_same(begun, whose="the job with the added group")
+        batches = (*(self.batches or (len(self.params),)), len(other.params) - len(self.params))
+        return dataclasses.replace(self, params=other.params, num_groups=other.num_groups, batches=batches)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a message or a manifest."""
@@ -44,6 +71,8 @@ class JobSpec:
             "num_groups": self.num_groups,
             "world_size": self.world_size,
             "chunk_numel": self.chunk_numel,
+            "gradients": self.gradients,
+            "batches": list(self.batches),
         }
 
     @classmethod
@@ -69,6 +98,8 @@ class JobSpec:
                 num_groups=int(fields["num_groups"]),
                 world_size=int(fields["world_size"]),
                 chunk_numel=None if fields["chunk_numel"] is None else int(fields["chunk_numel"]),
+                gradients=fields["gradients"],
+                batches=tuple(int(count) for count in fields["batches"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise MessageError(f"expected a job description; {type(error).__name__}: {error}") from error
@@ -96,6 +127,7 @@ class JobSpec:
         whole = (
             ("rule", self.rule.name, other.rule.name),
             ("world_size", self.world_size, other.world_size),
+            ("gradients", self.gradients, other.gradients),
             ("number of parameter groups", self.num_groups, other.num_groups),
         )
         for label, mine, other_value in whole:

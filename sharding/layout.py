@@ -1,6 +1,7 @@
 """The flat space: where every parameter lies, in tiles, blocks and chunks.
 
-All parameters are flattened in index order into *extents*, one per state dtype. Each tensor starts on a tile boundary.
+All parameters are flattened in index order into *extents*, one per state dtype and registration: parameters that are
+added during training get extents of their own, and nothing that exists moves. Each tensor starts on a tile boundary.
 Tiles and blocks fix the bits of every sum and depend on the parameters alone; a chunk is the unit of ownership and
 never touches the bits.
 """
@@ -8,6 +9,7 @@ never touches the bits.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -176,16 +178,21 @@ class Layout:
     extents: tuple[Extent, ...]
 
     @classmethod
-    def build(cls, params: Sequence[ParamSpec], *, chunk_numel: int | None = None) -> Layout:
-        """Lay out ``params`` in index order, an extent per state dtype, float32 first.
+    def build(
+        cls, params: Sequence[ParamSpec], *, batches: Sequence[int] | None = None, chunk_numel: int | None = None
+    ) -> Layout:
+        """Lay out ``params`` in index order, an extent per registration and state dtype, float32 first.
 
         Args:
             params: The parameters.
+            batches: How many parameters were registered at once, time after time; None for all at once.
             chunk_numel: Elements in a chunk, a power of two; None chooses by the model's size. Never below a block.
         """
         extents = []
-        for dtype in (torch.float32, torch.float64):
-            members = [index for index, param in enumerate(params) if param.state_dtype == dtype]
+        edges = np.cumsum([0, *([len(params)] if batches is None else batches)]).tolist()
+        assert edges[-1] == len(params), "checked where batches come from"
+        for batch, dtype in itertools.product(itertools.pairwise(edges), (torch.float32, torch.float64)):
+            members = [index for index in range(*batch) if params[index].state_dtype == dtype]
             if members:
                 extents.append(Extent(dtype, members, [params[index].numel for index in members], chunk_numel))
         return cls(tuple(params), tuple(extents))

@@ -15,24 +15,25 @@ import torch
 from torch import Tensor
 
 from ..optim import Combined, ReducingRule, Scope, StepInputs
-from .averaging import average, count_nonfinite
+from .averaging import assemble, average, count_nonfinite
 from .buffers import MASTER, Buffers, StateSource
+from .coverage import Gradients, Holdings, Part, Runs
 from .errors import (
     AttemptError,
     FutureRequestError,
     HyperparameterError,
-    IncarnationError,
     MessageError,
     NotRegisteredError,
     StaleRequestError,
     StepAbortedError,
     TimelineError,
-    UnknownRankError,
 )
 from .job import JobSpec, kernel_identity
 from .kernels import run_apply, run_local
+from .layout import Layout
+from .members import Members
 from .partials import SumTable
-from .push import Inbox, Push, PushHeader, check_gradient, check_hyper, unpack_present
+from .push import Inbox, Push, PushHeader, check_hyper, unpack_present
 from .vote import Decision, cast_vote, count_votes
 
 
@@ -80,6 +81,15 @@ class ShardStatus:
     in_flight: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Extension:
+    """Parameters that are ready to be taken into the job: its new form, and the added extents' memory."""
+
+    spec: JobSpec
+    layout: Layout
+    buffers: Buffers
+
+
 Reduction = Generator[Tensor, Tensor, StepResult]
 """Yields a vector, is sent its sum over all shards, returns the result."""
 
@@ -104,25 +114,29 @@ class Shard:
         device: torch.device | None = None,
         timeline: int = 0,
     ) -> None:
-        self.spec = spec
-        self.layout = spec.layout()
         self.device = device or torch.device("cpu")
-        self.buffers = Buffers(self.layout, spec.rule, shard, num_shards, self.device)
+        self._shard, self._num_shards = shard, num_shards
+        layout = spec.layout()
+        self._lay_out(spec, layout, Buffers(layout, spec.rule, shard, num_shards, self.device))
         self.scalars: Mapping[str, float] = spec.rule.initial_scalars
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
         self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
-        self._shard, self._num_shards = shard, num_shards
-        self._group_of_tensor = self.layout.group_of_tensor()
-        self._numel = torch.tensor([param.numel for param in spec.params], dtype=torch.float64)
-        scope = spec.rule.scope if isinstance(spec.rule, ReducingRule) else Scope.MODEL
-        self._table = SumTable(self.layout, scope, spec.num_groups)
         self._hyper_names = sorted(spec.rule.hyper(spec.rule.defaults()))
-        self._incarnations: dict[int, str] = {}
+        self._extension: Extension | None = None
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
         self._last_result: StepResult | None = None
         self._taken: dict[int, PushHeader] = {}
         self._lost: str | None = f"shard {shard} has no parameters yet"
+
+    def _lay_out(self, spec: JobSpec, layout: Layout, buffers: Buffers) -> None:
+        """Take the parameters of ``spec`` for this shard's, with all that follows from them."""
+        self.spec, self.layout, self.buffers = spec, layout, buffers
+        self._group_of_tensor = layout.group_of_tensor()
+        self._numel = torch.tensor([param.numel for param in spec.params], dtype=torch.float64)
+        scope = spec.rule.scope if isinstance(spec.rule, ReducingRule) else Scope.MODEL
+        self._table = SumTable(layout, scope, spec.num_groups)
+        self.members = Members(spec, layout, buffers)
 
     # What others may ask at any time
 
@@ -151,19 +165,55 @@ class Shard:
             in_flight=self._deciding is not None,
         )
 
-    def parameters(self, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """The owned parameters, flat, per extent, in the wanted dtype; a float32 one may be the master itself."""
-        masters = (extent.slots[MASTER.name].view(-1) for extent in self.buffers.extents)
-        return [master.to(dtype) for master, dtype in zip(masters, dtypes, strict=True)]
+    def parameters(self, dtypes: Sequence[torch.dtype], rank: int, wanted: Part) -> list[Tensor]:
+        """What is owned here of the parameters that a rank pushes gradients of, or holds.
+
+        Returns:
+            Per extent flat, the rank's runs one after the other, in the wanted dtype; may be the master itself.
+
+        Raises:
+            IncarnationError: If no worker has registered as this rank.
+        """
+        member = self.members[rank]
+        masters = [extent.slots[MASTER.name].view(-1) for extent in self.buffers.extents]
+        parts = zip(masters, member.pushed if wanted == "pushed" else member.held, dtypes, strict=True)
+        return [_packed(master, runs).to(dtype) for master, runs, dtype in parts]
 
     # What changes it between steps
 
-    def admit(self, rank: int, incarnation: str) -> None:
-        """Let a worker's process push as ``rank``; an earlier one no longer may, and what it pushed is dropped."""
-        self._require_rank(rank)
-        if self._incarnations.get(rank) != incarnation:
+    def admit(self, rank: int, incarnation: str, holdings: Holdings | None = None) -> None:
+        """Let a worker's process push as ``rank``; an earlier one no longer may, and what it pushed is dropped.
+
+        Args:
+            rank: The rank.
+            incarnation: Names its process.
+            holdings: What it holds of a sharded model.
+        """
+        if self.members.admit(rank, incarnation, holdings):
             self._inbox.drop(rank)
-        self._incarnations[rank] = incarnation
+
+    def prepare_extension(self, spec: JobSpec, source: StateSource) -> None:
+        """Make room for parameters that are added to the job; nothing of the present state changes.
+
+        Args:
+            spec: The job with one more batch, see :meth:`JobSpec.extended`.
+            source: The added parameters' values.
+        """
+        layout = spec.layout()
+        added = Layout(layout.params, layout.extents[len(self.layout.extents) :])
+        buffers = Buffers(added, spec.rule, self._shard, self._num_shards, self.device)
+        buffers.load(source)
+        self._extension = Extension(spec, layout, buffers)
+
+    def adopt_extension(self, *, timeline: int) -> None:
+        """Take the prepared parameters into the job and begin a new timeline; every rank is to be admitted again."""
+        assert self._extension is not None, "prepared on every shard before"
+        added, self._extension = self._extension, None
+        self._lay_out(added.spec, added.layout, self.buffers.extended(added.buffers))
+        num_added = len(added.spec.params) - len(self.step_count)
+        self.step_count = torch.cat((self.step_count, torch.zeros(num_added, dtype=torch.float64)))
+        self.scalars = {**added.spec.rule.initial_scalars, **self.scalars}
+        self._begin(timeline)
 
     def load(self, source: StateSource, *, timeline: int) -> None:
         """Take a whole state and begin a new timeline. Called between steps, on all shards with the same source.
@@ -181,15 +231,18 @@ class Shard:
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)
         self.scalars = {**self.spec.rule.initial_scalars, **source.scalars}
-        self.timeline, self.sequence = timeline, source.sequence
-        self.num_steps, self.num_skipped = source.step, source.skipped_steps
-        self._inbox, self._last_result, self._lost = Inbox(self.spec.world_size), None, None
-        self._taken = {}
+        self.sequence, self.num_steps, self.num_skipped = source.sequence, source.step, source.skipped_steps
+        self._lost = None
+        self._begin(timeline)
 
-    def set_world_size(self, world_size: int) -> None:
-        """Change the number of workers, between two jobs' workers; those admitted so far are forgotten."""
-        self.spec = dataclasses.replace(self.spec, world_size=world_size)
-        self._incarnations, self._inbox = {}, Inbox(world_size)
+    def set_workers(self, world_size: int, gradients: Gradients) -> None:
+        """Change what the workers are, between two jobs' workers; those admitted so far are forgotten."""
+        self.spec = dataclasses.replace(self.spec, world_size=world_size, gradients=gradients)
+        self.members, self._inbox = Members(self.spec, self.layout, self.buffers), Inbox(world_size)
+
+    def _begin(self, timeline: int) -> None:
+        self.timeline = timeline
+        self._inbox, self._last_result, self._taken = Inbox(self.spec.world_size), None, {}
 
     # One step
 
@@ -236,7 +289,7 @@ class Shard:
         self._deciding = pushes
         moving = False
         try:
-            grads = [] if missing else average(pushes, self._present(pushes), self.buffers)
+            grads = [] if missing else self._gradient(pushes)
             votes = yield cast_vote(
                 self._shard,
                 self._num_shards,
@@ -265,8 +318,10 @@ class Shard:
 
     def _commit(self, pushes: Sequence[Push], grads: Sequence[Tensor]) -> Reduction:
         header, present = pushes[0].header, self._present(pushes).any(dim=0)
-        for index, value in pushes[0].reloaded.items():
-            self.buffers.reload(index, value, never_stepped=bool(self.step_count[index] == 0))
+        for push in pushes:
+            for index, value in push.reloaded.items():
+                offset = self.members.reloaded_range(push.header.rank, index).offset
+                self.buffers.reload(index, value, never_stepped=bool(self.step_count[index] == 0), offset=offset)
         assert header.hyper is not None, "checked on receipt"
         step = StepInputs(
             hyper={name: torch.tensor(values, dtype=torch.float64) for name, values in header.hyper.items()},
@@ -295,6 +350,13 @@ class Shard:
         totals = self._table.totals(rule.sums, partials)
         return rule.combine(step, totals), totals
 
+    def _gradient(self, pushes: Sequence[Push]) -> list[Tensor]:
+        """The step's gradient, per extent ``(tiles, 256)``."""
+        present = self._present(pushes)
+        if self.spec.gradients == "local":
+            return average(pushes, present, self.buffers)
+        return assemble(pushes, present, self.buffers, [self.members[push.header.rank].pushed for push in pushes])
+
     def _present(self, pushes: Sequence[Push]) -> Tensor:
         """Which tensors each rank has a gradient of, ``(world_size, num_tensors)`` bool."""
         return torch.stack([unpack_present(push.header.present, len(self.spec.params)) for push in pushes])
@@ -309,9 +371,9 @@ class Shard:
 
     # Checks
 
-    def _require_rank(self, rank: int) -> None:
-        if not 0 <= rank < self.spec.world_size:
-            raise UnknownRankError(f"expected a rank from 0 to {self.spec.world_size - 1}, got {rank}")
+    def _fits_reload(self, rank: int, index: int, value: Tensor) -> bool:
+        is_known = 0 <= index < len(self.spec.params)
+        return is_known and value.shape == (self.members.reloaded_range(rank, index).numel,)
 
     def require_whole(self) -> None:
         """See that the shard holds a state that can be trusted, before it is read or saved.
@@ -336,14 +398,9 @@ class Shard:
             raise FutureRequestError(f"expected step {self.sequence + 1}, got {sequence}: a step before it is missing")
 
     def _require_sender(self, header: PushHeader) -> None:
-        self._require_rank(header.rank)
+        self.members.require_rank(header.rank)
         self._require_sequence(header.timeline, header.sequence)
-        known = self._incarnations.get(header.rank)
-        if known != header.incarnation:
-            raise IncarnationError(
-                f"rank {header.rank}: expected a push of process {known}, got one of {header.incarnation}; "
-                "another process has registered as this rank since"
-            )
+        self.members.require_incarnation(header)
 
     def _require_taken(self, header: PushHeader) -> None:
         """Refuse a new push for a step that was taken with another one; a repeat of that one is fine."""
@@ -363,13 +420,8 @@ class Shard:
         header = push.header
         check_hyper(header, self._hyper_names, self.spec.num_groups)
         unpack_present(header.present, len(self.spec.params))
-        check_gradient(push.gradient, [extent.numel for extent in self.buffers.extents], header.rank)
-        for extent, part in zip(self.buffers.extents, push.gradient, strict=True):
-            if not extent.padding_is_zero(part):
-                raise MessageError(
-                    f"gradient of rank {header.rank}: expected zeros between tensors; the layout is not the shard's"
-                )
-        if header.rank != 0 and (header.scalars or push.reloaded):
+        self.members.check_gradient(push)
+        if header.rank != 0 and (header.scalars or (push.reloaded and self.spec.gradients != "sharded")):
             raise MessageError(
                 f"scalars and reloaded parameters: expected from rank 0 alone, got some from rank {header.rank}"
             )
@@ -378,9 +430,15 @@ class Shard:
         except ValueError as error:
             raise HyperparameterError(str(error)) from error
         for index, value in push.reloaded.items():
-            if not 0 <= index < len(self.spec.params) or value.shape != (self.spec.params[index].numel,):
+            if not self._fits_reload(header.rank, index, value):
                 raise MessageError(f"reloaded: parameter {index} of shape {list(value.shape)} is not one of the job's")
             if not bool(torch.isfinite(value).all()):
                 raise MessageError(
                     f"reloaded: parameter {index} was changed by hand and holds inf or NaN; mend it first"
                 )
+
+
+def _packed(flat: Tensor, runs: Runs) -> Tensor:
+    """The elements of ``runs`` one after the other; shares memory where there is one run."""
+    parts = [flat[start:stop] for start, stop in runs.tolist()]
+    return parts[0] if len(parts) == 1 else torch.cat([flat[:0], *parts])

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -286,7 +286,7 @@ class Run:
         """The parameters in the model's dtype and their shapes."""
         shards = self.group.shards
         dtypes = [extent.dtype for extent in self.layout.extents]
-        parts = zip(*(shard.parameters(dtypes) for shard in shards), strict=True)
+        parts = zip(*(shard.parameters(dtypes, 0, "held") for shard in shards), strict=True)
         flat = [torch.cat(part) for part in parts]
         return [
             view.to(dtype_from_name(tensor.dtype), copy=True)
@@ -343,7 +343,7 @@ class Run:
         assert result is not None, "every rank has pushed"
         return result
 
-    def steps(self, num_steps: int, *, schedule: Schedule = cosine) -> Run:
+    def steps(self, num_steps: int, *, schedule: Schedule = cosine) -> Self:
         """Take steps until there were ``num_steps`` in all; returns itself."""
         for step in range(self.next_sequence - 1, num_steps):
             schedule(self.groups, step)

@@ -6,19 +6,21 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from unittest import mock
 
 from torch import Tensor
 
 from stepwell.client.flat import FlatBuffer
 from stepwell.client.inprocess import InProcessService, InProcessTransport
-from stepwell.client.transport import Transport, Values
+from stepwell.client.transport import Transport
 from stepwell.server.messages import LoadHeader, Registration
+from stepwell.sharding.coverage import Holdings
 from stepwell.sharding.errors import ServiceTimeoutError, StepAbortedError
 from stepwell.sharding.inprocess import ShardGroup
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout
+from stepwell.sharding.pieces import PieceValues
 from stepwell.sharding.push import Push, PushHeader
 from stepwell.sharding.shard import ShardStatus, StepResult
 from stepwell.sharding.vote import Decision
@@ -57,14 +59,20 @@ class FaultyTransport(Transport):
         self.headers: list[PushHeader] = []
         self.reloaded: list[set[int]] = []
 
-    def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
-        return self._run("register", lambda: self._inner.register(spec, rank, incarnation))
+    def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
+        return self._run("register", lambda: self._inner.register(spec, rank, incarnation, holdings))
 
-    def attach(self, layout: Layout) -> None:
-        self._inner.attach(layout)
+    def attach(self, layout: Layout, rank: int) -> None:
+        self._inner.attach(layout, rank)
 
-    def load(self, values: Values, header: LoadHeader) -> Registration:
+    def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         return self._run("load", lambda: self._inner.load(values, header))
+
+    def hand_in(self, values: PieceValues) -> Registration:
+        return self._run("hand_in", lambda: self._inner.hand_in(values))
+
+    def extend(self, spec: JobSpec, holdings: Holdings | None, values: PieceValues) -> Registration:
+        return self._run("extend", lambda: self._inner.extend(spec, holdings, values))
 
     def wait_until_loaded(self, after_timeline: int) -> Registration:
         return self._run("wait_until_loaded", lambda: self._inner.wait_until_loaded(after_timeline))
@@ -115,6 +123,8 @@ class SharedShards:
         self.service = _SharedService(num_shards=num_shards)
         self.missing = missing
         self.changed = threading.Condition()
+        self.brought: dict[int, Any] = {}
+        self.num_acts = 0
 
     def wait_for_push(self, *, rank: int, attempt: int) -> None:
         """Wait until this attempt of a rank lies in every shard's inbox."""
@@ -144,12 +154,38 @@ class SharedTransport(InProcessTransport):
         super().__init__(shared.service)
         self._shared, self._rank = shared, rank
 
-    def register(self, spec: JobSpec, rank: int, incarnation: str) -> Registration:
+    def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         with self._shared.changed:
-            registration = super().register(spec, rank, incarnation)
+            registration = super().register(spec, rank, incarnation, holdings)
             return dataclasses.replace(registration, needs_parameters=registration.timeline == 0)
 
-    def load(self, values: Values, header: LoadHeader) -> Registration:
+    def hand_in(self, values: PieceValues) -> Registration:
+        def load(parts: Mapping[int, PieceValues]) -> None:
+            self._load(list(parts.values()), LoadHeader())
+
+        self._together(values, load)
+        return self.refresh()
+
+    def extend(self, spec: JobSpec, holdings: Holdings | None, values: PieceValues) -> Registration:
+        def extend(asked: Mapping[int, tuple[Holdings | None, PieceValues]]) -> None:
+            holdings_of = {rank: its_holdings for rank, (its_holdings, _) in asked.items()}
+            self._extend(spec, holdings_of, [its_values for _, its_values in asked.values()])
+
+        self._together((holdings, values), extend)
+        return self.refresh()
+
+    def _together(self, brought: T, act: Callable[[Mapping[int, T]], None]) -> None:
+        """Act once every rank has brought something."""
+        with self._shared.changed:
+            everything, number = self._shared.brought, self._shared.num_acts
+            everything[self._rank] = brought
+            if len(everything) == self.service.group.spec.world_size:
+                act(everything)
+                self._shared.brought, self._shared.num_acts = {}, number + 1
+                self._shared.changed.notify_all()
+            self._wait(lambda: self._shared.num_acts > number)
+
+    def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         with self._shared.changed:
             registration = super().load(values, header)
             self._shared.changed.notify_all()

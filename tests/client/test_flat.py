@@ -19,16 +19,20 @@ def _layout(*shapes: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> L
     return Layout.build(list(param_specs([{"params": params}])))
 
 
-def test_flat_buffer_has_a_view_of_each_parameter() -> None:
+def test_flat_buffer_has_a_place_for_each_parameter() -> None:
     shapes = [(), (0, 3), (7, 100), (256,), (1,)]
     buffer = FlatBuffer(_layout(*shapes), CPU)
-    assert [tuple(view.shape) for view in buffer.views] == shapes
-    for index, view in enumerate(buffer.views):
-        view.fill_(index + 1)
-    for index, (view, shape) in enumerate(zip(buffer.views, shapes, strict=True)):
-        assert torch.equal(view, torch.full(shape, float(index + 1)))
-    numel = sum(view.numel() for view in buffer.views)
-    assert (buffer.parts[0] != 0).sum() == numel, "padding stays zero"
+    assert [(place.param, place.offset, place.view.numel()) for place in buffer.places] == [
+        (0, 0, 1),
+        (2, 0, 700),
+        (3, 0, 256),
+        (4, 0, 1),
+    ]
+    for place in buffer.places:
+        place.view.fill_(place.param + 1)
+    for place in buffer.places:
+        assert torch.equal(place.view, torch.full_like(place.view, place.param + 1))
+    assert (buffer.parts[0] != 0).sum() == 958, "padding stays zero"
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 64])

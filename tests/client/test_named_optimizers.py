@@ -30,10 +30,16 @@ TORCH_KEYWORDS = {"foreach", "fused", "capturable", "differentiable"}
 OTHER: dict[str, Any] = {
     "beta3": 0.5,
     "betas": (0.5, 0.25),
+    "d_scope": "group",
+    "eps_d": "old",
+    "estimator": "inner_product",
     "growth_rate": 2.0,
+    "max_d": 2.0,
     "nesterov": {"nesterov": True, "momentum": 0.5},
     "norm": "l2",
+    "ratio": "init/current",
     "rho_threshold": 4.0,
+    "stat_dtype": "bfloat16",
 }
 """A value that is not the default, where its type alone does not give one; a dict for several keywords."""
 OUT_OF_RANGE: list[tuple[str, Any, str]] = [

@@ -90,12 +90,6 @@ def test_two_optimizers_do_not_meet() -> None:
     assert first.service.status()["step"] == second.service.status()["step"] == 4
 
 
-def test_add_param_group_afterwards_is_refused() -> None:
-    optimizer = stepwell.AdamW(make_net().parameters())
-    with pytest.raises(NotImplementedError, match="pass all groups to the constructor"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-
-
 def test_close_ends_it_and_may_be_repeated() -> None:
     net = make_net()
     optimizer = stepwell.AdamW(net.parameters())

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import stepwell
 from stepwell.sharding.checkpoint import MANIFEST_NAME, write_shard
 from stepwell.sharding.errors import CheckpointError, HyperparameterError, JobMismatchError
-from tests.client.lines import SharedShards, SharedTransport, reached_by
+from tests.client.lines import WAIT_S, SharedShards, SharedTransport, reached_by
 from tests.client.training import assert_equal, assert_same_state, make_net, train, values_of
 
 MAKERS = [stepwell.Prodigy, stepwell.AdamW, stepwell.LAMB]
@@ -114,9 +115,20 @@ def test_state_dict_is_saved_anew_when_the_first_is_gone_or_old(what: str, tmp_p
         optimizer.load_state_dict(first)
 
 
+def test_state_dict_is_saved_anew_after_a_group_was_added(tmp_path: Path) -> None:
+    net = make_net()
+    optimizer = stepwell.AdamW(net.parameters(), **_form(tmp_path))
+    train(net, optimizer, range(2))
+    before = optimizer.state_dict()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    after = optimizer.state_dict()
+    assert after["stepwell"]["digest"] != before["stepwell"]["digest"]
+    optimizer.load_state_dict(after)
+
+
 def test_all_ranks_get_the_same_reference_and_load_it(tmp_path: Path) -> None:
-    shared = SharedShards(num_shards=2)
-    nets = [make_net() for _ in range(3)]
+    shared, nets = SharedShards(num_shards=2), [make_net() for _ in range(3)]
+    together = threading.Barrier(3, timeout=WAIT_S)
 
     def work(rank: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
         optimizer = stepwell.Prodigy(nets[rank].parameters(), rank=rank, world_size=3, **_form(tmp_path))
@@ -125,6 +137,7 @@ def test_all_ranks_get_the_same_reference_and_load_it(tmp_path: Path) -> None:
             saved = optimizer.state_dict()
         after_two = values_of(nets[rank].parameters())
         train(nets[rank], optimizer, range(2, 4))
+        together.wait()  # a load sweeps away the result that another rank has yet to fetch
         optimizer.load_state_dict(saved)
         assert_equal(nets[rank].parameters(), after_two)
         assert optimizer.param_groups[0]["k"] == 2

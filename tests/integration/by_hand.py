@@ -10,7 +10,7 @@ import torch
 
 import stepwell
 from stepwell.optim import Rule
-from stepwell.server.messages import LoadHeader, Registration, from_wire, pack_job, pack_push, to_wire
+from stepwell.server.messages import LoadHeader, Registration, from_wire, pack_holdings, pack_job, pack_push, to_wire
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.push import Push
 from stepwell.sharding.shard import StepResult
@@ -38,7 +38,7 @@ class HandJob:
         self.timeline = 0
         for rank in range(world_size):
             self.register(rank)
-        values = {(index, MASTER.name): to_wire(problem.initial(index)) for index in range(len(problem.tensors))}
+        values = {(index, MASTER.name, 0): to_wire(problem.initial(index)) for index in range(len(problem.tensors))}
         self.timeline = self.ask("load", [ray.put(values)], LoadHeader()).timeline
 
     def ask(self, method: str, *arguments: Any) -> Registration:
@@ -48,7 +48,8 @@ class HandJob:
         return registration
 
     def register(self, rank: int, incarnation: str | None = None) -> Registration:
-        return self.ask("register", pack_job(self.oracle.group.spec), rank, incarnation or f"worker-{rank}")
+        job, name = pack_job(self.oracle.group.spec), incarnation or f"worker-{rank}"
+        return self.ask("register", job, rank, name, pack_holdings(None))
 
     def pushes(self, rank: int, **changes: Any) -> list[Push]:
         """What a rank would push now, a part for each shard; see :meth:`tests.zoo.Run.pushes`."""
@@ -69,7 +70,7 @@ class HandJob:
         """The reference of a reply to a push."""
         header, dtypes = push.header, ["float32"]
         return self.service.shards[shard].pull.remote(
-            header.timeline, header.sequence, header.rank, header.attempt, dtypes, timeout_s
+            header.timeline, header.sequence, header.rank, header.attempt, dtypes, "held", timeout_s
         )
 
     def result(self, push: Push, shard: int = 0) -> Reply:

@@ -258,7 +258,7 @@ def test_status_shows_the_shard_in_numbers() -> None:
 def test_number_of_workers_may_change_between_steps() -> None:
     run = ready(ProdigyRule())
     for shard in run.group.shards:
-        shard.set_world_size(1)
+        shard.set_workers(1, "local")
     run.group.admit(0, "worker-0")
     run.world_size = 1
     assert run.step().decision is Decision.COMMIT

@@ -1,0 +1,194 @@
+"""One rank's buffers, bound to its model: gradients are gathered from it, parameters written to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..optim import TILE_NUMEL
+from ..sharding.coverage import Holdings, Range, coverage_of, share_tiles
+from ..sharding.errors import ServiceError, StepwellError, UnsupportedParameterError
+from ..sharding.job import JobSpec
+from ..sharding.layout import Layout
+from .flat import FlatBuffer, Place, copy_all
+from .holdings import is_distributed, local_part, version_of
+
+
+class ModelBuffers:
+    """See the module.
+
+    Args:
+        spec: The job.
+        layout: Its flat space.
+        params: The model's parameters, in index order.
+        rank: This worker's rank.
+        holdings: What it holds of a sharded model.
+
+    Attributes:
+        pushed: For gradients.
+        held: For parameters, all that this rank holds.
+        pulled: What a step brings of them: ``held``, or a replica's share, see :meth:`take`.
+
+    Raises:
+        StepwellError: If the parameters are on several devices.
+    """
+
+    def __init__(
+        self, spec: JobSpec, layout: Layout, params: Sequence[Tensor], rank: int, holdings: Holdings | None
+    ) -> None:
+        self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
+        pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
+        device = common_device(params)
+        self.pushed = FlatBuffer(layout, device, coverage=pushed, part="pushed")
+        self._replicas = _Replicas(layout, spec, rank, device) if _gathers(spec) else None
+        if self._replicas is None:
+            self.held = self.pulled = FlatBuffer(layout, device, coverage=held)
+        else:
+            self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
+            self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
+        self._sources = [(place, self._slice_of(place)) for place in self.pushed.places]
+        self._versions = [-1] * len(self._params)
+
+    def gather_gradients(self) -> list[bool]:
+        """Copy this rank's part of every gradient to its place; which parameters have one."""
+        grads = [None if param.grad is None else _local_gradient(param) for param in self._params]
+        targets, sources = [], []
+        for place, where in self._sources:
+            grad = grads[place.param]
+            if grad is not None:
+                targets.append(place.view.view(grad.shape) if where is None else place.view)
+                sources.append(grad if where is None else grad.reshape(-1)[where])
+        copy_all(targets, sources)
+        return [grad is not None for grad in grads]
+
+    def take(self, step: int) -> None:
+        """Take over what a step brought: replicas exchange their shares, then the model gets it all.
+
+        Raises:
+            ServiceError: If the replicas could not exchange them.
+        """
+        if self._replicas is not None:
+            self._replicas.all_gather(step)
+        self.write_parameters()
+
+    def write_parameters(self) -> None:
+        """Copy ``held`` to the model."""
+        with torch.no_grad():
+            locals_ = [local_part(param) for param in self._params]
+            targets = [locals_[place.param] for place in self.held.places]
+            views = [place.view.view(target.shape) for place, target in zip(self.held.places, targets, strict=True)]
+            copy_all(targets, views)
+        self._versions = [version_of(param) for param in self._params]
+
+    def values(self, first: int = 0) -> dict[int, tuple[int, Tensor]]:
+        """What this rank answers for of the parameters from index ``first`` on: offset and a copy, flattened.
+
+        Of a sharded model what it pushes, else everything from rank 0 and nothing from others.
+        """
+        if self._holdings is None and self._rank != 0:
+            return {}
+        return {index: self._value(index) for index in range(first, len(self._params))}
+
+    def changed_by_hand(self) -> dict[int, Tensor]:
+        """As :meth:`values`, of parameters that something else than this class has written since it last did."""
+        if self._holdings is None and self._rank != 0:
+            return {}
+        return {
+            index: self._value(index)[1]
+            for index, (param, version) in enumerate(zip(self._params, self._versions, strict=True))
+            if version_of(param) != version
+        }
+
+    def mark_changed(self, indices: Iterable[int]) -> None:
+        """Count these parameters as changed by hand."""
+        for index in indices:
+            self._versions[index] = -1
+
+    def _value(self, index: int) -> tuple[int, Tensor]:
+        with torch.no_grad():
+            local = local_part(self._params[index]).detach().reshape(-1)
+        held, pushed = self._ranges(index)
+        start = pushed.offset - held.offset
+        return pushed.offset, local[start : start + pushed.numel].clone()
+
+    def _ranges(self, index: int) -> tuple[Range, Range]:
+        """What this rank holds of a parameter, and what of that it answers for."""
+        whole = Range(0, self._spec.params[index].numel)
+        return (whole, whole) if self._holdings is None else (self._holdings.held[index], self._holdings.pushed[index])
+
+    def _slice_of(self, place: Place) -> slice | None:
+        """Where a place lies in the flattened local gradient; None if it is all of it."""
+        held = self._ranges(place.param)[0]
+        start = place.offset - held.offset
+        return None if place.view.numel() == held.numel else slice(start, start + place.view.numel())
+
+
+class _Replicas:
+    """The parameters of a model that every rank has whole, each rank's share in turn, all of the same size."""
+
+    def __init__(self, layout: Layout, spec: JobSpec, rank: int, device: torch.device) -> None:
+        shares = [share_tiles(extent, spec.world_size) * TILE_NUMEL for extent in layout.extents]
+        whole = FlatBuffer(layout, torch.device("meta"))
+        self.parts = [
+            torch.zeros(share * spec.world_size, dtype=part.dtype, device=device)
+            for share, part in zip(shares, whole.parts, strict=True)
+        ]
+        self._shares = [
+            list(torch.split(part, share)) if share else [] for part, share in zip(self.parts, shares, strict=True)
+        ]
+        self.own = [each[rank] if each else part for each, part in zip(self._shares, self.parts, strict=True)]
+
+    def all_gather(self, step: int) -> None:
+        for own, shares in zip(self.own, self._shares, strict=True):
+            if shares:
+                try:
+                    dist.all_gather(shares, own.clone())
+                except RuntimeError as error:
+                    raise ServiceError(
+                        f"step {step} was taken, but the ranks could not exchange its parameters ({error}); the next "
+                        "step() takes them from the service"
+                    ) from error
+
+
+def common_device(params: Sequence[Tensor]) -> torch.device:
+    """The device of all parameters, the CPU if there are none.
+
+    Raises:
+        StepwellError: If they are on several.
+    """
+    devices = {param.device for param in params}
+    if len(devices) > 1:
+        raise StepwellError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def _gathers(spec: JobSpec) -> bool:
+    """Whether the ranks can exchange parameters among themselves, so that each takes but its share from the service."""
+    if spec.gradients != "replicated":
+        return False
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() == spec.world_size
+
+
+def _local_gradient(param: Tensor) -> Tensor:
+    """This rank's part of a gradient, dense.
+
+    Raises:
+        UnsupportedParameterError: If it is sparse, or placed otherwise than its parameter.
+    """
+    grad = param.grad
+    assert grad is not None, "asked for parameters with a gradient alone"
+    if grad.layout is not torch.strided:
+        raise UnsupportedParameterError(f"expected a dense gradient, got one of layout {grad.layout}; use sparse=False")
+    if is_distributed(grad):
+        assert is_distributed(param), "torch gives a gradient its parameter's type"
+        if grad.placements != param.placements:
+            raise UnsupportedParameterError(
+                f"expected a gradient placed as its parameter, {param.placements}, got {grad.placements}; "
+                "redistribute it before step()"
+            )
+        with torch.no_grad():
+            return grad.to_local().detach()
+    return grad.detach()

@@ -1,0 +1,52 @@
+"""A point where every rank arrives before something is done, once for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Generic, TypeVar
+
+from ..sharding.errors import ServiceTimeoutError
+
+Brought = TypeVar("Brought")
+Result = TypeVar("Result")
+
+
+class Rendezvous(Generic[Brought, Result]):
+    """Collects what each rank brings; when the last one is in, acts once and gives all the same result or error.
+
+    Args:
+        act: Called with what every rank brought.
+        what: Names the wait in messages.
+    """
+
+    def __init__(self, act: Callable[[Mapping[int, Brought]], Coroutine[Any, Any, Result]], *, what: str) -> None:
+        self._act, self._what = act, what
+        self._brought: dict[int, Brought] = {}
+        self._acting: asyncio.Future[asyncio.Task[Result]] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody waits here."""
+        return not self._brought
+
+    async def arrive(self, rank: int, brought: Brought, *, world_size: int, timeout_s: float) -> Result:
+        """Wait for the other ranks, then for the result. A rank that comes again replaces what it brought.
+
+        Raises:
+            ServiceTimeoutError: If ranks are missing after ``timeout_s``; the message names them.
+        """
+        if self._acting is None:
+            self._acting = asyncio.get_running_loop().create_future()
+        acting = self._acting
+        self._brought[rank] = brought
+        if len(self._brought) == world_size:
+            everything, self._brought, self._acting = self._brought, {}, None
+            acting.set_result(asyncio.create_task(self._act(everything)))
+        try:
+            task = await asyncio.wait_for(asyncio.shield(acting), timeout_s)
+        except TimeoutError as error:
+            missing = sorted(set(range(world_size)) - self._brought.keys())
+            self._brought.pop(rank, None)
+            raise ServiceTimeoutError(f"waited {timeout_s:g} s for {self._what}; missing ranks: {missing}") from error
+        return await asyncio.shield(task)

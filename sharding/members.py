@@ -1,0 +1,113 @@
+"""The workers that a shard has admitted, and what each of them pushes and holds of the shard's tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..optim import TILE_NUMEL
+from .buffers import Buffers
+from .coverage import Coverage, Holdings, Range, Runs, coverage_of
+from .errors import IncarnationError, MessageError, UnknownRankError
+from .job import JobSpec
+from .layout import Layout
+from .push import Push, PushHeader, check_gradient
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """One rank's worker.
+
+    Attributes:
+        incarnation: Names its process.
+        holdings: What it registered to hold of a sharded model.
+        pushed, held: Per extent, the runs of what it pushes and of what it holds, counted from the first owned tile.
+    """
+
+    incarnation: str
+    holdings: Holdings | None
+    pushed: Sequence[Runs]
+    held: Sequence[Runs]
+
+
+class Members:
+    """The admitted workers of one job under one layout.
+
+    Args:
+        spec: The job.
+        layout: Its flat space.
+        buffers: The shard's memory, for the tiles that it owns.
+    """
+
+    def __init__(self, spec: JobSpec, layout: Layout, buffers: Buffers) -> None:
+        self._spec, self._layout, self._buffers = spec, layout, buffers
+        self._by_rank: dict[int, Member] = {}
+
+    def __getitem__(self, rank: int) -> Member:
+        """The worker admitted as ``rank``.
+
+        Raises:
+            IncarnationError: If there is none.
+        """
+        if rank not in self._by_rank:
+            raise IncarnationError(f"rank {rank}: no worker has registered as this rank since the job's last change")
+        return self._by_rank[rank]
+
+    def admit(self, rank: int, incarnation: str, holdings: Holdings | None) -> bool:
+        """Let a worker's process push as ``rank``; an earlier one no longer may. Whether there was another.
+
+        Raises:
+            UnknownRankError: If the rank is not one of the job's.
+        """
+        self.require_rank(rank)
+        known = self._by_rank.get(rank)
+        coverages = coverage_of(self._layout, self._spec.gradients, rank, self._spec.world_size, holdings)
+        pushed, held = (self._own_runs(coverage) for coverage in coverages)
+        self._by_rank[rank] = Member(incarnation, holdings, pushed, held)
+        return known is None or known.incarnation != incarnation
+
+    def require_rank(self, rank: int) -> None:
+        """Refuse a rank that is not one of the job's."""
+        if not 0 <= rank < self._spec.world_size:
+            raise UnknownRankError(f"expected a rank from 0 to {self._spec.world_size - 1}, got {rank}")
+
+    def require_incarnation(self, header: PushHeader) -> None:
+        """Refuse a push of another process than the one admitted.
+
+        Raises:
+            IncarnationError: If it is of another, or none is admitted.
+        """
+        known = self[header.rank].incarnation
+        if known != header.incarnation:
+            raise IncarnationError(
+                f"rank {header.rank}: expected a push of process {known}, got one of {header.incarnation}; "
+                "another process has registered as this rank since"
+            )
+
+    def check_gradient(self, push: Push) -> None:
+        """Refuse a gradient that is not laid out as this rank's runs, or holds something between tensors.
+
+        Raises:
+            ShapeMismatchError: If a length is off.
+            DTypeMismatchError: If a dtype cannot be averaged.
+            MessageError: If padding is not zero.
+        """
+        rank, pushed = push.header.rank, self[push.header.rank].pushed
+        check_gradient(push.gradient, [int((runs[:, 1] - runs[:, 0]).sum()) for runs in pushed], rank)
+        for extent, part, runs in zip(self._buffers.extents, push.gradient, pushed, strict=True):
+            if not extent.padding_is_zero(part, runs):
+                raise MessageError(
+                    f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
+                )
+
+    def reloaded_range(self, rank: int, index: int) -> Range:
+        """The part of a parameter that a rank sends when it was changed by hand."""
+        holdings = self[rank].holdings
+        return Range(0, self._spec.params[index].numel) if holdings is None else holdings.pushed[index]
+
+    def _own_runs(self, coverage: Coverage) -> list[Runs]:
+        owned = (extent.tiles for extent in self._buffers.extents)
+        return [
+            coverage.within(index, tiles.start * TILE_NUMEL, tiles.stop * TILE_NUMEL)[0]
+            for index, tiles in enumerate(owned)
+        ]
