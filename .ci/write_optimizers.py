@@ -112,7 +112,7 @@ def docstring_of(rule: type[Rule], keywords: list[Keyword]) -> str:
     others = {field.name for field in dataclasses.fields(rule)} | rule.carried_group_keys.keys()
     scalars = [f"``{name}``" for name in rule().defaults() if name not in others]
     shown = f" After each step every group shows {', '.join(scalars)}." if scalars else ""
-    lines = [inspect.getdoc(rule).splitlines()[0], ""]
+    lines = [(inspect.getdoc(rule) or "").splitlines()[0], ""]
     lines += textwrap.wrap(f"The equations are those of :class:`stepwell.optim.{rule.__name__}`.{shown}", WIDTH - 4)
     lines += ["", "Args:", "    params: Parameters, named parameters, or groups of either."]
     for keyword in keywords:

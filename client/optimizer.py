@@ -37,6 +37,7 @@ from .state_dict import (
     read_reference,
     read_states,
     reference_uri,
+    require_state,
     save_reference,
     state_names,
 )
@@ -227,7 +228,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         One that refers to a checkpoint restores the service from it, and the model takes its parameters over.
 
         Raises:
-            ValueError: If the number or sizes of the groups differ, as torch.
+            ValueError: If the number or sizes of the groups differ, as torch; if it has lost its reference on the way.
             JobMismatchError: If a slot is missing, unknown or of another length. Nothing has changed.
             CheckpointError: If the checkpoint is not there, damaged, or not the one that the state dict was made with.
         """
@@ -241,6 +242,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         if "stepwell" in loaded:
             worker.restore(*read_reference(loaded["stepwell"]))
         else:
+            if self._reference_uri is not None:
+                require_state(loaded["state"])
             values, step_counts = from_states(worker.spec, loaded["param_groups"], loaded["state"])
             worker.load(values, load_header(worker.spec, step_counts, groups, worker.sequence))
         self.param_groups = groups

@@ -15,6 +15,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import stepwell
 from stepwell.sharding.checkpoint import MANIFEST_NAME, write_shard
@@ -237,6 +242,20 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(
     assert_equal(net.parameters(), values)
     assert optimizer.service.status() == status
     train(net, optimizer, [4])
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_reference_that_was_lost_on_the_way_resets_nothing(flatten: bool, tmp_path: Path) -> None:
+    net, options = make_net(), StateDictOptions(flatten_optimizer_state_dict=flatten)
+    optimizer = stepwell.Prodigy(net.parameters(), **_form(tmp_path))
+    train(net, optimizer, range(2))
+    saved = get_optimizer_state_dict(net, optimizer, options=options)
+    before = _whole(optimizer)
+    with pytest.raises(ValueError, match="expected 'stepwell' or a state, got neither"):
+        set_optimizer_state_dict(net, optimizer, saved, options=options)
+    assert_same_state(_whole(optimizer), before)
+    optimizer.load_state_dict(before)
+    assert_same_state(_whole(optimizer), before)
 
 
 def test_load_refuses_the_checkpoint_of_another_rule(tmp_path: Path) -> None:
