@@ -232,6 +232,7 @@ class InProcessTransport(Transport):
             timeline=status.timeline,
             sequence=status.sequence,
             step=status.step,
+            skipped_steps=status.skipped_steps,
             scalars=status.scalars,
             needs_parameters=needs_parameters,
         )

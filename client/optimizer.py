@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
+import math
 import weakref
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from ..optim import Rule
+from ..sharding.clipping import ClipLimits, require_positive
 from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
@@ -48,22 +52,17 @@ if TYPE_CHECKING:
     from ..server.service import Service
 
 
-_COPIED = ("rule", "gradients", "_on_nonfinite", "_world_size", "_reference_uri", "_detached_from")
+_COPIED = (
+    "rule",
+    "gradients",
+    "max_grad_norm",
+    "max_grad_value",
+    "_on_nonfinite",
+    "_world_size",
+    "_reference_uri",
+    "_detached_from",
+)
 """What copies carry beside torch's own attributes."""
-
-
-class ServiceOptions(TypedDict, total=False):
-    """Keywords of every optimizer that say where its state lives; see :class:`ServiceOptimizer`."""
-
-    service: str | Service | InProcessService | None
-    rank: int | None
-    world_size: int | None
-    num_shards: int | None
-    gradients: Gradients | None
-    on_nonfinite: Literal["skip", "raise"]
-    weight_decay_mask: WeightDecayMask | None
-    state_dict_form: Literal["torch", "reference"]
-    checkpoint_uri: str | None
 
 
 class ServiceOptimizer(torch.optim.Optimizer):
@@ -88,23 +87,33 @@ class ServiceOptimizer(torch.optim.Optimizer):
             that all have DDP's prefix ``module.``, else ``"local"``, which is right with DDP too. Logged.
         on_nonfinite: What a step does whose averaged gradient holds inf or NaN: it is skipped on all shards, and
             ``"raise"`` tells the caller so.
+        max_grad_norm: Scale the averaged gradient of the whole model down to this 2-norm, as
+            ``torch.nn.utils.clip_grad_norm_`` would; ``math.inf`` measures only. None: neither.
+        max_grad_value: Clip each element of the averaged gradient to this absolute value before that, as
+            ``torch.nn.utils.clip_grad_value_`` would. None: do not.
         weight_decay_mask: Which parameters decay: a callable of name and parameter, or one flag for each parameter in
-            index order; those of groups added later then decay. None: all.
+            index order; those that are added later then decay. None: all.
         state_dict_form: ``"torch"``: ``state_dict()`` holds the whole state. ``"reference"``, for large models: it
             saves a checkpoint through the service and holds where that is.
         checkpoint_uri: A folder, as path or fsspec URI, that workers and shards can reach, for ``"reference"``.
         carried: Further keys of every group, which mean nothing here and travel with state dicts.
 
+    Attributes:
+        max_grad_norm, max_grad_value: As above; what stands here on rank 0 goes with the next step.
+
     Raises:
         ValueError: If an argument is out of range, or a parameter is given twice.
-        HyperparameterError: If a group's value is out of range, or differs where the job has one for all.
+        HyperparameterError: If a group's value or a limit is out of range, or differs where the job has one for all.
         UnsupportedParameterError: If a parameter is sparse, complex, quantized or integer.
         ServiceError: If the service cannot be reached or started.
         JobMismatchError: If the service runs another job.
     """
 
     _worker: Worker | None = None
+    _step_supports_amp_scaling = True
+    """Tells ``torch.amp.GradScaler`` to call ``step()`` whatever the gradients, with the scale as an attribute."""
     _detached_from: str | None = None
+    _mask: WeightDecayMask | None = None
 
     def __init__(
         self,
@@ -117,6 +126,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         num_shards: int | None = None,
         gradients: Gradients | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
         weight_decay_mask: WeightDecayMask | None = None,
         state_dict_form: Literal["torch", "reference"] = "torch",
         checkpoint_uri: str | None = None,
@@ -124,13 +135,15 @@ class ServiceOptimizer(torch.optim.Optimizer):
     ) -> None:
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite: expected 'skip' or 'raise', got {on_nonfinite!r}")
+        ClipLimits(max_grad_norm, max_grad_value)
+        self.max_grad_norm, self.max_grad_value = max_grad_norm, max_grad_value
         self._reference_uri = reference_uri(state_dict_form, checkpoint_uri)
         super().__init__(params, {**rule.defaults(), **(carried or {})})
         self.rule, self._on_nonfinite = plain_rule(rule), on_nonfinite
         read_hyper(self.rule, self.param_groups)
-        self._weight_decay_mask = weight_decay_mask
         rank, self._world_size = resolve_ranks(rank, world_size)
         self.gradients = resolve_gradients(gradients, self._named_params(), self._world_size)
+        self._mask = weight_decay_mask
         spec, params, holdings = self._describe_job()
         device = params[0].device if params else torch.device("cpu")
         transport = resolve_service(
@@ -145,12 +158,33 @@ class ServiceOptimizer(torch.optim.Optimizer):
         """The service: ``status()``, ``save(uri)``, ``restore(uri)``, ``shutdown()``."""
         return self._registered.transport.service
 
+    @property
+    def grad_norm(self) -> float | None:
+        """The 2-norm of the last step's averaged gradient before it was clipped to it, the same on all ranks.
+
+        None before the first step or if rank 0 set no limit. After a skipped step it may be infinite or NaN.
+        """
+        result = self._registered.last_result
+        return None if result is None else result.grad_norm
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was skipped, on all ranks, as its gradient held inf or NaN."""
+        result = self._registered.last_result
+        return result is not None and result.decision is Decision.SKIP
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that the job has skipped so far, before a restart or restore too."""
+        return self._registered.num_skipped_steps
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Push this rank's gradients, wait until the step is taken, take the new parameters over. Called on every rank.
 
         A rank's parameters without a gradient are left out of the average; without a gradient on any rank they stand
-        still. Parameters that were changed in place since the last step (on rank 0) replace the service's.
+        still. Parameters that were changed in place since the last step (on rank 0) replace the service's. With a
+        gradient scaler the service undoes the scale; the gradients here stay scaled.
 
         Args:
             closure: Computes the loss and the gradients again.
@@ -163,21 +197,23 @@ class ServiceOptimizer(torch.optim.Optimizer):
             NonFiniteGradientError: With ``on_nonfinite="raise"``, if it was skipped.
             ServiceError: If the service did not answer. The next call finds out what became of the step.
         """
-        worker = self._settled()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        hyper = read_hyper(self.rule, self.param_groups)
-        written = written_scalars(self.rule, self.param_groups, worker.scalars)
-        result = worker.step(hyper, written) if worker.rank == 0 else worker.step(None, None)
-        if result.decision is Decision.COMMIT:
-            show_scalars(self.param_groups, worker.scalars)
-        else:
-            message = f"step {result.sequence} was skipped on all shards: the averaged gradient holds inf or NaN"
-            if self._on_nonfinite == "raise":
-                raise NonFiniteGradientError(message)
-            logger.warning(message)
+        with self._loss_scale() as (grad_scale, found_inf):
+            worker = self._settled()
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            hyper = read_hyper(self.rule, self.param_groups)
+            written = written_scalars(self.rule, self.param_groups, worker.scalars)
+            limits = ClipLimits(self.max_grad_norm, self.max_grad_value)
+            if worker.rank == 0:
+                result = worker.step(hyper, written, limits=limits, grad_scale=grad_scale, found_inf=found_inf)
+            else:
+                result = worker.step(None, None, grad_scale=grad_scale, found_inf=found_inf)
+            if result.decision is Decision.COMMIT:
+                show_scalars(self.param_groups, worker.scalars)
+            else:
+                self._tell_of_skip(result.sequence, is_scaled=grad_scale != 1.0)
         return loss
 
     def refresh(self) -> None:
@@ -257,7 +293,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         The added parameters begin with rank 0's values; what exists stays as it is, to the bit.
 
         Raises:
-            ValueError: If a parameter is given twice.
+            ValueError: If a parameter is in a group already.
             HyperparameterError: If the group's values are out of range.
             JobMismatchError: If the ranks add different groups. The optimizer and the service are as before.
         """
@@ -285,8 +321,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
 
     def _describe_job(self) -> tuple[JobSpec, list[torch.Tensor], Holdings | None]:
         """The job, all parameters, and what this rank holds of them if they are sharded."""
-        named, groups = self._named_params(), self.param_groups
-        params, mask = [param for _, param in named], self._weight_decay_mask
+        named, groups, mask = self._named_params(), self.param_groups, self._mask
+        params = [param for _, param in named]
         if self._worker is not None and mask is not None and not callable(mask):
             mask = [*mask, *[True] * (len(params) - len(mask))]
         specs = apply_mask(list(param_specs(groups)), params, mask)
@@ -294,15 +330,39 @@ class ServiceOptimizer(torch.optim.Optimizer):
         return spec, params, holdings_of(named) if self.gradients == "sharded" else None
 
     def _show_service(self) -> None:
-        """Write what code looks for: scalars into the groups, and into the state the names of what it would hold.
+        """Write what code looks for: scalars into the groups, names into the state.
 
-        Code that finds an empty state takes a step of its own to fill it.
+        Code that finds an empty state takes a step of its own to fill it, and some looks up the names in it.
         """
         worker = self._registered
         show_scalars(self.param_groups, worker.scalars)
-        where = f"in service {worker.transport.service.name!r}"
         for index, (_, param) in enumerate(self._named_params()):
-            self.state[param] = dict.fromkeys(state_names(worker.spec, index), where)
+            names = state_names(worker.spec, index)
+            self.state[param] = dict.fromkeys(names, f"in service {worker.transport.service.name!r}")
+
+    def _tell_of_skip(self, sequence: int, *, is_scaled: bool) -> None:
+        message = f"step {sequence} was skipped on all shards: the averaged gradient holds inf or NaN"
+        if self._on_nonfinite == "raise":
+            raise NonFiniteGradientError(message)
+        # A scaler tries scales that are too large on purpose.
+        logger.log(logging.INFO if is_scaled else logging.WARNING, message)
+
+    @contextlib.contextmanager
+    def _loss_scale(self) -> Iterator[tuple[float, bool]]:
+        """What ``torch.amp.GradScaler`` has attached for this step: the scale, and whether it found inf or NaN.
+
+        It removes both afterwards, but not if the step fails. They must go then too: it multiplies a scale that it
+        finds with its own.
+        """
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        try:
+            grad_scale = 1.0 if scale is None else float(scale)
+            require_positive("grad_scale", grad_scale, below=math.inf)
+            yield grad_scale, bool(found_inf)
+        except BaseException:
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle carries: of an in-process optimizer all; of any other all but its place in the job.
@@ -310,12 +370,11 @@ class ServiceOptimizer(torch.optim.Optimizer):
         Hooks stay behind, as torch's do.
         """
         state: dict[str, Any] = super().__getstate__()
-        state.update({name: getattr(self, name) for name in _COPIED}, _weight_decay_mask=None)
+        state.update({name: getattr(self, name) for name in _COPIED})
         if self._worker is None:
             return state
         worker = self._settled()
-        if self._weight_decay_mask is not None:  # as flags: a callable need not be one that pickles
-            state["_weight_decay_mask"] = [param.decays for param in worker.spec.params]
+        state["_mask"] = [spec.decays for spec in worker.spec.params]  # a callable may have no pickle
         service = worker.transport.service
         if isinstance(service, InProcessService):
             return {**state, "snapshot": take_snapshot(worker, service)}

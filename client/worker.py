@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
+from ..sharding.clipping import ClipLimits
 from ..sharding.coverage import Holdings
 from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, StepAbortedError
 from ..sharding.job import JobSpec
@@ -38,6 +39,8 @@ class Worker:
     Attributes:
         scalars: The rule's scalars after the last step.
         num_steps: Steps that the service has taken, skipped ones included.
+        num_skipped_steps: Steps of these that were skipped.
+        last_result: Of the last step that this worker has heard of since it registered or refreshed; None before it.
     """
 
     def __init__(
@@ -97,7 +100,15 @@ class Worker:
         self.transport.attach(self.layout, self.rank)
         self._buffers = ModelBuffers(spec, self.layout, self._params, self.rank, self._holdings)
 
-    def step(self, hyper: Mapping[str, Sequence[float]] | None, scalars: Mapping[str, float] | None) -> StepResult:
+    def step(
+        self,
+        hyper: Mapping[str, Sequence[float]] | None,
+        scalars: Mapping[str, float] | None,
+        *,
+        limits: ClipLimits | None = None,
+        grad_scale: float = 1.0,
+        found_inf: bool = False,
+    ) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
 
         After a failure the next call first asks whether the failed step was taken after all: if so it takes its result
@@ -106,6 +117,9 @@ class Worker:
         Args:
             hyper: Rank 0: hyperparameter name to one value per group. Other ranks: None.
             scalars: Rank 0: scalars that a person wrote. Other ranks: None.
+            limits: Rank 0: of the averaged gradient. Other ranks: None.
+            grad_scale: What this rank's gradients are multiplied by.
+            found_inf: Whether this rank wants the step skipped, as its gradients are not finite.
 
         Returns:
             The result, COMMIT or SKIP.
@@ -120,8 +134,12 @@ class Worker:
             present=pack_present(self._buffers.gather_gradients()),
             hyper=hyper,
             scalars=scalars,
+            max_grad_norm=None if limits is None else limits.max_norm,
+            max_grad_value=None if limits is None else limits.max_value,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
-        reloaded = self._buffers.changed_by_hand()
+        reloaded = self._buffers.reloaded()
         self._is_open = True
         self._attempt += 1
         try:
@@ -135,7 +153,7 @@ class Worker:
             self.settle()
             if self.sequence == sequence:
                 raise
-            return self.step(hyper, scalars)
+            return self.step(hyper, scalars, limits=limits, grad_scale=grad_scale, found_inf=found_inf)
         if result.decision is Decision.COMMIT:
             self._buffers.take(result.sequence)
         self._close_step(result)
@@ -197,11 +215,11 @@ class Worker:
 
     def changed_by_hand(self) -> list[int]:
         """Indices of parameters that something else than this class has written since it last did."""
-        return list(self._buffers.changed_by_hand())
+        return self._buffers.changed_by_hand()
 
     def mark_changed(self, indices: Iterable[int] | None = None) -> None:
         """Send these parameters, or all, with the next step, as changed by hand."""
-        self._buffers.mark_changed(range(len(self._params)) if indices is None else indices)
+        self._buffers.mark_changed(indices)
 
     def _adopt(self, registration: Registration) -> None:
         spec = unpack_job(registration.spec)
@@ -209,6 +227,8 @@ class Worker:
             self._attach(spec)
         self.timeline, self.sequence = registration.timeline, registration.sequence
         self.scalars, self.num_steps = registration.scalars, registration.step
+        self.num_skipped_steps = registration.skipped_steps
+        self.last_result: StepResult | None = None
         # Attempts go on counting: an inbox may still hold a push of this step, and takes the next try for its repeat.
         self._is_open = False
 
@@ -223,6 +243,8 @@ class Worker:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.
         self.sequence, self.scalars = result.sequence, result.scalars
         self.num_steps += 1
+        self.num_skipped_steps += result.decision is Decision.SKIP
+        self.last_result = result
         self._attempt, self._is_open = 0, False
 
 

@@ -314,6 +314,7 @@ class Coordinator:
             timeline=status.timeline,
             sequence=status.sequence,
             step=status.step,
+            skipped_steps=status.skipped_steps,
             scalars=status.scalars,
             needs_parameters=not self._loaded.is_set(),
         )

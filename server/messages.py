@@ -49,7 +49,7 @@ class Registration:
 
     Attributes:
         spec: The job as the service runs it, packed.
-        timeline, sequence, step: Where the service stands.
+        timeline, sequence, step, skipped_steps: Where the service stands.
         scalars: The rule's scalars.
         needs_parameters: Rank 0 is to send its parameters; the others wait for them.
     """
@@ -58,6 +58,7 @@ class Registration:
     timeline: int
     sequence: int
     step: int
+    skipped_steps: int
     scalars: Mapping[str, float]
     needs_parameters: bool
 
@@ -97,6 +98,10 @@ def unpack_push(data: bytes) -> PushHeader:
         present=_field(fields, "present", lambda value: isinstance(value, bytes)),
         hyper=_field(fields, "hyper", lambda value: value is None or _is_map_of(value, _is_floats)),
         scalars=_field(fields, "scalars", lambda value: value is None or _is_map_of(value, _is_finite)),
+        max_grad_norm=_field(fields, "max_grad_norm", lambda value: value is None or _is_positive(value)),
+        max_grad_value=_field(fields, "max_grad_value", lambda value: value is None or _is_positive(value)),
+        grad_scale=_field(fields, "grad_scale", lambda value: _is_positive(value) and _is_finite(value)),
+        found_inf=_field(fields, "found_inf", lambda value: isinstance(value, bool)),
     )
 
 
@@ -222,6 +227,10 @@ def _is_count(value: object) -> bool:
 
 def _is_float(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _is_finite(value: object) -> bool:

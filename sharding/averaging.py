@@ -16,6 +16,8 @@ from .push import Push
 def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[Tensor]:
     """Average the ranks' gradients: a sum in rank order, divided by how many ranks have the tensor.
 
+    Each rank's scale is undone first, in the state dtype.
+
     Args:
         pushes: All ranks' pushes, in rank order.
         present: ``(world_size, num_tensors)`` bool.
@@ -26,13 +28,15 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[T
         worker it may share memory with the push and must not be written.
     """
     return [
-        _average_extent([push.gradient[index] for push in pushes], present[:, extent.tensor_of_tile], extent)
+        _average_extent([_unscaled(push, index, extent) for push in pushes], present[:, extent.tensor_of_tile], extent)
         for index, extent in enumerate(buffers.extents)
     ]
 
 
 def assemble(pushes: Sequence[Push], present: Tensor, buffers: Buffers, runs: Sequence[Sequence[Runs]]) -> list[Tensor]:
     """Put the ranks' parts of a gradient that is reduced already side by side; no two ranks push the same element.
+
+    Each rank's scale is undone, in the state dtype.
 
     Args:
         pushes: All ranks' pushes, in rank order.
@@ -48,7 +52,8 @@ def assemble(pushes: Sequence[Push], present: Tensor, buffers: Buffers, runs: Se
         device = extent.slots[MASTER.name].device
         whole = torch.zeros(extent.numel, dtype=extent.extent.dtype, device=device)
         for push, its_runs, here in zip(pushes, runs, present, strict=True):
-            _place(whole, push.gradient[index].to(device), its_runs[index], here[extent.tensor_of_tile])
+            values = _unscaled(push, index, extent)
+            _place(whole, values, its_runs[index], here[extent.tensor_of_tile])
         grads.append(whole.view(-1, TILE_NUMEL))
     return grads
 
@@ -81,11 +86,18 @@ def _count_nonfinite(grad: Tensor) -> int:
     return int(grad.numel() - torch.isfinite(grad).sum())
 
 
+def _unscaled(push: Push, index: int, buffers: ExtentBuffers) -> Tensor:
+    """A rank's gradient of one extent, packed as it came, in the state dtype and without the rank's loss scale."""
+    scale = push.header.grad_scale
+    grad = push.gradient[index].to(buffers.slots[MASTER.name].device, buffers.extent.dtype)
+    return grad if scale == 1.0 else grad * (1.0 / scale)
+
+
 def _average_extent(parts: Sequence[Tensor], present: Tensor, buffers: ExtentBuffers) -> Tensor:
     device = buffers.slots[MASTER.name].device
     total: Tensor | None = None
     for part, here in zip(parts, present, strict=True):
-        grad = part.to(device, buffers.extent.dtype).view(-1, TILE_NUMEL)
+        grad = part.view(-1, TILE_NUMEL)
         if not bool(here.all()):
             grad = torch.where(here[:, None].to(device), grad, 0.0)
         total = grad if total is None else total + grad

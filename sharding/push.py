@@ -30,6 +30,10 @@ class PushHeader:
             gradient on this rank.
         hyper: Rank 0 only: hyperparameter name to one float per group.
         scalars: Rank 0 only: scalars that a person wrote into the parameter groups.
+        max_grad_norm, max_grad_value: Rank 0 only: limits of the averaged gradient; see
+            :class:`stepwell.sharding.clipping.ClipLimits`.
+        grad_scale: What this rank's gradient was multiplied by; averaging undoes it.
+        found_inf: Whether this rank found inf or NaN in its gradient itself; the step is then skipped.
     """
 
     timeline: int
@@ -40,6 +44,10 @@ class PushHeader:
     present: bytes
     hyper: Mapping[str, Sequence[float]] | None = None
     scalars: Mapping[str, float] | None = None
+    max_grad_norm: float | None = None
+    max_grad_value: float | None = None
+    grad_scale: float = 1.0
+    found_inf: bool = False
 
     def digest(self) -> bytes:
         """Digest of the whole header, equal on all shards that hold the same push."""

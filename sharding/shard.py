@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..optim import Combined, ReducingRule, Scope, StepInputs
 from .averaging import assemble, average, count_nonfinite
 from .buffers import MASTER, Buffers, StateSource
+from .clipping import ClipLimits, check_clipping, limits_of, norm_of, square_sums
 from .coverage import Gradients, Holdings, Part, Runs
 from .errors import (
     AttemptError,
@@ -34,7 +36,7 @@ from .layout import Layout
 from .members import Members
 from .partials import SumTable
 from .push import Inbox, Push, PushHeader, check_hyper, unpack_present
-from .vote import Decision, cast_vote, count_votes
+from .vote import Decision, cast_vote, count_votes, open_votes
 
 
 class Receipt(enum.Enum):
@@ -57,12 +59,15 @@ class StepResult:
         decision: COMMIT, SKIP or ABORT.
         scalars: The rule's scalars after it.
         error: With ABORT: what happened.
+        grad_norm: The gradient's norm before it was clipped to it, if a limit was set. After a SKIP it may be infinite
+            or NaN.
     """
 
     sequence: int
     decision: Decision
     scalars: Mapping[str, float]
     error: StepAbortedError | None = None
+    grad_norm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,6 +141,7 @@ class Shard:
         self._numel = torch.tensor([param.numel for param in spec.params], dtype=torch.float64)
         scope = spec.rule.scope if isinstance(spec.rule, ReducingRule) else Scope.MODEL
         self._table = SumTable(layout, scope, spec.num_groups)
+        self._norm_table = SumTable(layout, Scope.MODEL, spec.num_groups)
         self.members = Members(spec, layout, buffers)
 
     # What others may ask at any time
@@ -290,19 +296,23 @@ class Shard:
         moving = False
         try:
             grads = [] if missing else self._gradient(pushes)
-            votes = yield cast_vote(
+            limits = ClipLimits() if missing else limits_of(pushes[0].header)
+            total = yield cast_vote(
                 self._shard,
                 self._num_shards,
                 timeline=self.timeline,
                 sequence=self.sequence + 1,
                 pushes=pushes,
                 missing=missing,
-                num_nonfinite=count_nonfinite(grads),
+                num_nonfinite=count_nonfinite(grads) + sum(push.header.found_inf for push in pushes),
+                square_sums=square_sums(grads, limits, self.buffers, self._norm_table),
             )
-            result = self._decide(votes)
+            result = self._decide(total, limits)
             if result.decision is Decision.COMMIT:
                 moving = True
-                result = yield from self._commit(pushes, grads)
+                grad_norm = result.grad_norm
+                grads = limits.clip(grads, grad_norm)
+                result = dataclasses.replace((yield from self._commit(pushes, grads)), grad_norm=grad_norm)
             self._finish(result)
             moving = False
             return result
@@ -311,10 +321,14 @@ class Shard:
                 self._lost = f"shard {self._shard} was interrupted within step {self.sequence + 1}"
             self._deciding = None
 
-    def _decide(self, votes: Tensor) -> StepResult:
+    def _decide(self, total: Tensor, limits: ClipLimits) -> StepResult:
         sequence = self.sequence + 1
+        votes, sums = open_votes(total, self._num_shards)
         decision, error = count_votes(votes, sequence=sequence, world_size=self.spec.world_size)
-        return StepResult(sequence, decision, self.scalars, error)
+        grad_norm = norm_of(sums, self._norm_table) if limits.is_set and error is None else None
+        if decision is Decision.COMMIT and grad_norm is not None and not math.isfinite(grad_norm):
+            decision = Decision.SKIP
+        return StepResult(sequence, decision, self.scalars, error, grad_norm)
 
     def _commit(self, pushes: Sequence[Push], grads: Sequence[Tensor]) -> Reduction:
         header, present = pushes[0].header, self._present(pushes).any(dim=0)
@@ -419,6 +433,7 @@ class Shard:
     def _require_content(self, push: Push) -> None:
         header = push.header
         check_hyper(header, self._hyper_names, self.spec.num_groups)
+        check_clipping(header)
         unpack_present(header.present, len(self.spec.params))
         self.members.check_gradient(push)
         if header.rank != 0 and (header.scalars or (push.reloaded and self.spec.gradients != "sharded")):

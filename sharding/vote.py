@@ -1,6 +1,7 @@
 """The vote: one small all-reduce after which every shard has the same decision about a step.
 
-Each shard fills its own row of a matrix and leaves the others zero, so the sum over shards holds every row.
+Each shard fills its own row of a matrix and leaves the others zero, so the sum over shards holds every row. The partial
+sums of the gradient's norm go with it: *Note: Clipping* in docs/design.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from .errors import MissingRankError, StepAbortedError
 from .push import Push
 
-_TIMELINE, _SEQUENCE, _MISSING, _DIGEST, _NONFINITE = range(5)
+_NUM_COLUMNS = 5
+_TIMELINE, _SEQUENCE, _MISSING, _DIGEST, _NONFINITE = range(_NUM_COLUMNS)
 
 
 class Decision(enum.Enum):
@@ -35,8 +37,9 @@ def cast_vote(
     pushes: Sequence[Push],
     missing: Sequence[int],
     num_nonfinite: int,
+    square_sums: Tensor,
 ) -> Tensor:
-    """One shard's vote on a step.
+    """One shard's vote on a step, and its sums for the gradient's norm.
 
     Args:
         shard: The shard.
@@ -46,18 +49,25 @@ def cast_vote(
         pushes: What it holds, in rank order.
         missing: Ranks that it lacks.
         num_nonfinite: Elements of its averaged gradient that are inf or NaN.
+        square_sums: ``(num_segments,)`` float64, zero in the other shards' segments.
 
     Returns:
-        ``(num_shards, 5)`` int64, zero in the other shards' rows.
+        ``(num_shards * 5 + num_segments,)`` int64: a row for each shard, zero in the others', and the sums' bits.
     """
     digest = hashlib.sha256(b"".join(push.header.digest() for push in pushes)).digest()
-    votes = torch.zeros(num_shards, 5, dtype=torch.int64)
+    votes = torch.zeros(num_shards, _NUM_COLUMNS, dtype=torch.int64)
     votes[shard, _TIMELINE] = timeline
     votes[shard, _SEQUENCE] = sequence
     votes[shard, _MISSING] = missing[0] + 1 if missing else 0
     votes[shard, _DIGEST] = int.from_bytes(digest[:8], "big", signed=True)
     votes[shard, _NONFINITE] = num_nonfinite
-    return votes
+    return torch.cat((votes.view(-1), square_sums.view(torch.int64)))
+
+
+def open_votes(total: Tensor, num_shards: int) -> tuple[Tensor, Tensor]:
+    """All shards' votes, ``(num_shards, 5)`` int64, and the sums of squares, ``(num_segments,)`` float64."""
+    end = num_shards * _NUM_COLUMNS
+    return total[:end].view(num_shards, _NUM_COLUMNS), total[end:].view(torch.float64)
 
 
 def count_votes(votes: Tensor, *, sequence: int, world_size: int) -> tuple[Decision, StepAbortedError | None]:

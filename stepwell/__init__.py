@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import optim
+from .client.grad_scaler import GradScaler
 from .client.inprocess import InProcessService
 from .client.optimizer import ServiceOptimizer
 from .client.optimizers import (
@@ -54,6 +55,7 @@ __all__ = [
     "AdamW",
     "BAdam",
     "DuvAdam",
+    "GradScaler",
     "InProcessService",
     "Momentum",
     "PreLAMB",

@@ -250,6 +250,7 @@ class Run:
         options: Keys that differ by parameter group; ``options[i]`` goes into group i.
         wire_dtype: What the gradients are pushed in; None for the state's dtype.
         source: The state to begin with; None for the problem's initial parameters.
+        rank_0: Fields of the headers of rank 0, in each of its pushes.
     """
 
     def __init__(
@@ -263,8 +264,10 @@ class Run:
         options: Sequence[Mapping[str, object]] = (),
         wire_dtype: torch.dtype | None = None,
         source: StateSource | None = None,
+        rank_0: Mapping[str, object] | None = None,
     ) -> None:
         self.problem, self.rule, self.world_size, self.wire_dtype = problem, rule, world_size, wire_dtype
+        self.rank_0 = dict(rank_0 or {})
         spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, chunk_numel)
         self.group = ShardGroup(spec, num_shards=num_shards)
         self.group.load(source or initial_state(problem), timeline=1)
@@ -321,6 +324,7 @@ class Run:
             "attempt": 0,
             "present": pack_present([index in gradients for index in range(len(self.problem.tensors))]),
             "hyper": hyper if rank == 0 else None,
+            **(self.rank_0 if rank == 0 else {}),
         }
         flat = flatten(self.layout, gradients, self.wire_dtype)
         shards = self.group.shards

@@ -132,7 +132,7 @@ def test_refused_group_changes_nothing() -> None:
     drive(first, optimizer, range(3))
     with pytest.raises(HyperparameterError, match=r"group 1: Invalid learning rate: -1"):
         optimizer.add_param_group({"params": make_params(1), "lr": -1.0})
-    with pytest.raises(ValueError, match="appears in group 0 already"):
+    with pytest.raises(ValueError, match="of group 1 appears in group 0 already"):
         optimizer.add_param_group({"params": [first[0]]})
     assert len(optimizer.param_groups) == 1
     drive(first, optimizer, range(3, 6))

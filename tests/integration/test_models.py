@@ -82,8 +82,8 @@ def test_prodigy_gives_what_one_process_does(
 
 @pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
 def test_sgd_is_not_divided_twice(mode: str, launch: Launch, tmp_path: Path) -> None:
-    """Prodigy and Adam hide a wrong factor in the gradient, SGD does not."""
-    options = {"rule": "SGD", "lr": 0.1}
+    """Prodigy and Adam hide a wrong factor in the gradient, SGD and the gradient's norm do not."""
+    options = {"rule": "SGD", "lr": 0.1, "max_grad_norm": 0.5}
     expected = in_one_process(options)
     for results in run_ranks(mode, 2, tmp_path, launch(2).name, options):
         for param, wanted in zip(results["params"], expected["params"], strict=True):

@@ -43,6 +43,10 @@ PUSH = PushHeader(
     present=b"\xc0",
     hyper={"lr": [1.0, 0.5], "growth_rate": [float("inf"), 1.02]},
     scalars={"d": 1e-6},
+    max_grad_norm=float("inf"),
+    max_grad_value=0.5,
+    grad_scale=1024.0,
+    found_inf=True,
 )
 JOB = JobSpec(
     ProdigyRule(slice_p=11, betas=(0.8, 0.99)),
@@ -74,7 +78,7 @@ def without(kind: str, name: str) -> bytes:
     return packed
 
 
-@pytest.mark.parametrize("header", [PUSH, dataclasses.replace(PUSH, rank=1, hyper=None, scalars=None)])
+@pytest.mark.parametrize("header", [PUSH, PushHeader(3, 41, 1, "77-abc", 0, b"\xc0")])
 def test_push_round_trip_is_the_same(header: PushHeader) -> None:
     assert unpack_push(pack_push(header)) == header
 
@@ -132,6 +136,9 @@ WRONG: list[tuple[str, str, tuple[object, ...]]] = [
     ("push", "hyper", (1, [], {"lr": 1.0}, {"lr": "1.0"}, {"lr": [None]}, {"lr": [True]}, {"lr": ["1"]})),
     ("push", "hyper", ({b"lr": [1.0]}, {"lr": {"0": 1.0}}, {"lr": b"\x01"})),
     ("push", "scalars", (1, [], {"d": [1.0]}, {"d": "1"}, {"d": float("nan")}, {"d": float("inf")}, {"d": True})),
+    *(("push", name, (0.0, -1.0, float("nan"), "1", True, [1.0])) for name in ("max_grad_norm", "max_grad_value")),
+    ("push", "grad_scale", (0.0, -1.0, float("nan"), float("inf"), "1", True, None, [1.0])),
+    ("push", "found_inf", (0, 1, None, "yes")),
     *(("job", name, COUNT_WRONG) for name in ("num_groups", "world_size")),
     ("job", "chunk_numel", tuple(value for value in COUNT_WRONG if value is not None)),
     ("job", "rule", (*TEXT_WRONG, "Sophia")),

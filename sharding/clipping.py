@@ -1,0 +1,138 @@
+"""Clipping the averaged gradient of the whole model, by value and by norm.
+
+The norm is a sum over all shards. It is taken before the vote and travels with it: *Note: Clipping* in docs/design.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..optim.rule import tile_sum
+from .buffers import Buffers
+from .errors import HyperparameterError, MessageError
+from .kernels import PIECE_TILES
+from .partials import SumTable
+from .push import PushHeader
+
+NORM_EPS = 1e-6
+"""Added to the norm that the limit is divided by, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClipLimits:
+    """How large a step's gradient may be; infinity measures the norm and clips nothing.
+
+    Attributes:
+        max_norm: Limit of the whole gradient's 2-norm, once its elements are clipped; None for none.
+        max_value: Limit of each element's absolute value; None for none.
+
+    Raises:
+        HyperparameterError: If one is not a positive number; the message holds it.
+    """
+
+    max_norm: float | None = None
+    max_value: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in (("max_grad_norm", self.max_norm), ("max_grad_value", self.max_value)):
+            if limit is not None:
+                require_positive(name, limit)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is any."""
+        return self.max_norm is not None or self.max_value is not None
+
+    def clip_values(self, grad: Tensor) -> Tensor:
+        """The gradient with its elements clipped; it is the argument itself if there is no such limit."""
+        return grad if self.max_value is None else grad.clamp(-self.max_value, self.max_value)
+
+    def clip(self, grads: Sequence[Tensor], grad_norm: float | None) -> list[Tensor]:
+        """The gradient as the rule is to see it.
+
+        Args:
+            grads: Averaged gradient per extent; not written.
+            grad_norm: Its norm after :meth:`clip_values`; None if no limit is set.
+        """
+        if grad_norm is None:
+            return list(grads)
+        coefficient = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (grad_norm + NORM_EPS))
+        clipped = (self.clip_values(grad) for grad in grads)
+        return [grad if coefficient == 1.0 else grad * coefficient for grad in clipped]
+
+
+def limits_of(header: PushHeader) -> ClipLimits:
+    """The limits that rank 0 sends.
+
+    Raises:
+        HyperparameterError: If one is not a positive number.
+    """
+    return ClipLimits(header.max_grad_norm, header.max_grad_value)
+
+
+def check_clipping(header: PushHeader) -> None:
+    """Refuse a header whose limits or scale cannot be.
+
+    Raises:
+        MessageError: If another rank than 0 sends limits.
+        HyperparameterError: If a limit or the scale is not a positive number, or the scale is infinite.
+    """
+    if limits_of(header).is_set and header.rank != 0:
+        raise MessageError(f"max_grad_norm, max_grad_value: expected from rank 0 alone; rank {header.rank} is off")
+    require_positive("grad_scale", header.grad_scale, below=math.inf)
+
+
+def require_positive(name: str, value: float, *, below: float | None = None) -> None:
+    """Refuse what is not a positive number.
+
+    Args:
+        name: What it is, for the message.
+        value: The number.
+        below: What it must be less than; None for nothing.
+
+    Raises:
+        HyperparameterError: With the value.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not value > 0.0 or (below is not None and not value < below):
+        raise HyperparameterError(f"{name}: expected a positive number, got {value!r}")
+
+
+def square_sums(grads: Sequence[Tensor], limits: ClipLimits, buffers: Buffers, table: SumTable) -> Tensor:
+    """Sums of squares of a shard's part of the gradient, after its elements were clipped.
+
+    Squared in float64, where the square of a float32 is exact and cannot overflow.
+
+    Args:
+        grads: Averaged gradient per extent, ``(tiles, 256)`` in the state dtype.
+        limits: The step's; if none is set nothing is computed.
+        buffers: The shard's memory, for its tiles.
+        table: Of the whole model.
+
+    Returns:
+        ``(num_segments,)`` float64, 0 where the shard owns nothing.
+    """
+    sums = table.empty(1)
+    if limits.is_set:
+        for index, (extent, grad) in enumerate(zip(buffers.extents, grads, strict=True)):
+            first = extent.tiles.start
+            for piece in torch.split(grad, PIECE_TILES):
+                table.fold(sums, index, first, [tile_sum(limits.clip_values(piece).double().square())])
+                first += len(piece)
+    return sums[0]
+
+
+def norm_of(sums: Tensor, table: SumTable) -> float:
+    """The norm of the model's gradient; like the gradient it may be infinite or NaN.
+
+    Args:
+        sums: :func:`square_sums` summed over all shards.
+        table: As there.
+    """
+    (total,) = table.totals(["square"], sums[None])["square"]
+    return math.sqrt(total.item())
