@@ -1,7 +1,8 @@
 """Writes client/optimizers: one class for each update rule, whose keywords and defaults are the rule's fields.
 
-Run it (`make optimizers`) after a rule or one of its fields has changed. A field that is new needs its sentence in
-:data:`SENTENCES`. Where torch has the optimizer, order and kind of the keywords are torch's.
+Run it (`make optimizers`) after a rule or one of its fields has changed; with `--check` it only tells whether that is
+due. A field that is new needs its sentence in :data:`SENTENCES`. Where torch has the optimizer, order and kind of the
+keywords are torch's.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from pathlib import Path
 
 import torch
 
-from stepwell.optim import RULES, Rule
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+# Not as stepwell.optim: the package imports the classes, which may be those of other rules until they are written anew.
+from optim import RULES, Rule  # noqa: E402, TID251
 
-FOLDER = Path(__file__).parents[1] / "client" / "optimizers"
+FOLDER = ROOT / "client" / "optimizers"
 WIDTH = 120
 
 SENTENCES = {
@@ -112,7 +116,7 @@ def docstring_of(rule: type[Rule], keywords: list[Keyword]) -> str:
     others = {field.name for field in dataclasses.fields(rule)} | rule.carried_group_keys.keys()
     scalars = [f"``{name}``" for name in rule().defaults() if name not in others]
     shown = f" After each step every group shows {', '.join(scalars)}." if scalars else ""
-    lines = [inspect.getdoc(rule).splitlines()[0], ""]
+    lines = [(inspect.getdoc(rule) or "").splitlines()[0], ""]
     lines += textwrap.wrap(f"The equations are those of :class:`stepwell.optim.{rule.__name__}`.{shown}", WIDTH - 4)
     lines += ["", "Args:", "    params: Parameters, named parameters, or groups of either."]
     for keyword in keywords:
@@ -152,7 +156,7 @@ def module_of(rules: list[type[Rule]]) -> str:
     body = "".join(class_of(rule) for rule in rules)
     math_import = "import math\n" if "math." in body else ""
     typing_names = "Literal, Unpack" if "Literal[" in body else "Unpack"
-    keywords = "make_rule, torch_keywords" if "torch_keywords(" in body else "make_rule"
+    keywords = "ServiceOptions, make_rule" + (", torch_keywords" if "torch_keywords(" in body else "")
     return f'''"""{", ".join(rule.name for rule in rules)}. Written by `make optimizers` from the rules; edit those."""
 
 from __future__ import annotations
@@ -164,7 +168,7 @@ from torch.optim.optimizer import ParamsT
 
 from ...optim import {", ".join(rule.__name__ for rule in rules)}
 from ..keywords import {keywords}
-from ..optimizer import ServiceOptimizer, ServiceOptions
+from ..optimizer import ServiceOptimizer
 
 {body}'''
 
@@ -189,10 +193,22 @@ def _tidy(source: str) -> str:
     return source
 
 
-if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
+def main(*, check: bool) -> int:
+    """Write the folder, or tell whether it is as it should be; the exit status."""
+    there = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py")}
     written = write_sources()
-    for stale in {path.name for path in FOLDER.glob("*.py")} - written.keys():
-        (FOLDER / stale).unlink()
+    if check:
+        stale = sorted(name for name in there.keys() | written.keys() if there.get(name) != written.get(name))
+        if stale:
+            sys.stderr.write(f"client/optimizers: run `make optimizers`, which changes {', '.join(stale)}\n")
+        return 1 if stale else 0
+    FOLDER.mkdir(exist_ok=True)
+    for name in there.keys() - written.keys():
+        (FOLDER / name).unlink()
     for name, source in written.items():
         (FOLDER / name).write_text(source, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(check="--check" in sys.argv[1:]))

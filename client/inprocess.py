@@ -82,14 +82,14 @@ class InProcessService:
         """As :meth:`stepwell.Service.save`."""
         save_id, shards = uuid.uuid4().hex[:12], self.group.shards
         status = shards[0].status()
-        if self._saved is not None and self._saved.serves(uri, status):
+        if self._saved is not None and self._saved.serves(uri, self.group.spec, status):
             return status.step
         files = [
             write_shard(shard.buffers, uri, shard_file_name(save_id, index, len(shards)))
             for index, shard in enumerate(shards)
         ]
         write_manifest(uri, build_manifest(self.group.spec, files, status))
-        self._saved = SavedCheckpoint.just_written(uri, status)
+        self._saved = SavedCheckpoint.just_written(uri, self.group.spec, status)
         return status.step
 
     def restore(self, uri: str) -> int:

@@ -1,17 +1,39 @@
-"""Keywords of the named optimizers: what makes a rule, and what torch's optimizers take beside it."""
+"""Keywords of the named optimizers: what makes a rule, what torch takes beside it, and what every optimizer takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
 from ..optim import Rule
+from ..sharding.coverage import Gradients
+from .groups import WeightDecayMask
+from .inprocess import InProcessService
+
+if TYPE_CHECKING:
+    from ..server.service import Service
 
 R = TypeVar("R", bound=Rule)
 
 _REFUSED = ("capturable", "differentiable")
+
+
+class ServiceOptions(TypedDict, total=False):
+    """Keywords of every optimizer, beside those of its rule; see :class:`stepwell.ServiceOptimizer`."""
+
+    service: str | Service | InProcessService | None
+    rank: int | None
+    world_size: int | None
+    num_shards: int | None
+    gradients: Gradients | None
+    on_nonfinite: Literal["skip", "raise"]
+    max_grad_norm: float | None
+    max_grad_value: float | None
+    weight_decay_mask: WeightDecayMask | None
+    state_dict_form: Literal["torch", "reference"]
+    checkpoint_uri: str | None
 
 
 def make_rule(rule: Callable[..., R], **fields: object) -> R:

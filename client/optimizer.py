@@ -8,7 +8,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -41,6 +41,7 @@ from .state_dict import (
     read_reference,
     read_states,
     reference_uri,
+    require_state,
     save_reference,
     state_names,
 )
@@ -62,22 +63,6 @@ _COPIED = (
     "_detached_from",
 )
 """What copies carry beside torch's own attributes."""
-
-
-class ServiceOptions(TypedDict, total=False):
-    """Keywords of every optimizer, beside those of its rule; see :class:`ServiceOptimizer`."""
-
-    service: str | Service | InProcessService | None
-    rank: int | None
-    world_size: int | None
-    num_shards: int | None
-    gradients: Gradients | None
-    on_nonfinite: Literal["skip", "raise"]
-    max_grad_norm: float | None
-    max_grad_value: float | None
-    weight_decay_mask: WeightDecayMask | None
-    state_dict_form: Literal["torch", "reference"]
-    checkpoint_uri: str | None
 
 
 class ServiceOptimizer(torch.optim.Optimizer):
@@ -279,7 +264,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         One that refers to a checkpoint restores the service from it, and the model takes its parameters over.
 
         Raises:
-            ValueError: If the number or sizes of the groups differ, as torch.
+            ValueError: If the number or sizes of the groups differ, as torch; if it has lost its reference on the way.
             JobMismatchError: If a slot is missing, unknown or of another length. Nothing has changed.
             CheckpointError: If the checkpoint is not there, damaged, or not the one that the state dict was made with.
         """
@@ -293,6 +278,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         if "stepwell" in loaded:
             worker.restore(*read_reference(loaded["stepwell"]))
         else:
+            if self._reference_uri is not None:
+                require_state(loaded["state"])
             values, step_counts = from_states(worker.spec, loaded["param_groups"], loaded["state"])
             worker.load(values, load_header(worker.spec, step_counts, groups, worker.sequence))
         self.param_groups = groups

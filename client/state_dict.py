@@ -141,6 +141,19 @@ def save_reference(worker: Worker, checkpoint_uri: str) -> dict[str, Any]:
     return {"uri": uri, "step": step, "digest": manifest_digest(uri)}
 
 
+def require_state(states: Mapping[Any, Mapping[str, Any]]) -> None:
+    """See that a state dict that has lost its reference on the way is not taken for that of a fresh optimizer.
+
+    Raises:
+        ValueError: If no parameter has a state.
+    """
+    if not any(isinstance(value, Tensor) for state in states.values() for value in state.values()):
+        raise ValueError(
+            "state dict: expected 'stepwell' or a state, got neither. With state_dict_form='reference' save what "
+            "optimizer.state_dict() returns: torch.distributed.checkpoint.state_dict's functions drop the reference"
+        )
+
+
 def read_reference(reference: object) -> tuple[str, str]:
     """URI and digest of what :func:`save_reference` gave.
 

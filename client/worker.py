@@ -200,13 +200,13 @@ class Worker:
         Raises:
             CheckpointError: If the checkpoint is not the one with this digest, or damaged.
         """
+        found = manifest_digest(uri)
+        if found != digest:
+            raise CheckpointError(
+                f"{uri}: expected the checkpoint whose manifest has SHA-256 {digest}, got {found}; it was replaced "
+                "since the state dict was made. Use a state dict and a checkpoint of the same save"
+            )
         if self.rank == 0:
-            found = manifest_digest(uri)
-            if found != digest:
-                raise CheckpointError(
-                    f"{uri}: expected the checkpoint whose manifest has SHA-256 {digest}, got {found}; it was replaced "
-                    "since the state dict was made. Use a state dict and a checkpoint of the same save"
-                )
             self.transport.service.restore(uri)
             self._adopt(self.transport.refresh())
         else:

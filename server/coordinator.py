@@ -202,12 +202,12 @@ class Coordinator:
             spec = self._require_spec()
             try:
                 status = await self._settle()
-                if self._saved is not None and await asyncio.to_thread(self._saved.serves, uri, status):
+                if self._saved is not None and await asyncio.to_thread(self._saved.serves, uri, spec, status):
                     return status.step
                 files = await self._all("save", uri, uuid.uuid4().hex[:12], what=f"the shards to write {uri}")
                 manifest = build_manifest(spec, files, status)
                 await asyncio.to_thread(write_manifest, uri, manifest)
-                self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, status)
+                self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, spec, status)
             finally:
                 await self._all("release", what="the shards to go on")
         return status.step

@@ -10,6 +10,7 @@ import fsspec
 
 from .checkpoint import MANIFEST_NAME
 from .errors import CheckpointError
+from .job import JobSpec
 from .shard import ShardStatus
 
 
@@ -19,23 +20,26 @@ class SavedCheckpoint:
 
     Attributes:
         uri: Where it is.
+        spec: The job, which a parameter group may be added to.
         timeline, sequence: Where the shards stood.
         digest: Of its manifest, see :func:`manifest_digest`.
     """
 
     uri: str
+    spec: JobSpec
     timeline: int
     sequence: int
     digest: str
 
     @classmethod
-    def just_written(cls, uri: str, status: ShardStatus) -> SavedCheckpoint:
+    def just_written(cls, uri: str, spec: JobSpec, status: ShardStatus) -> SavedCheckpoint:
         """The checkpoint at ``uri``, just written by shards at ``status``."""
-        return cls(uri, status.timeline, status.sequence, manifest_digest(uri))
+        return cls(uri, spec, status.timeline, status.sequence, manifest_digest(uri))
 
-    def serves(self, uri: str, status: ShardStatus) -> bool:
+    def serves(self, uri: str, spec: JobSpec, status: ShardStatus) -> bool:
         """Whether a save to ``uri`` by shards at ``status`` would write the same again, and it is still there."""
-        if (uri, status.timeline, status.sequence) != (self.uri, self.timeline, self.sequence):
+        wanted = (uri, spec, status.timeline, status.sequence)
+        if wanted != (self.uri, self.spec, self.timeline, self.sequence):
             return False
         try:
             return manifest_digest(uri) == self.digest

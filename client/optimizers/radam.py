@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...optim import RAdamRule
-from ..keywords import make_rule, torch_keywords
-from ..optimizer import ServiceOptimizer, ServiceOptions
+from ..keywords import ServiceOptions, make_rule, torch_keywords
+from ..optimizer import ServiceOptimizer
 
 
 class RAdam(ServiceOptimizer):

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...optim import SAdamRule, SRAdamRule
-from ..keywords import make_rule
-from ..optimizer import ServiceOptimizer, ServiceOptions
+from ..keywords import ServiceOptions, make_rule
+from ..optimizer import ServiceOptimizer
 
 
 class SAdam(ServiceOptimizer):

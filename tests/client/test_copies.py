@@ -132,6 +132,24 @@ def test_copy_leaves_hooks_and_schedulers_behind_as_torchs() -> None:
 
 
 @every_way
+def test_copy_has_the_groups_that_were_added(duplicate: Callable[[Pair], Pair]) -> None:
+    net = make_net()
+    optimizer = stepwell.Prodigy(net[0].named_parameters(), weight_decay_mask=lambda name, param: param.dim() > 1)
+    train(net, optimizer, range(2))
+    optimizer.add_param_group({"params": list(net[2].named_parameters(prefix="2")), "weight_decay": 0.1})
+    train(net, optimizer, range(2, 4))
+    copied_net, copied = duplicate((net, optimizer))
+    for each, its_optimizer in ((net, optimizer), (copied_net, copied)):
+        train(each, its_optimizer, range(4, 6))
+        extra = nn.Parameter(torch.ones(3))
+        its_optimizer.add_param_group({"params": [("extra", extra)]})
+        extra.grad = torch.ones(3)
+        its_optimizer.step()
+    assert_equal(copied_net.parameters(), net.parameters())
+    assert_same_state(copied.state_dict(), optimizer.state_dict())
+
+
+@every_way
 def test_copy_of_a_closed_optimizer_is_closed(duplicate: Callable[[Pair], Pair]) -> None:
     net = make_net()
     optimizer = stepwell.AdamW(net.parameters(), lr=0.25)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import stepwell
 from stepwell.client.groups import WeightDecayMask, apply_mask, param_specs
+from stepwell.client.worker import Worker
 from stepwell.optim import RULES
 from stepwell.sharding.errors import UnsupportedParameterError
-from tests.client.training import assert_close, assert_equal, copies_of, drive, make_net, set_grads, values_of
+from tests.client.training import assert_close, assert_equal, copies_of, decaying, drive, make_net, set_grads, values_of
 
 every_name = pytest.mark.parametrize("name", RULES.names())
 
@@ -168,7 +169,7 @@ def test_parameter_that_is_left_out_for_some_steps(
 @every_name
 def test_step_without_any_gradient_moves_nothing(name: str) -> None:
     params = copies_of(make_net().parameters())
-    optimizer = vars(stepwell)[name](params, lr=0.01, weight_decay=0.1)
+    optimizer = decaying(name, params)
     drive(params, optimizer, range(2))
     before = values_of(params)
     optimizer.zero_grad()
@@ -261,6 +262,32 @@ def test_mask_is_of_all_groups_in_index_order(monkeypatch: pytest.MonkeyPatch) -
     groups: list[dict[str, Any]] = [{"params": net[2].parameters()}, {"params": net[0].parameters()}]
     stepwell.AdamW(groups, weight_decay_mask=[True, False, False, True])
     assert registered == [[True, False, False, True]]
+
+
+@pytest.mark.parametrize("mask", [_matrices, [True, False, True, False]])
+def test_mask_of_an_optimizer_that_gets_another_group(mask: WeightDecayMask, monkeypatch: pytest.MonkeyPatch) -> None:
+    extended: list[list[bool]] = []
+    extend = Worker.extend
+
+    def note(self: Worker, spec: Any, *args: Any) -> None:
+        extended.append([param.decays for param in spec.params])
+        extend(self, spec, *args)
+
+    monkeypatch.setattr(Worker, "extend", note)
+    optimizer = stepwell.AdamW(make_net().named_parameters(), weight_decay_mask=mask)
+    optimizer.add_param_group({"params": [("more.weight", _param(3, 2)), ("more.bias", _param(3))]})
+    assert extended == [[True, False, True, False, True, not callable(mask)]]
+
+
+def test_group_with_a_parameter_given_twice_is_refused_later_too() -> None:
+    params = copies_of(make_net().parameters())
+    optimizer = stepwell.AdamW(params, lr=0.01)
+    drive(params, optimizer, range(2))
+    with pytest.raises(ValueError, match=r"parameter 'number 1' \[40\] of group 1 appears in group 0 already"):
+        optimizer.add_param_group({"params": [_param(3), params[1]]})
+    assert len(optimizer.param_groups) == 1
+    drive(params, optimizer, range(2, 3))
+    assert optimizer.service.status()["step"] == 3
 
 
 def test_spec_of_a_parameter_decays_unless_told_otherwise() -> None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +15,16 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import stepwell
 from stepwell.sharding.checkpoint import MANIFEST_NAME, write_shard
 from stepwell.sharding.errors import CheckpointError, HyperparameterError, JobMismatchError
-from tests.client.lines import SharedShards, SharedTransport, reached_by
+from tests.client.lines import WAIT_S, SharedShards, SharedTransport, reached_by
 from tests.client.training import assert_equal, assert_same_state, make_net, train, values_of
 
 MAKERS = [stepwell.Prodigy, stepwell.AdamW, stepwell.LAMB]
@@ -114,9 +120,20 @@ def test_state_dict_is_saved_anew_when_the_first_is_gone_or_old(what: str, tmp_p
         optimizer.load_state_dict(first)
 
 
+def test_state_dict_is_saved_anew_after_a_group_was_added(tmp_path: Path) -> None:
+    net = make_net()
+    optimizer = stepwell.AdamW(net.parameters(), **_form(tmp_path))
+    train(net, optimizer, range(2))
+    before = optimizer.state_dict()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    after = optimizer.state_dict()
+    assert after["stepwell"]["digest"] != before["stepwell"]["digest"]
+    optimizer.load_state_dict(after)
+
+
 def test_all_ranks_get_the_same_reference_and_load_it(tmp_path: Path) -> None:
-    shared = SharedShards(num_shards=2)
-    nets = [make_net() for _ in range(3)]
+    shared, nets = SharedShards(num_shards=2), [make_net() for _ in range(3)]
+    together = threading.Barrier(3, timeout=WAIT_S)
 
     def work(rank: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
         optimizer = stepwell.Prodigy(nets[rank].parameters(), rank=rank, world_size=3, **_form(tmp_path))
@@ -125,6 +142,7 @@ def test_all_ranks_get_the_same_reference_and_load_it(tmp_path: Path) -> None:
             saved = optimizer.state_dict()
         after_two = values_of(nets[rank].parameters())
         train(nets[rank], optimizer, range(2, 4))
+        together.wait()  # a load sweeps away the result that another rank has yet to fetch
         optimizer.load_state_dict(saved)
         assert_equal(nets[rank].parameters(), after_two)
         assert optimizer.param_groups[0]["k"] == 2
@@ -224,6 +242,20 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(
     assert_equal(net.parameters(), values)
     assert optimizer.service.status() == status
     train(net, optimizer, [4])
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_reference_that_was_lost_on_the_way_resets_nothing(flatten: bool, tmp_path: Path) -> None:
+    net, options = make_net(), StateDictOptions(flatten_optimizer_state_dict=flatten)
+    optimizer = stepwell.Prodigy(net.parameters(), **_form(tmp_path))
+    train(net, optimizer, range(2))
+    saved = get_optimizer_state_dict(net, optimizer, options=options)
+    before = _whole(optimizer)
+    with pytest.raises(ValueError, match="expected 'stepwell' or a state, got neither"):
+        set_optimizer_state_dict(net, optimizer, saved, options=options)
+    assert_same_state(_whole(optimizer), before)
+    optimizer.load_state_dict(before)
+    assert_same_state(_whole(optimizer), before)
 
 
 def test_load_refuses_the_checkpoint_of_another_rule(tmp_path: Path) -> None:

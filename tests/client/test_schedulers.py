@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import stepwell
 from stepwell.optim import RULES
-from tests.client.training import assert_close, assert_equal, loss_of, make_net, train, values_of
+from tests.client.training import assert_close, assert_equal, decaying, loss_of, make_net, train, values_of
 
 Make = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -135,7 +135,7 @@ def test_schedule_resumes_to_the_bit(name: str) -> None:
 @pytest.mark.parametrize("name", RULES.names())
 def test_optimizer_stands_still_at_lr_0(name: str) -> None:
     net = make_net()
-    optimizer = vars(stepwell)[name](net.parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = decaying(name, net.parameters())
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: float(step not in (0, 3)))
     before = values_of(net.parameters())
     train(net, optimizer, [0])
