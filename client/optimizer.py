@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
-import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from ..optim import Rule
-from ..sharding.clipping import ClipLimits, require_positive
+from ..sharding.clipping import ClipLimits
 from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
@@ -34,6 +32,7 @@ from .groups import (
 )
 from .holdings import holdings_of, resolve_gradients
 from .inprocess import InProcessService
+from .loss_scale import attached_scale
 from .resolve import resolve_ranks, resolve_service
 from .state_dict import (
     from_states,
@@ -197,7 +196,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
             NonFiniteGradientError: With ``on_nonfinite="raise"``, if it was skipped.
             ServiceError: If the service did not answer. The next call finds out what became of the step.
         """
-        with self._loss_scale() as (grad_scale, found_inf):
+        with attached_scale(self) as (grad_scale, found_inf):
             worker = self._settled()
             loss = None
             if closure is not None:
@@ -346,23 +345,6 @@ class ServiceOptimizer(torch.optim.Optimizer):
             raise NonFiniteGradientError(message)
         # A scaler tries scales that are too large on purpose.
         logger.log(logging.INFO if is_scaled else logging.WARNING, message)
-
-    @contextlib.contextmanager
-    def _loss_scale(self) -> Iterator[tuple[float, bool]]:
-        """What ``torch.amp.GradScaler`` has attached for this step: the scale, and whether it found inf or NaN.
-
-        It removes both afterwards, but not if the step fails. They must go then too: it multiplies a scale that it
-        finds with its own.
-        """
-        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        try:
-            grad_scale = 1.0 if scale is None else float(scale)
-            require_positive("grad_scale", grad_scale, below=math.inf)
-            yield grad_scale, bool(found_inf)
-        except BaseException:
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
-            raise
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle carries: of an in-process optimizer all; of any other all but its place in the job.

@@ -17,6 +17,7 @@ from ..sharding.job import JobSpec
 from ..sharding.layout import ParamSpec, dtype_from_name
 from ..sharding.saved import manifest_digest
 from .groups import read_scalar
+from .holdings import whole_value
 from .transport import Values
 from .worker import Worker
 
@@ -182,7 +183,7 @@ def _slot_values(spec: JobSpec, index: int, slot: Slot, value: object) -> Tensor
         raise JobMismatchError(
             _describe(spec, index) + f"has {slot.name} with {value.numel()} elements; expected {expected}"
         )
-    return value.detach().reshape(-1).to(spec.params[index].state_dtype)
+    return whole_value(value.detach()).reshape(-1).to(spec.params[index].state_dtype)
 
 
 def _describe(spec: JobSpec, index: int) -> str:

@@ -96,11 +96,28 @@ def train(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dic
     }
 
 
+def migrate(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Begin with torch's own AdamW; half way, unless this is the oracle, go on with ours and torch's state dict."""
+    model, _ = wrap(mode, make_net().double(), world_size)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), **options)
+    for step in range(NUM_STEPS):
+        if step == 10 and mode != "plain":
+            state_dict = optimizer.state_dict()
+            optimizer = stepwell.AdamW(model.named_parameters())
+            optimizer.load_state_dict(state_dict)
+        x, y = (each.double() for each in batch(step, rank, world_size))
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    return {"params": [whole_value(param.detach()).clone() for param in model.parameters()]}
+
+
 def main(mode: str, rank: int, world_size: int, folder: Path) -> None:
     """Train and leave the results in ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    results = train(mode, rank, world_size, json.loads((folder / "options.json").read_text()))
+    options = json.loads((folder / "options.json").read_text())
+    results = (migrate if options.pop("migrate", 0) else train)(mode, rank, world_size, options)
     dist.barrier()
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -15,7 +15,7 @@ import torch
 
 from stepwell.server import cluster
 from tests.integration.conftest import Launch
-from tests.integration.model_worker import train
+from tests.integration.model_worker import migrate, train
 
 LIMIT_S = 90.0
 D0 = 1e-3
@@ -95,3 +95,12 @@ def test_sgd_is_not_divided_twice(mode: str, launch: Launch, tmp_path: Path) -> 
         assert (results["scale"], results["skipped"]) == (1024.0, 1)
         for param, wanted in zip(results["params"], expected["params"], strict=True):
             torch.testing.assert_close(param, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_run_begun_with_torchs_optimizer_goes_on_with_ours(launch: Launch, tmp_path: Path) -> None:
+    """torch's state dict of a sharded model holds each rank's part as a DTensor."""
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    expected = migrate("plain", 0, 1, dict(options))
+    for results in run_ranks("fsdp2", 2, tmp_path, launch(2).name, {**options, "migrate": 1}):
+        for param, wanted in zip(results["params"], expected["params"], strict=True):
+            torch.testing.assert_close(param, wanted, rtol=1e-10, atol=1e-10)
