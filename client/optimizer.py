@@ -17,7 +17,7 @@ from ..sharding.vote import Decision
 from .groups import pack_groups, param_specs, plain_rule, read_hyper, show_scalars, unpack_groups, written_scalars
 from .inprocess import InProcessService
 from .resolve import resolve_ranks, resolve_service
-from .state_dict import from_states, load_header, to_param_state
+from .state_dict import from_states, load_header
 from .transport import ServiceHandle
 from .worker import Worker, logger
 
@@ -161,12 +161,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         worker = self._settled()
-        values, status = worker.transport.read_state()
-        state = {
-            index: to_param_state(worker.spec, index, values, count)
-            for index, count in enumerate(status.step_counts)
-            if count
-        }
+        # Trainers ask for it as soon as they are given an optimizer: then there is nothing to read yet.
+        state = worker.read_state() if worker.transport.refresh().step else {}
         state_dict: dict[str, Any] = {"state": state, "param_groups": pack_groups(self.param_groups)}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             hooked = post_hook(self, state_dict)

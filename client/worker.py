@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from ..sharding.push import PushHeader, pack_present
 from ..sharding.shard import StepResult
 from ..sharding.vote import Decision
 from .flat import FlatBuffer, copy_all
+from .state_dict import to_param_state
 from .transport import Transport, Values
 
 logger = logging.getLogger("stepwell")
@@ -124,12 +127,21 @@ class Worker:
         if self.rank == 0:
             self._adopt(self.transport.load(values, header))
         else:
-            self._adopt(self.transport.wait_until_loaded(self.timeline))
+            self._adopt(self._next_timeline())
 
     def refresh(self) -> None:
         """Take over the service's parameters, scalars and step number."""
         self._adopt(self.transport.refresh())
         self.take_parameters()
+
+    def read_state(self) -> dict[int, dict[str, Any]]:
+        """The state in torch's form, of the parameters that had a step."""
+        values, status = self.transport.read_state()
+        return {
+            index: to_param_state(self.spec, index, values, count)
+            for index, count in enumerate(status.step_counts)
+            if count
+        }
 
     def take_parameters(self) -> None:
         """Take over the service's parameters."""
@@ -148,9 +160,14 @@ class Worker:
 
     def _hand_out_parameters(self) -> Registration:
         if self.rank != 0:
-            return self.transport.wait_until_loaded(self.timeline)
+            return self._next_timeline()
         values = {(index, MASTER.name): _flat(param) for index, param in enumerate(self._params)}
         return self.transport.load(values, LoadHeader())
+
+    def _next_timeline(self) -> Registration:
+        """Wait for the load of rank 0 that belongs to this rank's; rank 0 may have loaded again by now."""
+        registration = self.transport.wait_until_loaded(self.timeline)
+        return dataclasses.replace(registration, timeline=self.timeline + 1)
 
     def _close_step(self, result: StepResult) -> None:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.

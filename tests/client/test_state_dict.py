@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import stepwell
+from stepwell.client.inprocess import InProcessTransport
 from stepwell.sharding.errors import HyperparameterError, JobMismatchError
+from tests.client.lines import Fault, FaultyTransport, reached_by
 from tests.client.training import (
     assert_close,
     assert_equal,
@@ -301,3 +303,16 @@ def test_state_of_a_frozen_parameter_may_be_missing() -> None:
     successor = stepwell.AdamW(copies_of(params), lr=0.01)
     successor.load_state_dict(saved)
     assert_same_state(successor.state_dict(), saved)
+
+
+def test_state_dict_before_the_first_step_reads_no_state() -> None:
+    service = stepwell.InProcessService()
+    transport = FaultyTransport(
+        InProcessTransport(service), Fault("read_state", 1, "before", AssertionError("the state was read"))
+    )
+    with reached_by(lambda _: transport):
+        optimizer = stepwell.Prodigy(make_net().parameters(), rank=0, world_size=1)
+    state_dict = optimizer.state_dict()
+    assert state_dict["state"] == {}
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.state_dict() == state_dict
