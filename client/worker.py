@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import uuid
@@ -182,7 +183,7 @@ class Worker:
         if self.rank == 0:
             self._adopt(self.transport.load(as_pieces(values), header))
         else:
-            self._adopt(self.transport.wait_until_loaded(self.timeline))
+            self._adopt(self._next_timeline())
 
     def refresh(self) -> None:
         """Take over the service's parameters, scalars and step number."""
@@ -210,7 +211,7 @@ class Worker:
             self.transport.service.restore(uri)
             self._adopt(self.transport.refresh())
         else:
-            self._adopt(self.transport.wait_until_loaded(self.timeline))
+            self._adopt(self._next_timeline())
         self.take_parameters()
 
     def changed_by_hand(self) -> list[int]:
@@ -236,8 +237,13 @@ class Worker:
         if self.spec.gradients == "sharded":
             return self.transport.hand_in(_as_pieces(self._buffers.values()))
         if self.rank != 0:
-            return self.transport.wait_until_loaded(self.timeline)
+            return self._next_timeline()
         return self.transport.load(_as_pieces(self._buffers.values()), LoadHeader())
+
+    def _next_timeline(self) -> Registration:
+        """Wait for the load of rank 0 that belongs to this rank's; rank 0 may have loaded again by now."""
+        registration = self.transport.wait_until_loaded(self.timeline)
+        return dataclasses.replace(registration, timeline=self.timeline + 1)
 
     def _close_step(self, result: StepResult) -> None:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.

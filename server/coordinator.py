@@ -144,7 +144,12 @@ class Coordinator:
         Args:
             values: References to its parts, passed on to the shards.
             header: The small part of the state.
+
+        Raises:
+            ServiceTimeoutError: If a rank does not register in time.
         """
+        if self._loaded.is_set():
+            await self._await_ranks()
         async with self._changing:
             self._timeline += 1
             await self._all("load", header, self._timeline, *values, what="the shards to take the state")
@@ -231,6 +236,17 @@ class Coordinator:
         return True
 
     # Within
+
+    async def _await_ranks(self) -> None:
+        """Wait until all ranks are here: each of them loads, and one that came after would wait for another load."""
+        deadline = asyncio.get_running_loop().time() + self._config.worker_timeout_s
+        while missing := set(range(self._require_spec().world_size)) - (self._workers.keys() - self._left):
+            if asyncio.get_running_loop().time() > deadline:
+                raise ServiceTimeoutError(
+                    f"rank {min(missing)} did not register within {self._config.worker_timeout_s:g} s; "
+                    "every rank makes its optimizer and loads the state dict"
+                )
+            await asyncio.sleep(POLL_S)
 
     async def _adopt(self, spec: JobSpec, rank: int) -> None:
         if self._spec is None:
