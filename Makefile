@@ -8,10 +8,10 @@ stamp := .venv/.stamp
 docs := $(wildcard README.md docs/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench optimizers clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(stamp) ## run the demo; ARGS="--help" shows what it takes
 	@$(bin)/stepwell demo $(ARGS)
@@ -32,6 +32,9 @@ bench: $(stamp) ## run every benchmark, one after the other
 	@set -e; for benchmark in $(wildcard benchmarks/bench_*.py); do \
 		echo "== $$benchmark"; $(bin)/python $$benchmark $(ARGS); \
 	done
+
+optimizers: $(stamp) ## write client/optimizers anew, after a rule or a field of one has changed
+	@$(bin)/python .ci/write_optimizers.py
 
 clean: ## remove builds, caches and the demo's output; .venv stays
 	@rm -rf build dist stepwell-demo .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

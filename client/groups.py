@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,8 @@ from ..sharding.layout import ParamSpec, dtype_name
 from ..sharding.push import GRADIENT_DTYPES
 
 Group = dict[str, Any]
+WeightDecayMask = Callable[[str, Tensor], bool] | Sequence[bool]
+"""Which parameters decay: by name and tensor, or one flag for each in index order."""
 
 _WRAPPERS = frozenset({"module", "_orig_mod"})
 
@@ -57,6 +59,53 @@ def param_specs(groups: Sequence[Mapping[str, Any]]) -> Iterator[ParamSpec]:
         names = group.get("param_names") or [""] * len(group["params"])
         for name, param in zip(names, group["params"], strict=True):
             yield ParamSpec(_bare_name(name), tuple(param.shape), _dtype_of(param, name), index)
+
+
+def require_distinct(group: Group, groups: Sequence[Group]) -> None:
+    """See that no parameter of a new group is given twice; its ``params`` become a list, if they were an iterator.
+
+    Raises:
+        ValueError: Naming the first parameter that stands in the group, or in it and another one, twice.
+    """
+    given = group.get("params")
+    if not isinstance(given, Iterable) or isinstance(given, set):
+        return  # torch says what is wrong with these
+    group["params"] = listed = [given] if isinstance(given, Tensor) else list(given)
+    where = {id(param): index for index, other in enumerate(groups) for param in other["params"]}
+    for position, entry in enumerate(listed):
+        name, param = entry if isinstance(entry, tuple) else (f"number {position}", entry)
+        if isinstance(param, Tensor) and id(param) in where:
+            raise ValueError(
+                f"parameter '{name}' {list(param.shape)} of group {len(groups)} appears in group {where[id(param)]} "
+                "already; give each parameter once, a shared one too"
+            )
+        where[id(param)] = len(groups)
+
+
+def apply_mask(
+    specs: Sequence[ParamSpec], params: Sequence[Tensor], mask: WeightDecayMask | None
+) -> tuple[ParamSpec, ...]:
+    """The parameters, with ``decays`` as ``weight_decay_mask`` says.
+
+    Raises:
+        ValueError: If there are more or fewer flags than parameters, or one is not True or False.
+    """
+    if mask is None:
+        return tuple(specs)
+    if callable(mask):
+        flags = [mask(spec.name, param) for spec, param in zip(specs, params, strict=True)]
+    else:
+        flags = list(mask)
+    if len(flags) != len(specs):
+        raise ValueError(
+            f"weight_decay_mask: expected one flag for each of the {len(specs)} parameters, got {len(flags)}"
+        )
+    for index, flag in enumerate(flags):
+        if not isinstance(flag, bool):
+            raise ValueError(
+                f"weight_decay_mask: expected True or False for parameter {index} ('{specs[index].name}'), got {flag!r}"
+            )
+    return tuple(dataclasses.replace(spec, decays=flag) for spec, flag in zip(specs, flags, strict=True))
 
 
 def written_scalars(
@@ -130,6 +179,10 @@ def unpack_groups(
             )
         names = {"param_names": group["param_names"]} if "param_names" in group else {}
         kept = {key: copy.deepcopy(value) for key, value in old.items() if key not in ("params", "param_names")}
+        # torch.distributed.checkpoint, and formats that know no tuples, make lists of them.
+        for key, value in kept.items():
+            if isinstance(value, list) and isinstance(defaults.get(key), tuple):
+                kept[key] = tuple(value)
         unpacked.append({**defaults, **kept, **names, "params": group["params"]})
     return unpacked
 

@@ -110,9 +110,15 @@ def holding_of(param: Tensor, name: str) -> Holding:
         return Holding(whole, whole)
     from torch.distributed.tensor import Replicate, Shard
 
+    coordinates = param.device_mesh.get_coordinate()
+    if coordinates is None:
+        raise UnsupportedParameterError(
+            f"parameter '{name}' {list(param.shape)}: expected a mesh of all ranks, got {param.device_mesh} without "
+            "this one; make an optimizer, with a service of its own, for each part of the model"
+        )
     first, last, num_replicas, replica = 0, param.shape[0] if param.dim() else 1, 1, 0
-    for dim, placement in enumerate(param.placements):
-        size, coordinate = param.device_mesh.size(dim), param.device_mesh.get_local_rank(dim)
+    for dim, (placement, coordinate) in enumerate(zip(param.placements, coordinates, strict=True)):
+        size = param.device_mesh.size(dim)
         if isinstance(placement, Replicate):
             num_replicas, replica = num_replicas * size, replica * size + coordinate
         elif type(placement) is Shard and placement.dim == 0:

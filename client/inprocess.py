@@ -30,6 +30,7 @@ from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
 from ..sharding.pieces import PieceValues
 from ..sharding.push import Push, PushHeader
+from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import ShardStatus, StepResult
 from ..sharding.vote import Decision
 from .flat import FlatBuffer
@@ -54,6 +55,7 @@ class InProcessService:
             raise ValueError(f"num_shards: expected at least 1, got {num_shards}")
         self._num_shards, self._device = num_shards, device
         self._group: ShardGroup | None = None
+        self._saved: SavedCheckpoint | None = None
 
     def status(self) -> dict[str, Any]:
         """As :meth:`stepwell.Service.status`."""
@@ -79,12 +81,15 @@ class InProcessService:
     def save(self, uri: str) -> int:
         """As :meth:`stepwell.Service.save`."""
         save_id, shards = uuid.uuid4().hex[:12], self.group.shards
+        status = shards[0].status()
+        if self._saved is not None and self._saved.serves(uri, self.group.spec, status):
+            return status.step
         files = [
             write_shard(shard.buffers, uri, shard_file_name(save_id, index, len(shards)))
             for index, shard in enumerate(shards)
         ]
-        status = shards[0].status()
         write_manifest(uri, build_manifest(self.group.spec, files, status))
+        self._saved = SavedCheckpoint.just_written(uri, self.group.spec, status)
         return status.step
 
     def restore(self, uri: str) -> int:
@@ -98,7 +103,7 @@ class InProcessService:
 
     def shutdown(self) -> None:
         """Forget the state."""
-        self._group = None
+        self._group, self._saved = None, None
 
     @property
     def group(self) -> ShardGroup:

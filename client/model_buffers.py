@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -92,19 +92,21 @@ class ModelBuffers:
             return {}
         return {index: self._value(index) for index in range(first, len(self._params))}
 
-    def changed_by_hand(self) -> dict[int, Tensor]:
-        """As :meth:`values`, of parameters that something else than this class has written since it last did."""
+    def changed_by_hand(self) -> list[int]:
+        """Indices of parameters that something else than this class has written since it last did."""
+        versions = enumerate(zip(self._params, self._versions, strict=True))
+        return [index for index, (param, version) in versions if version_of(param) != version]
+
+    def reloaded(self) -> dict[int, Tensor]:
+        """What this rank answers for of the parameters that were changed by hand, see :meth:`values`; flattened."""
         if self._holdings is None and self._rank != 0:
             return {}
-        return {
-            index: self._value(index)[1]
-            for index, (param, version) in enumerate(zip(self._params, self._versions, strict=True))
-            if version_of(param) != version
-        }
+        return {index: self._value(index)[1] for index in self.changed_by_hand()}
 
-    def mark_changed(self) -> None:
-        """Count all parameters as changed by hand."""
-        self._versions = [-1] * len(self._params)
+    def mark_changed(self, indices: Iterable[int] | None = None) -> None:
+        """Count these parameters, or all, as changed by hand."""
+        for index in range(len(self._params)) if indices is None else indices:
+            self._versions[index] = -1
 
     def _value(self, index: int) -> tuple[int, Tensor]:
         with torch.no_grad():

@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
-import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from ..optim import Rule
-from ..sharding.clipping import ClipLimits, require_positive
+from ..sharding.clipping import ClipLimits
 from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
 from ..sharding.vote import Decision
-from .groups import pack_groups, param_specs, plain_rule, read_hyper, show_scalars, unpack_groups, written_scalars
+from .copies import revive, take_snapshot
+from .groups import (
+    WeightDecayMask,
+    apply_mask,
+    pack_groups,
+    param_specs,
+    plain_rule,
+    read_hyper,
+    require_distinct,
+    show_scalars,
+    unpack_groups,
+    written_scalars,
+)
 from .holdings import holdings_of, resolve_gradients
 from .inprocess import InProcessService
+from .loss_scale import attached_scale
 from .resolve import resolve_ranks, resolve_service
-from .state_dict import from_states, load_header, to_param_state
+from .state_dict import (
+    from_states,
+    load_header,
+    read_reference,
+    read_states,
+    reference_uri,
+    require_state,
+    save_reference,
+    state_names,
+)
 from .transport import ServiceHandle
 from .worker import Worker, logger
 
@@ -31,17 +51,17 @@ if TYPE_CHECKING:
     from ..server.service import Service
 
 
-class ServiceOptions(TypedDict, total=False):
-    """Keywords of every optimizer, beside those of its rule; see :class:`ServiceOptimizer`."""
-
-    service: str | Service | InProcessService | None
-    rank: int | None
-    world_size: int | None
-    num_shards: int | None
-    gradients: Gradients | None
-    on_nonfinite: Literal["skip", "raise"]
-    max_grad_norm: float | None
-    max_grad_value: float | None
+_COPIED = (
+    "rule",
+    "gradients",
+    "max_grad_norm",
+    "max_grad_value",
+    "_on_nonfinite",
+    "_world_size",
+    "_reference_uri",
+    "_detached_from",
+)
+"""What copies carry beside torch's own attributes."""
 
 
 class ServiceOptimizer(torch.optim.Optimizer):
@@ -70,11 +90,18 @@ class ServiceOptimizer(torch.optim.Optimizer):
             ``torch.nn.utils.clip_grad_norm_`` would; ``math.inf`` measures only. None: neither.
         max_grad_value: Clip each element of the averaged gradient to this absolute value before that, as
             ``torch.nn.utils.clip_grad_value_`` would. None: do not.
+        weight_decay_mask: Which parameters decay: a callable of name and parameter, or one flag for each parameter in
+            index order; those that are added later then decay. None: all.
+        state_dict_form: ``"torch"``: ``state_dict()`` holds the whole state. ``"reference"``, for large models: it
+            saves a checkpoint through the service and holds where that is.
+        checkpoint_uri: A folder, as path or fsspec URI, that workers and shards can reach, for ``"reference"``.
+        carried: Further keys of every group, which mean nothing here and travel with state dicts.
 
     Attributes:
         max_grad_norm, max_grad_value: As above; what stands here on rank 0 goes with the next step.
 
     Raises:
+        ValueError: If an argument is out of range, or a parameter is given twice.
         HyperparameterError: If a group's value or a limit is out of range, or differs where the job has one for all.
         UnsupportedParameterError: If a parameter is sparse, complex, quantized or integer.
         ServiceError: If the service cannot be reached or started.
@@ -84,6 +111,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
     _worker: Worker | None = None
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to call ``step()`` whatever the gradients, with the scale as an attribute."""
+    _detached_from: str | None = None
+    _mask: WeightDecayMask | None = None
 
     def __init__(
         self,
@@ -98,16 +127,22 @@ class ServiceOptimizer(torch.optim.Optimizer):
         on_nonfinite: Literal["skip", "raise"] = "skip",
         max_grad_norm: float | None = None,
         max_grad_value: float | None = None,
+        weight_decay_mask: WeightDecayMask | None = None,
+        state_dict_form: Literal["torch", "reference"] = "torch",
+        checkpoint_uri: str | None = None,
+        carried: Mapping[str, object] | None = None,
     ) -> None:
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite: expected 'skip' or 'raise', got {on_nonfinite!r}")
         ClipLimits(max_grad_norm, max_grad_value)
         self.max_grad_norm, self.max_grad_value = max_grad_norm, max_grad_value
-        super().__init__(params, rule.defaults())
+        self._reference_uri = reference_uri(state_dict_form, checkpoint_uri)
+        super().__init__(params, {**rule.defaults(), **(carried or {})})
         self.rule, self._on_nonfinite = plain_rule(rule), on_nonfinite
         read_hyper(self.rule, self.param_groups)
         rank, self._world_size = resolve_ranks(rank, world_size)
         self.gradients = resolve_gradients(gradients, self._named_params(), self._world_size)
+        self._mask = weight_decay_mask
         spec, params, holdings = self._describe_job()
         device = params[0].device if params else torch.device("cpu")
         transport = resolve_service(
@@ -161,7 +196,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
             NonFiniteGradientError: With ``on_nonfinite="raise"``, if it was skipped.
             ServiceError: If the service did not answer. The next call finds out what became of the step.
         """
-        with self._loss_scale() as (grad_scale, found_inf):
+        with attached_scale(self) as (grad_scale, found_inf):
             worker = self._settled()
             loss = None
             if closure is not None:
@@ -204,19 +239,18 @@ class ServiceOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's form, keyed by parameter index, as the reference optimizer would give it.
 
-        Any rank may call it, between steps; it reads the whole state from the service. A parameter that never had a
-        gradient has no entry.
+        Any rank may call it, between steps; it reads the whole state from the service. After the first step a parameter
+        that never had a gradient has no entry. With ``state_dict_form="reference"`` the service saves a checkpoint
+        instead, once for all ranks, and ``state_dict["stepwell"]`` holds its ``uri``, ``step`` and ``digest``.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         worker = self._settled()
-        values, status = worker.transport.read_state()
-        state = {
-            index: to_param_state(worker.spec, index, values, count)
-            for index, count in enumerate(status.step_counts)
-            if count
-        }
-        state_dict: dict[str, Any] = {"state": state, "param_groups": pack_groups(self.param_groups)}
+        state_dict: dict[str, Any] = {"state": {}, "param_groups": pack_groups(self.param_groups)}
+        if self._reference_uri is not None:
+            state_dict["stepwell"] = save_reference(worker, self._reference_uri)
+        else:
+            state_dict["state"] = read_states(worker)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             hooked = post_hook(self, state_dict)
             state_dict = state_dict if hooked is None else hooked
@@ -226,9 +260,12 @@ class ServiceOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict of this class or of the reference optimizer. Called on every rank; rank 0's state counts.
 
+        One that refers to a checkpoint restores the service from it, and the model takes its parameters over.
+
         Raises:
-            ValueError: If the number or sizes of the groups differ, as torch.
+            ValueError: If the number or sizes of the groups differ, as torch; if it has lost its reference on the way.
             JobMismatchError: If a slot is missing, unknown or of another length. Nothing has changed.
+            CheckpointError: If the checkpoint is not there, damaged, or not the one that the state dict was made with.
         """
         loaded = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -237,9 +274,13 @@ class ServiceOptimizer(torch.optim.Optimizer):
         worker = self._registered
         groups = unpack_groups(loaded["param_groups"], self.param_groups, self.defaults)
         read_hyper(self.rule, groups)
-        values, step_counts = from_states(worker.spec, loaded["param_groups"], loaded["state"])
-        header = load_header(worker.spec, step_counts, groups, worker.sequence)
-        worker.load(values, header)
+        if "stepwell" in loaded:
+            worker.restore(*read_reference(loaded["stepwell"]))
+        else:
+            if self._reference_uri is not None:
+                require_state(loaded["state"])
+            values, step_counts = from_states(worker.spec, loaded["param_groups"], loaded["state"])
+            worker.load(values, load_header(worker.spec, step_counts, groups, worker.sequence))
         self.param_groups = groups
         show_scalars(groups, worker.scalars)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -251,10 +292,12 @@ class ServiceOptimizer(torch.optim.Optimizer):
         The added parameters begin with rank 0's values; what exists stays as it is, to the bit.
 
         Raises:
-            ValueError: As torch, if a parameter is in another group already.
+            ValueError: If a parameter is in a group already.
             HyperparameterError: If the group's values are out of range.
             JobMismatchError: If the ranks add different groups. The optimizer and the service are as before.
         """
+        if isinstance(param_group, dict):
+            require_distinct(param_group, self.param_groups)
         super().add_param_group(param_group)
         if self._worker is None:
             return  # torch's constructor at work
@@ -277,18 +320,24 @@ class ServiceOptimizer(torch.optim.Optimizer):
 
     def _describe_job(self) -> tuple[JobSpec, list[torch.Tensor], Holdings | None]:
         """The job, all parameters, and what this rank holds of them if they are sharded."""
-        named, groups = self._named_params(), self.param_groups
-        spec = JobSpec(self.rule, tuple(param_specs(groups)), len(groups), self._world_size, gradients=self.gradients)
-        return spec, [param for _, param in named], holdings_of(named) if self.gradients == "sharded" else None
+        named, groups, mask = self._named_params(), self.param_groups, self._mask
+        params = [param for _, param in named]
+        if self._worker is not None and mask is not None and not callable(mask):
+            mask = [*mask, *[True] * (len(params) - len(mask))]
+        specs = apply_mask(list(param_specs(groups)), params, mask)
+        spec = JobSpec(self.rule, specs, len(groups), self._world_size, gradients=self.gradients)
+        return spec, params, holdings_of(named) if self.gradients == "sharded" else None
 
     def _show_service(self) -> None:
-        """Write what code looks for: scalars into the groups, something into the state.
+        """Write what code looks for: scalars into the groups, names into the state.
 
-        Code that finds an empty state takes a step of its own to fill it.
+        Code that finds an empty state takes a step of its own to fill it, and some looks up the names in it.
         """
-        show_scalars(self.param_groups, self._registered.scalars)
-        for _, param in self._named_params():
-            self.state[param]["service"] = self._registered.transport.service.name
+        worker = self._registered
+        show_scalars(self.param_groups, worker.scalars)
+        for index, (_, param) in enumerate(self._named_params()):
+            names = state_names(worker.spec, index)
+            self.state[param] = dict.fromkeys(names, f"in service {worker.transport.service.name!r}")
 
     def _tell_of_skip(self, sequence: int, *, is_scaled: bool) -> None:
         message = f"step {sequence} was skipped on all shards: the averaged gradient holds inf or NaN"
@@ -297,28 +346,43 @@ class ServiceOptimizer(torch.optim.Optimizer):
         # A scaler tries scales that are too large on purpose.
         logger.log(logging.INFO if is_scaled else logging.WARNING, message)
 
-    @contextlib.contextmanager
-    def _loss_scale(self) -> Iterator[tuple[float, bool]]:
-        """What ``torch.amp.GradScaler`` has attached for this step: the scale, and whether it found inf or NaN.
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle carries: of an in-process optimizer all; of any other all but its place in the job.
 
-        It removes both afterwards, but not if the step fails. They must go then too: it multiplies a scale that it
-        finds with its own.
+        Hooks stay behind, as torch's do.
         """
-        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        try:
-            grad_scale = 1.0 if scale is None else float(scale)
-            require_positive("grad_scale", grad_scale, below=math.inf)
-            yield grad_scale, bool(found_inf)
-        except BaseException:
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
-            raise
+        state: dict[str, Any] = super().__getstate__()
+        state.update({name: getattr(self, name) for name in _COPIED})
+        if self._worker is None:
+            return state
+        worker = self._settled()
+        state["_mask"] = [spec.decays for spec in worker.spec.params]  # a callable may have no pickle
+        service = worker.transport.service
+        if isinstance(service, InProcessService):
+            return {**state, "snapshot": take_snapshot(worker, service)}
+        return {**state, "_detached_from": service.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, or what was pickled: an optimizer of its own if the original was in-process, else detached."""
+        state = dict(state)
+        snapshot = state.pop("snapshot", None)
+        defaults = dict(state["defaults"])
+        super().__setstate__(state)
+        self.defaults = defaults  # torch adds a key of its own
+        if snapshot is not None:
+            self._worker = revive(snapshot, [param for group in self.param_groups for param in group["params"]])
+            atexit.register(_close_at_exit, weakref.ref(self))
 
     @property
     def _registered(self) -> Worker:
-        if self._worker is None:
-            raise RuntimeError("this optimizer is closed, or a copy of another; make one with the constructor")
-        return self._worker
+        if self._worker is not None:
+            return self._worker
+        if self._detached_from is not None:
+            raise RuntimeError(
+                f"this is a copy of an optimizer of service {self._detached_from!r}, and has no place in its job: use "
+                "the original, or make an optimizer with the constructor and give it the original's state_dict()"
+            )
+        raise RuntimeError("this optimizer is closed; make one with the constructor")
 
     def _settled(self) -> Worker:
         """The worker, once it is known what became of its last step."""

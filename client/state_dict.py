@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,53 @@ from torch import Tensor
 from ..optim import Rule, Slot
 from ..server.messages import LoadHeader
 from ..sharding.buffers import MASTER
-from ..sharding.errors import JobMismatchError
+from ..sharding.errors import CheckpointError, JobMismatchError
 from ..sharding.job import JobSpec
 from ..sharding.layout import ParamSpec, dtype_from_name
+from ..sharding.saved import manifest_digest
 from .groups import read_scalar
+from .holdings import whole_value
 from .transport import Values
+from .worker import Worker
+
+
+def reference_uri(state_dict_form: str, checkpoint_uri: str | None) -> str | None:
+    """Where state dicts of the form "reference" save to; None for torch's form.
+
+    Raises:
+        ValueError: If the form is neither, or the two do not fit.
+    """
+    if state_dict_form not in ("torch", "reference"):
+        raise ValueError(f"state_dict_form: expected 'torch' or 'reference', got {state_dict_form!r}")
+    if state_dict_form == "torch":
+        return None
+    if not checkpoint_uri:
+        raise ValueError(
+            f"checkpoint_uri: expected where to save to, with state_dict_form='reference', got {checkpoint_uri!r}"
+        )
+    return checkpoint_uri
+
+
+def read_states(worker: Worker) -> dict[int, dict[str, Any]]:
+    """Every parameter's state; one that never had a gradient has none, if any other had one.
+
+    Before the first step all have their initial state: torch.distributed.checkpoint cannot load a full state dict into
+    an optimizer that shows none.
+    """
+    values, status = worker.transport.read_state()
+    is_fresh = not any(status.step_counts)
+    return {
+        index: to_param_state(worker.spec, index, values, count)
+        for index, count in enumerate(status.step_counts)
+        if count or is_fresh
+    }
+
+
+def state_names(spec: JobSpec, index: int) -> list[str]:
+    """The names in one parameter's state."""
+    param = spec.params[index]
+    master = [MASTER.name] if dtype_from_name(param.dtype) != param.state_dtype else []
+    return ["step", *(slot.name for slot in spec.rule.slots), *master]
 
 
 def to_param_state(spec: JobSpec, index: int, values: Values, step_count: int) -> dict[str, Any]:
@@ -51,10 +94,14 @@ def from_states(
     values: dict[tuple[int, str], Tensor] = {}
     step_counts: dict[int, int] = {}
     index_of = {key: index for index, key in enumerate(key for group in groups for key in group["params"])}
-    for key, state in states.items():
+    for key, given in states.items():
         if key not in index_of:
             raise JobMismatchError(f"state dict: expected states of its groups' parameters only, got one of {key!r}")
         index = index_of[key]
+        # Flattened and unflattened by torch.distributed.checkpoint, what was not there has become an empty dict.
+        state = {name: value for name, value in given.items() if not (isinstance(value, dict) and not value)}
+        if given and not state:
+            continue
         # torch.optim.SGD counts no steps; that it has a state means that it took one.
         step_counts[index] = int(state["step"]) if "step" in state else 1
         known = {slot.name: slot for slot in (*spec.rule.slots, MASTER)}
@@ -85,6 +132,45 @@ def load_header(
     return LoadHeader(step_counts=dict(step_counts), scalars=scalars, sequence=sequence, step=step)
 
 
+def save_reference(worker: Worker, checkpoint_uri: str) -> dict[str, Any]:
+    """Save through the service to ``<checkpoint_uri>/step-<n>``; what a state dict holds in place of the state.
+
+    Every rank may call it between the same two steps: the service writes once.
+    """
+    uri = posixpath.join(checkpoint_uri, f"step-{worker.num_steps}")
+    step = worker.transport.service.save(uri)
+    return {"uri": uri, "step": step, "digest": manifest_digest(uri)}
+
+
+def require_state(states: Mapping[Any, Mapping[str, Any]]) -> None:
+    """See that a state dict that has lost its reference on the way is not taken for that of a fresh optimizer.
+
+    Raises:
+        ValueError: If no parameter has a state.
+    """
+    if not any(isinstance(value, Tensor) for state in states.values() for value in state.values()):
+        raise ValueError(
+            "state dict: expected 'stepwell' or a state, got neither. With state_dict_form='reference' save what "
+            "optimizer.state_dict() returns: torch.distributed.checkpoint.state_dict's functions drop the reference"
+        )
+
+
+def read_reference(reference: object) -> tuple[str, str]:
+    """URI and digest of what :func:`save_reference` gave.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    if isinstance(reference, Mapping):
+        uri, digest = reference.get("uri"), reference.get("digest")
+        if isinstance(uri, str) and isinstance(digest, str):
+            return uri, digest
+    raise CheckpointError(
+        f"state dict: expected 'stepwell' to hold a checkpoint's uri, step and digest, got {reference!r}; "
+        "use it as state_dict() returned it"
+    )
+
+
 def _slot_values(spec: JobSpec, index: int, slot: Slot, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise JobMismatchError(
@@ -97,7 +183,7 @@ def _slot_values(spec: JobSpec, index: int, slot: Slot, value: object) -> Tensor
         raise JobMismatchError(
             _describe(spec, index) + f"has {slot.name} with {value.numel()} elements; expected {expected}"
         )
-    return value.detach().reshape(-1).to(spec.params[index].state_dtype)
+    return whole_value(value.detach()).reshape(-1).to(spec.params[index].state_dtype)
 
 
 def _describe(spec: JobSpec, index: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -13,10 +14,11 @@ from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
 from ..sharding.clipping import ClipLimits
 from ..sharding.coverage import Holdings
-from ..sharding.errors import AttemptError, JobMismatchError, StepAbortedError
+from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, StepAbortedError
 from ..sharding.job import JobSpec
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader, pack_present
+from ..sharding.saved import manifest_digest
 from ..sharding.shard import StepResult
 from ..sharding.vote import Decision
 from .model_buffers import ModelBuffers, common_device
@@ -138,7 +140,7 @@ class Worker:
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
-        reloaded = self._buffers.changed_by_hand()
+        reloaded = self._buffers.reloaded()
         self._is_open = True
         self._attempt += 1
         try:
@@ -181,7 +183,7 @@ class Worker:
         if self.rank == 0:
             self._adopt(self.transport.load(as_pieces(values), header))
         else:
-            self._adopt(self.transport.wait_until_loaded(self.timeline))
+            self._adopt(self._next_timeline())
 
     def refresh(self) -> None:
         """Take over the service's parameters, scalars and step number."""
@@ -193,9 +195,32 @@ class Worker:
         self.transport.read_parameters(self._buffers.held)
         self._buffers.write_parameters()
 
-    def mark_changed(self) -> None:
-        """Send all parameters with the next step, as changed by hand."""
-        self._buffers.mark_changed()
+    def restore(self, uri: str, digest: str) -> None:
+        """Restore the service from a checkpoint; called on every rank, rank 0 does it.
+
+        Raises:
+            CheckpointError: If the checkpoint is not the one with this digest, or damaged.
+        """
+        found = manifest_digest(uri)
+        if found != digest:
+            raise CheckpointError(
+                f"{uri}: expected the checkpoint whose manifest has SHA-256 {digest}, got {found}; it was replaced "
+                "since the state dict was made. Use a state dict and a checkpoint of the same save"
+            )
+        if self.rank == 0:
+            self.transport.service.restore(uri)
+            self._adopt(self.transport.refresh())
+        else:
+            self._adopt(self._next_timeline())
+        self.take_parameters()
+
+    def changed_by_hand(self) -> list[int]:
+        """Indices of parameters that something else than this class has written since it last did."""
+        return self._buffers.changed_by_hand()
+
+    def mark_changed(self, indices: Iterable[int] | None = None) -> None:
+        """Send these parameters, or all, with the next step, as changed by hand."""
+        self._buffers.mark_changed(indices)
 
     def _adopt(self, registration: Registration) -> None:
         spec = unpack_job(registration.spec)
@@ -212,8 +237,13 @@ class Worker:
         if self.spec.gradients == "sharded":
             return self.transport.hand_in(_as_pieces(self._buffers.values()))
         if self.rank != 0:
-            return self.transport.wait_until_loaded(self.timeline)
+            return self._next_timeline()
         return self.transport.load(_as_pieces(self._buffers.values()), LoadHeader())
+
+    def _next_timeline(self) -> Registration:
+        """Wait for the load of rank 0 that belongs to this rank's; rank 0 may have loaded again by now."""
+        registration = self.transport.wait_until_loaded(self.timeline)
+        return dataclasses.replace(registration, timeline=self.timeline + 1)
 
     def _close_step(self, result: StepResult) -> None:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.

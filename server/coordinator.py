@@ -23,6 +23,7 @@ from ..sharding.errors import (
     UnknownRankError,
 )
 from ..sharding.job import JobSpec
+from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import ShardStatus
 from .calls import gather
 from .config import ServiceConfig
@@ -79,6 +80,7 @@ class Coordinator:
         self._spec: JobSpec | None = None
         self._timeline = 0
         self._loaded = asyncio.Event()
+        self._saved: SavedCheckpoint | None = None
         self._workers: dict[int, Worker] = {}
         self._left: set[int] = set()
         self._covering = Rendezvous(self._require_cover, what="all ranks to register")
@@ -142,7 +144,12 @@ class Coordinator:
         Args:
             values: References to its parts, passed on to the shards.
             header: The small part of the state.
+
+        Raises:
+            ServiceTimeoutError: If a rank does not register in time.
         """
+        if self._loaded.is_set():
+            await self._await_ranks()
         async with self._changing:
             try:
                 await self._all("hold", what="the shards to come to rest")
@@ -199,14 +206,20 @@ class Coordinator:
             return await self._registration()
 
     async def save(self, uri: str) -> int:
-        """Write a checkpoint between two steps; returns the number of steps in it."""
+        """Write a checkpoint between two steps; returns the number of steps in it.
+
+        Ranks that ask for the same one, between the same two steps, get it written once.
+        """
         async with self._changing:
             spec = self._require_spec()
             try:
                 status = await self._settle()
+                if self._saved is not None and await asyncio.to_thread(self._saved.serves, uri, spec, status):
+                    return status.step
                 files = await self._all("save", uri, uuid.uuid4().hex[:12], what=f"the shards to write {uri}")
                 manifest = build_manifest(spec, files, status)
                 await asyncio.to_thread(write_manifest, uri, manifest)
+                self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, spec, status)
             finally:
                 await self._all("release", what="the shards to go on")
         return status.step
@@ -230,6 +243,17 @@ class Coordinator:
         return True
 
     # Within
+
+    async def _await_ranks(self) -> None:
+        """Wait until all ranks are here: each of them loads, and one that came after would wait for another load."""
+        deadline = asyncio.get_running_loop().time() + self._config.worker_timeout_s
+        while missing := set(range(self._require_spec().world_size)) - (self._workers.keys() - self._left):
+            if asyncio.get_running_loop().time() > deadline:
+                raise ServiceTimeoutError(
+                    f"rank {min(missing)} did not register within {self._config.worker_timeout_s:g} s; "
+                    "every rank makes its optimizer and loads the state dict"
+                )
+            await asyncio.sleep(POLL_S)
 
     async def _adopt(self, spec: JobSpec, rank: int) -> None:
         if self._spec is None:

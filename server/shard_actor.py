@@ -187,12 +187,14 @@ class ShardActor:
 
     async def export(self) -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
         """Every owned piece as (param, slot, offset, values), and where the shard stands."""
-        shard = self._whole_job()
 
-        def export() -> list[tuple[int, str, int, WireTensor]]:
-            return [(piece.param, slot, piece.offset, to_wire(v)) for slot, piece, v in shard.buffers.export()]
+        def export() -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
+            shard = self._whole_job()
+            pieces = [(piece.param, slot, piece.offset, to_wire(v)) for slot, piece, v in shard.buffers.export()]
+            return pieces, shard.status()
 
-        return await self._compute(export), shard.status()
+        exported: tuple[list[tuple[int, str, int, WireTensor]], ShardStatus] = await self._compute(export)
+        return exported
 
     async def status(self) -> ShardStatus | None:
         """Where the shard stands; None without a job."""
@@ -235,7 +237,7 @@ class ShardActor:
         """
         try:
             result = await self._result((timeline, sequence, incarnation, attempt), rank, timeout_s)
-            return result, await self.parameters(dtypes, rank, wanted) if result.decision is Decision.COMMIT else []
+            return result, self._parameters(dtypes, rank, wanted) if result.decision is Decision.COMMIT else []
         except StepwellError as error:
             return error, []
 
@@ -246,9 +248,12 @@ class ShardActor:
         return self._job().result(timeline, sequence)
 
     async def parameters(self, dtypes: Sequence[str], rank: int, wanted: Part) -> list[WireTensor]:
-        """A rank's part of the owned parameters, flat, per extent, in the wanted dtypes."""
-        parts = self._whole_job().parameters([dtype_from_name(name) for name in dtypes], rank, wanted)
-        return [to_wire(part) for part in parts]
+        """A rank's part of the owned parameters, flat, per extent, in the wanted dtypes.
+
+        They are as of after a step or load that is under way.
+        """
+        parts: list[WireTensor] = await self._compute(lambda: self._parameters(dtypes, rank, wanted))
+        return parts
 
     async def attend(self, timeline: int, sequence: int) -> None:
         """Vote on a step that another shard waits in, whoever is missing here; called by that shard.
@@ -260,6 +265,10 @@ class ShardActor:
             self._start(shard)
 
     # Within
+
+    def _parameters(self, dtypes: Sequence[str], rank: int, wanted: Part) -> list[WireTensor]:
+        parts = self._whole_job().parameters([dtype_from_name(name) for name in dtypes], rank, wanted)
+        return [to_wire(part) for part in parts]
 
     def _receive(self, request: bytes, gradient: Sequence[WireTensor], reloaded: Mapping[int, WireTensor]) -> Receipt:
         header = unpack_push(request)

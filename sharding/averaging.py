@@ -34,6 +34,8 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[T
 def assemble(pushes: Sequence[Push], present: Tensor, buffers: Buffers, runs: Sequence[Sequence[Runs]]) -> list[Tensor]:
     """Put the ranks' parts of a gradient that is reduced already side by side; no two ranks push the same element.
 
+    Each rank's scale is undone, in the state dtype.
+
     Args:
         pushes: All ranks' pushes, in rank order.
         present: ``(world_size, num_tensors)`` bool.

@@ -11,7 +11,23 @@ from . import optim
 from .client.grad_scaler import GradScaler
 from .client.inprocess import InProcessService
 from .client.optimizer import ServiceOptimizer
-from .client.optimizers import LAMB, AdamW, Prodigy
+from .client.optimizers import (
+    LAMB,
+    SGD,
+    UM,
+    Adam,
+    AdamW,
+    BAdam,
+    DuvAdam,
+    Momentum,
+    PreLAMB,
+    Prodigy,
+    RAdam,
+    RMSprop,
+    SAdam,
+    SRAdam,
+    SUAdam,
+)
 from .sharding.errors import StepwellError
 
 if TYPE_CHECKING:
@@ -33,10 +49,22 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "LAMB",
+    "SGD",
+    "UM",
+    "Adam",
     "AdamW",
+    "BAdam",
+    "DuvAdam",
     "GradScaler",
     "InProcessService",
+    "Momentum",
+    "PreLAMB",
     "Prodigy",
+    "RAdam",
+    "RMSprop",
+    "SAdam",
+    "SRAdam",
+    "SUAdam",
     "Service",
     "ServiceOptimizer",
     "StepwellError",

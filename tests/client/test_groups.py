@@ -154,7 +154,7 @@ def test_rule_travels_without_tensors() -> None:
 
 def test_tensor_lr_stays_the_callers_tensor() -> None:
     net, lr = make_net(), torch.tensor(0.01)
-    optimizer = stepwell.AdamW(net.parameters(), lr=lr)  # type: ignore[arg-type]
+    optimizer = stepwell.AdamW(net.parameters(), lr=lr)
     train(net, optimizer, [0])
     before = values_of(net.parameters())
     lr.zero_()

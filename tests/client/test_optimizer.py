@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import stepwell
 from stepwell.sharding.errors import HyperparameterError, NonFiniteGradientError, UnsupportedParameterError
@@ -81,15 +79,6 @@ def test_grad_scaler_works_with_it() -> None:
     assert_close(net.parameters(), other.parameters(), rtol=1e-6, atol=1e-7)
 
 
-def test_step_hooks_run() -> None:
-    net, seen = make_net(), []
-    optimizer = stepwell.AdamW(net.parameters())
-    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
-    train(net, optimizer, [0])
-    assert seen == ["before", "after"]
-
-
 def test_two_optimizers_do_not_meet() -> None:
     net, other, alone = make_net(), make_net(), make_net()
     first, second = stepwell.Prodigy(net.parameters()), stepwell.AdamW(other.parameters(), lr=0.01)
@@ -112,44 +101,6 @@ def test_close_ends_it_and_may_be_repeated() -> None:
         with pytest.raises(RuntimeError, match="this optimizer is closed"):
             use()
     assert_equal(net.parameters(), before)
-
-
-def test_copy_is_not_an_optimizer() -> None:
-    optimizer = stepwell.AdamW(make_net().parameters())
-    with pytest.raises(RuntimeError, match="a copy of another"):
-        copy.deepcopy(optimizer).step()
-
-
-# torch.distributed.checkpoint
-
-
-@pytest.mark.parametrize("num_steps", [0, 2])
-def test_distributed_checkpoint_takes_no_step(num_steps: int) -> None:
-    net = make_net()
-    optimizer = stepwell.Prodigy(net.parameters())
-    assert optimizer.state
-    train(net, optimizer, range(num_steps))
-    optimizer.zero_grad()
-    before, state = values_of(net.parameters()), optimizer.state_dict()
-    saved = get_optimizer_state_dict(net, optimizer)
-    assert optimizer.service.status()["step"] == num_steps
-    assert_equal(net.parameters(), before)
-    assert saved["param_groups"][0]["params"] == [name for name, _ in net.named_parameters()]  # type: ignore[call-overload,index]
-    assert len(saved["state"]) == len(state["state"])
-
-
-def test_distributed_checkpoint_restores_it() -> None:
-    net, resumed = make_net(), make_net()
-    optimizer = stepwell.Prodigy(net.parameters())
-    train(net, optimizer, range(3))
-    saved = get_optimizer_state_dict(net, optimizer)
-    resumed.load_state_dict(net.state_dict())
-    successor = stepwell.Prodigy(resumed.parameters())
-    set_optimizer_state_dict(resumed, successor, saved)
-    assert successor.service.status()["step"] == 3
-    for each, its_optimizer in ((net, optimizer), (resumed, successor)):
-        train(each, its_optimizer, range(3, 6))
-    assert_equal(resumed.parameters(), net.parameters())
 
 
 # Parameters changed by hand

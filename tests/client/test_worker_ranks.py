@@ -214,6 +214,19 @@ def test_every_rank_loads_the_state_of_rank_0() -> None:
     assert_same_state(resumed.optimizers[1].state_dict(), workers.optimizers[0].state_dict())
 
 
+def test_rank_that_is_slow_loads_as_often_as_rank_0() -> None:
+    workers = Workers(SharedShards())
+    workers.set_grads(0)
+    workers.step()
+    saved = workers.optimizers[0].state_dict()
+    for rank in range(2):
+        for _ in range(2):
+            workers.optimizers[rank].load_state_dict(saved)
+    workers.set_grads(1)
+    workers.step()
+    assert_equal(workers.params[0], workers.params[1])
+
+
 @pytest.mark.parametrize(
     ("params", "options", "message"),
     [

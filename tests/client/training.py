@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import stepwell
 
 
 def make_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -50,6 +53,14 @@ def drive(params: Sequence[Tensor], optimizer: torch.optim.Optimizer, steps: Ite
     for step in steps:
         set_grads(params, step)
         optimizer.step()
+
+
+def decaying(name: str, params: Iterable[Tensor]) -> stepwell.ServiceOptimizer:
+    """A named optimizer whose weights decay, where its rule has that."""
+    make, options = vars(stepwell)[name], {"lr": 0.01, "weight_decay": 0.1}
+    known = inspect.signature(make).parameters
+    optimizer: stepwell.ServiceOptimizer = make(params, **{key: options[key] for key in options if key in known})
+    return optimizer
 
 
 def copies_of(params: Iterable[Tensor], dtype: torch.dtype | None = None) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import stepwell
 from stepwell.sharding.errors import JobMismatchError, MissingRankError, NonFiniteGradientError
 from tests.integration.conftest import Launch
 from tests.integration.processes import assert_all_end, processes_with
-from tests.integration.training import D0, Oracle, Trainer, errors_on_all, make_workers, on_all, small_in_order
+from tests.integration.training import D0, LIMIT_S, Oracle, Trainer, errors_on_all, make_workers, on_all, small_in_order
 from tests.zoo import Problem, ZooTensor, assert_same_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,28 @@ def test_four_workers_give_what_one_does(launch: Launch) -> None:
     for worker in workers:
         oracle.require_same(worker)
     require_close_to_one_worker(workers)
+    on_all(workers, lambda worker: worker.optimizer.close())
+
+
+def test_load_state_dict_waits_for_a_rank_that_has_not_registered_yet(launch: Launch) -> None:
+    """Rank 1 registers after rank 0 wants to load; it would else wait for a load that has been."""
+    service = launch(1, worker_timeout_s=LIMIT_S)
+    saved = Trainer(small_in_order(), stepwell.Prodigy, d0=D0).run(3).optimizer.state_dict()
+
+    def load(rank: int) -> Trainer:
+        worker = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, service=service, rank=rank, world_size=2)
+        worker.optimizer.load_state_dict(saved)
+        worker.step = 3
+        return worker
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(load, 0)
+        while not service.status().get("timeline"):
+            assert not first.done()
+        second = pool.submit(load, 1)
+        workers = [loading.result(timeout=LIMIT_S) for loading in (first, second)]
+    on_all(workers, lambda worker: worker.run(5))
+    assert_same_tensors(workers[0].params, workers[1].params, "parameter")
     on_all(workers, lambda worker: worker.optimizer.close())
 
 

@@ -143,6 +143,20 @@ def test_replicated_ranks_give_the_bits_of_one_rank(rule: Rule, num_shards: int,
     assert_same_state(run.state(), Run(small(), rule).steps(10).state())
 
 
+def test_each_ranks_scale_is_undone_and_the_whole_gradient_clipped() -> None:
+    holdings = split_rows(small(), 2)
+    run = PartedRun(small(), LAMBRule(), "sharded", num_shards=3, world_size=2, holdings=holdings)
+    alone = Run(small(), LAMBRule())
+    for _ in range(3):
+        gradients = run.problem_gradients()
+        for rank, (scale, limit) in enumerate(((1024.0, 0.5), (2.0, None))):
+            scaled = {index: gradient * scale for index, gradient in gradients.items()}
+            result = run.group.push(run.pushes_of(rank, scaled, grad_scale=scale, max_grad_norm=limit))
+        assert result is not None
+        assert result.grad_norm == alone.step(max_grad_norm=0.5).grad_norm
+    assert_same_state(run.state(), alone.state())
+
+
 @pytest.mark.parametrize("part", ["pushed", "held"])
 def test_rank_gets_back_what_it_holds(part: str) -> None:
     problem = Problem((*straddling().tensors, ZooTensor((40, 13), dtype="float64")))

@@ -1,0 +1,63 @@
+"""Which checkpoint was written last, so that ranks which ask for the same one get it once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import posixpath
+
+import fsspec
+
+from .checkpoint import MANIFEST_NAME
+from .errors import CheckpointError
+from .job import JobSpec
+from .shard import ShardStatus
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """A checkpoint and the moment that it is of.
+
+    Attributes:
+        uri: Where it is.
+        spec: The job, which a parameter group may be added to.
+        timeline, sequence: Where the shards stood.
+        digest: Of its manifest, see :func:`manifest_digest`.
+    """
+
+    uri: str
+    spec: JobSpec
+    timeline: int
+    sequence: int
+    digest: str
+
+    @classmethod
+    def just_written(cls, uri: str, spec: JobSpec, status: ShardStatus) -> SavedCheckpoint:
+        """The checkpoint at ``uri``, just written by shards at ``status``."""
+        return cls(uri, spec, status.timeline, status.sequence, manifest_digest(uri))
+
+    def serves(self, uri: str, spec: JobSpec, status: ShardStatus) -> bool:
+        """Whether a save to ``uri`` by shards at ``status`` would write the same again, and it is still there."""
+        wanted = (uri, spec, status.timeline, status.sequence)
+        if wanted != (self.uri, self.spec, self.timeline, self.sequence):
+            return False
+        try:
+            return manifest_digest(uri) == self.digest
+        except CheckpointError:
+            return False
+
+
+def manifest_digest(uri: str) -> str:
+    """The SHA-256 of a checkpoint's manifest, which names its files: two saves never have the same.
+
+    Raises:
+        CheckpointError: If there is none, or it cannot be read.
+    """
+    try:
+        with fsspec.open(posixpath.join(uri, MANIFEST_NAME), "rb") as stream:
+            data: bytes = stream.read()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{uri}: there is no complete checkpoint here ({MANIFEST_NAME} is missing)") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"{uri}: cannot be read ({error})") from error
+    return hashlib.sha256(data).hexdigest()
