@@ -44,7 +44,7 @@ def main(resume: bool) -> None:
     loader = DataLoader(TensorDataset(inputs, inputs.sin().sum(dim=1, keepdim=True)), batch_size=32)
     trainer = lightning.Trainer(
         max_steps=NUM_STEPS,
-        limit_train_batches=10,
+        limit_train_batches=5,
         gradient_clip_val=10.0,  # Lightning clips, within the optimizer's closure
         accelerator="cpu",
         logger=False,
