@@ -52,12 +52,14 @@ class ParamSpec:
         shape: Its shape.
         dtype: The model's dtype for it, by name.
         group: The index of its parameter group.
+        decays: Whether its group's weight decay is for it too.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     group: int
+    decays: bool = True
 
     @property
     def numel(self) -> int:

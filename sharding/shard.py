@@ -14,7 +14,7 @@ from collections.abc import Generator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..optim import Combined, ReducingRule, Scope, StepInputs
+from ..optim import Combined, ReducingRule, StepInputs
 from .averaging import average, count_nonfinite
 from .buffers import MASTER, Buffers, StateSource
 from .errors import (
@@ -31,7 +31,7 @@ from .errors import (
 )
 from .job import JobSpec, kernel_identity
 from .kernels import run_apply, run_local
-from .partials import SumTable
+from .partials import sum_table
 from .push import Inbox, Push, PushHeader, check_gradient, check_hyper, unpack_present
 from .vote import Decision, cast_vote, count_votes
 
@@ -107,15 +107,18 @@ class Shard:
         self.spec = spec
         self.layout = spec.layout()
         self.device = device or torch.device("cpu")
-        self.buffers = Buffers(self.layout, spec.rule, shard, num_shards, self.device)
-        self.scalars: Mapping[str, float] = spec.rule.initial_scalars
+        self._keys = spec.keys()
+        self.buffers = Buffers(
+            self.layout, spec.rule, keys=self._keys, shard=shard, num_shards=num_shards, device=self.device
+        )
+        self.scalars: Mapping[str, float] = spec.rule.initial_scalars(spec.num_groups)
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
         self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
         self._shard, self._num_shards = shard, num_shards
         self._group_of_tensor = self.layout.group_of_tensor()
         self._numel = torch.tensor([param.numel for param in spec.params], dtype=torch.float64)
-        scope = spec.rule.scope if isinstance(spec.rule, ReducingRule) else Scope.MODEL
-        self._table = SumTable(self.layout, scope, spec.num_groups)
+        self._decays = torch.tensor([param.decays for param in spec.params], dtype=torch.bool)
+        self._table = sum_table(self.layout, spec.rule, keys=self._keys, num_groups=spec.num_groups)
         self._hyper_names = sorted(spec.rule.hyper(spec.rule.defaults()))
         self._incarnations: dict[int, str] = {}
         self._inbox = Inbox(spec.world_size)
@@ -180,7 +183,7 @@ class Shard:
         self.buffers.load(source)
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)
-        self.scalars = {**self.spec.rule.initial_scalars, **source.scalars}
+        self.scalars = {**self.spec.rule.initial_scalars(self.spec.num_groups), **source.scalars}
         self.timeline, self.sequence = timeline, source.sequence
         self.num_steps, self.num_skipped = source.step, source.skipped_steps
         self._inbox, self._last_result, self._lost = Inbox(self.spec.world_size), None, None
@@ -273,27 +276,33 @@ class Shard:
             group_of_tensor=self._group_of_tensor,
             present=present,
             step_count=self.step_count + present,
-            scalars={**self.scalars, **(header.scalars or {})},
+            scalars=self.spec.rule.write_scalars(self.scalars, header.scalars or {}),
             numel=self._numel,
+            decays=self._decays,
+            channels=self._keys.channels,
+            key_state=self.buffers.key_state.values,
         )
         combined, totals = yield from self._reduce(step, grads)
+        rule = self.spec.rule
         if combined.moves:
-            coefficients = self.spec.rule.apply_coefficients(step, combined.scalars, totals)
-            run_apply(self.spec.rule, self.buffers, grads, coefficients)
+            if not (isinstance(rule, ReducingRule) and rule.is_one_pass):
+                per_tensor = rule.apply_coefficients(step, combined, totals)
+                per_channel = rule.channel_coefficients(step, combined, totals)
+                run_apply(rule, self.buffers, grads, per_tensor, per_channel, self._keys)
             self.step_count = step.step_count
-        self.scalars = combined.scalars
+        self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
         return StepResult(self.sequence + 1, Decision.COMMIT, self.scalars)
 
     def _reduce(
         self, step: StepInputs, grads: Sequence[Tensor]
     ) -> Generator[Tensor, Tensor, tuple[Combined, Mapping[str, Tensor]]]:
-        """The local pass and its reduction, if the rule has any."""
-        rule = self.spec.rule
-        if not isinstance(rule, ReducingRule):
-            return Combined(step.scalars), {}
-        partials = yield run_local(rule, self.buffers, grads, rule.local_coefficients(step), self._table)
-        totals = self._table.totals(rule.sums, partials)
-        return rule.combine(step, totals), totals
+        """The local pass and its reduction, if the rule has any; scalars and key state after the step."""
+        rule, totals = self.spec.rule, dict[str, Tensor]()
+        if isinstance(rule, ReducingRule):
+            partials = yield run_local(rule, self.buffers, grads, rule.local_coefficients(step), self._table)
+            totals = self._table.totals(rule.sums, partials)
+        combined = rule.combine(step, totals)
+        return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
 
     def _present(self, pushes: Sequence[Push]) -> Tensor:
         """Which tensors each rank has a gradient of, ``(world_size, num_tensors)`` bool."""
@@ -374,7 +383,7 @@ class Shard:
                 f"scalars and reloaded parameters: expected from rank 0 alone, got some from rank {header.rank}"
             )
         try:
-            self.spec.rule.check_scalars(header.scalars or {})
+            self.spec.rule.check_scalars(header.scalars or {}, self.spec.num_groups)
         except ValueError as error:
             raise HyperparameterError(str(error)) from error
         for index, value in push.reloaded.items():
