@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..optim import Coefficients, ReducingRule, Rule
 from .buffers import MASTER, Buffers, ExtentBuffers
-from .channels import ElementChannels
+from .channels import ChannelMap
 from .keys import Keys
 from .partials import SumTable
 
@@ -52,9 +52,8 @@ class ChannelCoefficients:
 
     def __init__(self, per_channel: Mapping[str, Tensor], buffers: ExtentBuffers, keys: Keys) -> None:
         self._names = list(per_channel)
-        self._device = buffers.slots[MASTER.name].device
-        self._stacked = _stack(per_channel, buffers.extent.dtype).to(self._device)
-        self._channels = ElementChannels(buffers.extent, keys)
+        self._stacked = _stack(per_channel, buffers.extent.dtype).to(buffers.slots[MASTER.name].device)
+        self._channels = ChannelMap(buffers.extent, keys)
         self._first_tile = buffers.tiles.start
 
     def of(self, rows: slice) -> Coefficients:
@@ -64,8 +63,7 @@ class ChannelCoefficients:
         tiles = slice(self._first_tile + rows.start, self._first_tile + rows.stop)
         if not self._channels.any_in(tiles):
             return dict(zip(self._names, self._stacked[:, -1:, None], strict=True))
-        values = self._stacked[:, self._channels.keys_of(tiles, self._device)]
-        return dict(zip(self._names, values, strict=True))
+        return dict(zip(self._names, self._channels.spread(self._stacked, tiles), strict=True))
 
 
 def run_local(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..optim import TILE_NUMEL, ReducingRule, Rule, Scope
-from .channels import ElementChannels, run_sums
+from .channels import ChannelMap, run_sums
 from .keys import Keys
 from .layout import Extent, Layout
 
@@ -96,13 +96,13 @@ class ChannelSumTable(SumTable):
     """Sums over output channels: a segment is the run of elements of one block in one channel."""
 
     def __init__(self, layout: Layout, keys: Keys) -> None:
-        self._channels = [ElementChannels(extent, keys) for extent in layout.extents]
-        self._base_of_tile: list[Tensor] = []
+        self._channels = [ChannelMap(extent, keys) for extent in layout.extents]
+        self._base_of_tile: list[NDArray[np.int64]] = []
         keys_of_segments = []
         first_segment = 0
         for extent in layout.extents:
             bases, key_of_segment = _number_channel_segments(extent, keys)
-            self._base_of_tile.append(torch.from_numpy(bases + first_segment))
+            self._base_of_tile.append(bases + first_segment)
             keys_of_segments.append(key_of_segment)
             first_segment += len(key_of_segment)
         super().__init__(keys.num_channels, keys_of_segments)
@@ -112,20 +112,13 @@ class ChannelSumTable(SumTable):
         tiles = slice(first_tile, first_tile + len(parts[0]))
         if not self._channels[extent].any_in(tiles):
             return
-        device = parts[0].device
-        channel, is_within = self._channels[extent].of(tiles, device)
-        segment = self._base_of_tile[extent][tiles].to(device)[:, None] + channel
-        if device.type == "cpu":
-            # One term per element, which a 1-D index_add_ adds in order.
-            terms = [values[is_within].to(torch.float64) for values in parts]
-        else:
-            segment = torch.where(is_within, segment, -1)
-            is_last = torch.nn.functional.pad(segment[:, 1:] != segment[:, :-1], (0, 1), value=True)
-            terms = [run_sums(values.to(torch.float64), segment)[is_within & is_last] for values in parts]
-            is_within = is_within & is_last
-        segments = segment[is_within].cpu()
-        for row, values in zip(partials, terms, strict=True):
-            row.index_add_(0, segments, values.cpu())
+        runs = self._channels[extent].runs(tiles)
+        is_within = runs.channel >= 0
+        base = self._base_of_tile[extent][tiles]
+        segments = torch.from_numpy((base[runs.tile] + runs.channel)[is_within])
+        kept, lengths = torch.from_numpy(np.flatnonzero(is_within)), torch.from_numpy(runs.lengths)
+        for row, values in zip(partials, parts, strict=True):
+            row.index_add_(0, segments, run_sums(values, lengths)[kept])
 
 
 def sum_table(layout: Layout, rule: Rule, *, keys: Keys, num_groups: int) -> SumTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -185,6 +186,26 @@ def test_absent_tensor_takes_no_part_in_what_the_others_do(case: Case) -> None:
     present = pack_present([i in gradients for i in range(len(problem.tensors))])
     assert other.step(gradients=garbage, present=present).decision is Decision.COMMIT
     assert_same_state(other.state(), run.state())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.keywords.get("weight_decay")], ids=str)
+def test_weight_decay_is_for_the_tensors_that_decay_alone(case: Case) -> None:
+    """A tensor that is left out goes as one in a group without weight decay; the others go as before."""
+    problem, left_out = problem_for(case), (0, 2, 5)
+    tensors = list(enumerate(problem.tensors))
+    masked, apart = (
+        dataclasses.replace(problem, tensors=tuple(changed))
+        for changed in (
+            [dataclasses.replace(tensor, decays=index not in left_out) for index, tensor in tensors],
+            [dataclasses.replace(tensor, group=int(index in left_out)) for index, tensor in tensors],
+        )
+    )
+    run = Run(masked, case.make_rule()).steps(10)
+    expected = Run(apart, case.make_rule(), options=[{}, {"weight_decay": 0.0}]).steps(10)
+    plain = Run(problem, case.make_rule()).steps(10)
+    assert not torch.equal(run.params()[0], plain.params()[0])
+    for actual, wanted in zip(run.params(), expected.params(), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 @ONE_CASE_PER_RULE
