@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..optim import Rule
+from ..optim import Rule, scalars_of_group
 from ..sharding.errors import HyperparameterError, UnsupportedParameterError
 from ..sharding.layout import ParamSpec, dtype_name
 from ..sharding.push import GRADIENT_DTYPES
@@ -111,18 +111,21 @@ def apply_mask(
 def written_scalars(
     rule: Rule, groups: Sequence[Mapping[str, Any]], shown: Mapping[str, float]
 ) -> dict[str, float] | None:
-    """Scalars that a person wrote into a group since :func:`show_scalars`; the first group with a change counts.
+    """Scalars that a person wrote into a group since :func:`show_scalars`, under their flat names.
+
+    Where the groups share one, the first group with a change counts.
 
     Raises:
         HyperparameterError: If one is not a finite number, or out of range.
     """
-    written = {}
-    for name in rule.initial_scalars:
-        changed = [group[name] for group in groups if group.get(name, shown[name]) != shown[name]]
-        if changed:
-            written[name] = read_scalar(name, changed[0])
+    written: dict[str, float] = {}
+    for index, group in enumerate(groups):
+        for name in rule.plain_scalars:
+            key = rule.scalar_key(name, index)
+            if key not in written and group.get(name, shown[key]) != shown[key]:
+                written[key] = read_scalar(name, group[name])
     try:
-        rule.check_scalars(written)
+        rule.check_scalars(written, len(groups))
     except ValueError as error:
         raise HyperparameterError(str(error)) from None
     return written or None
@@ -141,9 +144,9 @@ def read_scalar(name: str, value: Any) -> float:
 
 
 def show_scalars(groups: Sequence[Group], scalars: Mapping[str, float]) -> None:
-    """Write the rule's scalars into every group, where code that logs them looks."""
-    for group in groups:
-        group.update(scalars)
+    """Write the rule's scalars into every group, each its own, where code that logs them looks."""
+    for index, group in enumerate(groups):
+        group.update(scalars_of_group(scalars, index))
 
 
 def pack_groups(groups: Sequence[Mapping[str, Any]]) -> list[Group]:

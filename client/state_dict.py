@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim import Rule, Slot
+from ..optim import Rule, Scope, split_scalar
 from ..server.messages import LoadHeader
 from ..sharding.buffers import MASTER
 from ..sharding.errors import CheckpointError, JobMismatchError
 from ..sharding.job import JobSpec
+from ..sharding.keys import Keys
 from ..sharding.layout import ParamSpec, dtype_from_name
 from ..sharding.saved import manifest_digest
 from .groups import read_scalar
@@ -58,7 +59,10 @@ def state_names(spec: JobSpec, index: int) -> list[str]:
     """The names in one parameter's state."""
     param = spec.params[index]
     master = [MASTER.name] if dtype_from_name(param.dtype) != param.state_dtype else []
-    return ["step", *(slot.name for slot in spec.rule.slots), *master]
+    return ["step", *(slot.name for slot in spec.rule.slots), *(slot.name for slot in spec.rule.key_slots), *master]
+
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def to_param_state(spec: JobSpec, index: int, values: Values, step_count: int) -> dict[str, Any]:
@@ -70,8 +74,11 @@ def to_param_state(spec: JobSpec, index: int, values: Values, step_count: int) -
     step: Any = torch.tensor(float(step_count)) if spec.rule.step_is_tensor else step_count
     state: dict[str, Any] = {"step": step}
     for slot in spec.rule.slots:
-        values_of_slot = values.get((index, slot.name), torch.zeros(0, dtype=param.state_dtype))
+        values_of_slot = values.get((index, slot.name), torch.zeros(0, dtype=slot.dtype(param.state_dtype)))
         state[slot.name] = values_of_slot if slot.flat else values_of_slot.view(param.shape)
+    for key_slot in spec.rule.key_slots:
+        held = values.get((index, key_slot.name), torch.zeros(0, dtype=torch.float64)).to(_DTYPES[key_slot.shown_in])
+        state[key_slot.name] = held.view(()) if key_slot.scope is Scope.TENSOR else held
     if dtype_from_name(param.dtype) != param.state_dtype:
         state[MASTER.name] = values.get((index, MASTER.name), torch.zeros(0)).view(param.shape)
     return state
@@ -93,6 +100,7 @@ def from_states(
     """
     values: dict[tuple[int, str], Tensor] = {}
     step_counts: dict[int, int] = {}
+    keys = spec.keys()
     index_of = {key: index for index, key in enumerate(key for group in groups for key in group["params"])}
     for key, given in states.items():
         if key not in index_of:
@@ -104,7 +112,7 @@ def from_states(
             continue
         # torch.optim.SGD counts no steps; that it has a state means that it took one.
         step_counts[index] = int(state["step"]) if "step" in state else 1
-        known = {slot.name: slot for slot in (*spec.rule.slots, MASTER)}
+        known = _known_slots(spec, keys, index)
         for name, value in state.items():
             if name == "step":
                 continue
@@ -113,21 +121,23 @@ def from_states(
                     _describe(spec, index)
                     + f"has {name!r}, which {spec.rule.name} here does not keep; it keeps {', '.join(known)}"
                 )
-            values[index, name] = _slot_values(spec, index, known[name], value)
-        for slot in spec.rule.slots:
-            if slot.name not in state:
-                raise JobMismatchError(
-                    _describe(spec, index) + f"lacks {slot.name!r}; it is not of {_rule_text(spec.rule)}"
-                )
+            values[index, name] = _slot_values(spec, index, name, value, *known[name])
+        for name in known:
+            if name not in state and name != MASTER.name:
+                raise JobMismatchError(_describe(spec, index) + f"lacks {name!r}; it is not of {_rule_text(spec.rule)}")
     return values, step_counts
 
 
 def load_header(
     spec: JobSpec, step_counts: Mapping[int, int], groups: list[dict[str, Any]], sequence: int
 ) -> LoadHeader:
-    """The counters and scalars that a state dict holds; scalars are read from its first group."""
-    first = groups[0] if groups else {}
-    scalars = {name: read_scalar(name, first[name]) for name in spec.rule.initial_scalars if name in first}
+    """The counters and scalars that a state dict holds; scalars that groups share are read from the first one."""
+    scalars = {}
+    for key in spec.rule.initial_scalars(spec.num_groups):
+        name, owner = split_scalar(key)
+        group = groups[owner or 0] if groups else {}
+        if name in group:
+            scalars[key] = read_scalar(name, group[name])
     step = max(step_counts.values(), default=0)
     return LoadHeader(step_counts=dict(step_counts), scalars=scalars, sequence=sequence, step=step)
 
@@ -171,19 +181,26 @@ def read_reference(reference: object) -> tuple[str, str]:
     )
 
 
-def _slot_values(spec: JobSpec, index: int, slot: Slot, value: object) -> Tensor:
+def _known_slots(spec: JobSpec, keys: Keys, index: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Length and dtype of each slot and key slot that a parameter has."""
+    param = spec.params[index]
+    slots = {
+        slot.name: (-(-param.numel // slot.stride), slot.dtype(param.state_dtype))
+        for slot in (*spec.rule.slots, MASTER)
+    }
+    return slots | {slot.name: (keys.count(slot.scope, index), torch.float64) for slot in spec.rule.key_slots}
+
+
+def _slot_values(spec: JobSpec, index: int, name: str, value: object, expected: int, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
-        raise JobMismatchError(
-            _describe(spec, index) + f"has {slot.name} of type {type(value).__name__}; expected a tensor"
-        )
-    expected = -(-spec.params[index].numel // slot.stride)
+        raise JobMismatchError(_describe(spec, index) + f"has {name} of type {type(value).__name__}; expected a tensor")
     if value.dim() == 0 and expected != 1:
         value = value.expand(expected)
     if value.numel() != expected:
         raise JobMismatchError(
-            _describe(spec, index) + f"has {slot.name} with {value.numel()} elements; expected {expected}"
+            _describe(spec, index) + f"has {name} with {value.numel()} elements; expected {expected}"
         )
-    return whole_value(value.detach()).reshape(-1).to(spec.params[index].state_dtype)
+    return whole_value(value.detach()).reshape(-1).to(dtype)
 
 
 def _describe(spec: JobSpec, index: int) -> str:
@@ -192,4 +209,5 @@ def _describe(spec: JobSpec, index: int) -> str:
 
 
 def _rule_text(rule: Rule) -> str:
-    return f"{rule.name} with {', '.join(slot.name for slot in rule.slots)}"
+    names = [*(slot.name for slot in rule.slots), *(slot.name for slot in rule.key_slots)]
+    return f"{rule.name} with {', '.join(names)}"

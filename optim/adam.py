@@ -18,7 +18,7 @@ from .moments import (
     read_adam_hyper,
     update_moments,
 )
-from .rule import Coefficients, ElementwiseRule, Slot, StepInputs, Tiles
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles
 
 _TORCH_KEYS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
@@ -50,18 +50,11 @@ class AdamBase(ElementwiseRule):
         names = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if self.amsgrad else [])
         return tuple(Slot(name) for name in names)
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
         """lr, beta1, beta2, eps, weight_decay, maximize."""
         return read_adam_hyper(group, "maximize")
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the equations; ``root_scale`` is sqrt(1 - beta2^t)."""
         first, second = bias_corrections(step)
         return {

@@ -9,19 +9,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from .moments import bias_corrections, decay_coefficients, moment_coefficients, read_adam_hyper
-from .rule import (
-    Coefficients,
-    Combined,
-    ElementwiseRule,
-    ReducingRule,
-    Scope,
-    Slot,
-    StepInputs,
-    Tiles,
-    require,
-    tile_sum,
-)
+from .hyper import require
+from .moments import bias_corrections, decoupled_keep, moment_coefficients, read_moment_hyper
+from .rule import Coefficients, Combined, ElementwiseRule, ReducingRule, Scope, Slot, StepInputs, Tiles, tile_sum
 from .softplus import softplus
 
 
@@ -46,6 +36,7 @@ class DuvAdamRule(ElementwiseRule):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     ratio_clip: float = 10.0
+    weight_decay_by_lr: bool = True
 
     def __post_init__(self) -> None:
         require(self.ratio_clip > 0.0, "ratio_clip value", self.ratio_clip)
@@ -56,23 +47,16 @@ class DuvAdamRule(ElementwiseRule):
         """``exp_avg`` and ``exp_avg_sq``."""
         return Slot("exp_avg"), Slot("exp_avg_sq")
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
-        """lr, beta1, beta2, weight_decay."""
-        return _read_hyper(group)
+        """lr, beta1, beta2, weight_decay, weight_decay_by_lr."""
+        return read_moment_hyper(group, "weight_decay_by_lr")
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the equations."""
         first, second = bias_corrections(step)
         return {
             **moment_coefficients(step),
-            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "keep": decoupled_keep(step),
             "step_size": step.where_present(step.per_tensor("lr") / first, 0.0),
             "root_scale": second.sqrt(),
         }
@@ -113,6 +97,7 @@ class SUAdamRule(ReducingRule):
     weight_decay: float = 0.0
     ratio_clip: float = 10.0
     min_scale: float = 1e-3
+    weight_decay_by_lr: bool = True
 
     def __post_init__(self) -> None:
         require(self.ratio_clip > 0.0, "ratio_clip value", self.ratio_clip)
@@ -124,14 +109,9 @@ class SUAdamRule(ReducingRule):
         """``exp_avg`` and ``exp_avg_sq``."""
         return Slot("exp_avg"), Slot("exp_avg_sq")
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
-        """lr, beta1, beta2, weight_decay."""
-        return _read_hyper(group)
+        """lr, beta1, beta2, weight_decay, weight_decay_by_lr."""
+        return read_moment_hyper(group, "weight_decay_by_lr")
 
     def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
         """Decays and gains of m and v."""
@@ -147,18 +127,12 @@ class SUAdamRule(ReducingRule):
         }
         return slots, {"param_abs": tile_sum(tiles.param.abs())}
 
-    def combine(self, step: StepInputs, totals: Mapping[str, Tensor]) -> Combined:
-        """Nothing is carried from step to step."""
-        return Combined(scalars={})
-
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The step size with the mean magnitude in it."""
         first, second = bias_corrections(step)
         scale = (totals["param_abs"] / step.numel.clamp_min(1.0)).clamp_min(self.min_scale)
         return {
-            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "keep": decoupled_keep(step),
             "step_size": step.where_present(step.per_tensor("lr") * scale / first, 0.0),
             "v_correction": second,
         }
@@ -198,6 +172,7 @@ class BAdamRule(ReducingRule):
     weight_decay: float = 0.0
     curvature_clip: float = 1e4
     min_scale: float = 1e-3
+    weight_decay_by_lr: bool = True
 
     def __post_init__(self) -> None:
         require(self.curvature_clip > 0.0, "curvature_clip value", self.curvature_clip)
@@ -209,31 +184,16 @@ class BAdamRule(ReducingRule):
         """``exp_avg``, ``exp_avg_sq`` (v), and gradient and update of the step before."""
         return Slot("exp_avg"), Slot("exp_avg_sq"), Slot("prev_grad"), Slot("prev_update")
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
-        """lr, beta1, beta2, weight_decay."""
-        return _read_hyper(group)
-
-    def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
-        """None: the first pass sums alone."""
-        return {"unused": torch.zeros_like(step.step_count)}
+        """lr, beta1, beta2, weight_decay, weight_decay_by_lr."""
+        return read_moment_hyper(group, "weight_decay_by_lr")
 
     def local(self, tiles: Tiles, c: Coefficients) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Sums of |p| and |u|."""
         sums = {"param_abs": tile_sum(tiles.param.abs()), "update_abs": tile_sum(tiles.slots["prev_update"].abs())}
         return {}, sums
 
-    def combine(self, step: StepInputs, totals: Mapping[str, Tensor]) -> Combined:
-        """Nothing is carried from step to step."""
-        return Combined(scalars={})
-
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``is_first`` is 1 for a tensor's first step."""
         moments, numel = moment_coefficients(step), step.numel.clamp_min(1.0)
         is_first = step.present & (step.step_count == 1.0)
@@ -246,7 +206,7 @@ class BAdamRule(ReducingRule):
             "v_gain": torch.where(is_first, 0.0, moments["v_gain"]),
             "is_first": is_first.to(torch.float64),
             "v_correction": step.where_present(torch.where(is_first, 1.0, correction), 1.0),
-            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "keep": decoupled_keep(step),
             "step_size": step.where_present(step.per_tensor("lr") * scale / first, 0.0),
             "smallest": (totals["update_abs"] / numel).clamp_min(1e-12),
             "present": step.present.to(torch.float64),
@@ -270,12 +230,6 @@ class BAdamRule(ReducingRule):
             "prev_update": torch.where(is_present, update, before),
         }
         return tiles.param * c["keep"] + update, slots
-
-
-def _read_hyper(group: Mapping[str, object]) -> dict[str, float]:
-    values = read_adam_hyper({**group, "eps": 0.0})
-    del values["eps"]
-    return values
 
 
 def _ratio(values: Tensor, average: Tensor, clip: float) -> Tensor:

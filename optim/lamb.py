@@ -52,11 +52,6 @@ class LAMBRule(ReducingRule):
         """``exp_avg`` and ``exp_avg_sq``."""
         return Slot("exp_avg"), Slot("exp_avg_sq")
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None: the trust ratios live for one step."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
         """lr, beta1, beta2, eps, weight_decay."""
         return read_adam_hyper(group)
@@ -72,13 +67,7 @@ class LAMBRule(ReducingRule):
         sums = {"param_sq": tile_sum(tiles.param * tiles.param), "direction_sq": tile_sum(direction * direction)}
         return slots, sums
 
-    def combine(self, step: StepInputs, totals: Mapping[str, Tensor]) -> Combined:
-        """Nothing is carried from step to step."""
-        return Combined(scalars={})
-
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The step size with the trust ratio in it."""
         param_norm, direction_norm = totals["param_sq"].sqrt(), totals["direction_sq"].sqrt()
         either_zero = (param_norm == 0.0) | (direction_norm == 0.0)

@@ -7,17 +7,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .rule import Coefficients, StepInputs, Tiles, read_betas, read_float, require
+from .hyper import read_betas, read_float, require
+from .rule import Coefficients, StepInputs, Tiles
 
 
 def read_adam_hyper(group: Mapping[str, object], *switches: str) -> dict[str, float]:
-    """lr, beta1, beta2, eps and weight_decay of a group, checked as torch checks them, and ``switches`` as 0 or 1."""
+    """As :func:`read_moment_hyper`, and eps."""
+    eps = read_float(group, "eps")
+    require(eps >= 0.0, "epsilon value", eps)
+    return {**read_moment_hyper(group, *switches), "eps": eps}
+
+
+def read_moment_hyper(group: Mapping[str, object], *switches: str) -> dict[str, float]:
+    """lr, beta1, beta2 and weight_decay of a group, checked as torch checks them, and ``switches`` as 0 or 1."""
     beta1, beta2 = read_betas(group)
-    values = {key: read_float(group, key) for key in ("lr", "eps", "weight_decay", *switches)}
-    require(values["lr"] >= 0.0, "learning rate", values["lr"])
-    require(values["eps"] >= 0.0, "epsilon value", values["eps"])
-    require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
-    return {**values, "beta1": beta1, "beta2": beta2}
+    return {**_read_rates(group, *switches), "beta1": beta1, "beta2": beta2}
+
+
+def read_average_hyper(group: Mapping[str, object], *switches: str) -> dict[str, float]:
+    """The same for a rule with one running average: lr, beta, weight_decay, and ``switches``."""
+    values = {**_read_rates(group, *switches), "beta": read_float(group, "beta")}
+    require(0.0 <= values["beta"] < 1.0, "beta value", values["beta"])
+    return values
 
 
 def moment_coefficients(step: StepInputs) -> dict[str, Tensor]:
@@ -56,6 +67,19 @@ def decay_coefficients(step: StepInputs, *, decoupled: bool) -> dict[str, Tensor
     }
 
 
+def decoupled_keep(step: StepInputs) -> Tensor:
+    """What decay leaves of the parameter: 1 - lr * weight_decay, or 1 - weight_decay without ``weight_decay_by_lr``."""
+    factor = torch.where(step.per_tensor("weight_decay_by_lr") > 0.0, step.per_tensor("lr"), 1.0)
+    return step.where_present(1.0 - factor * step.per_tensor("weight_decay"), 1.0)
+
+
 def maximize_sign(step: StepInputs) -> Tensor:
     """-1 for groups that go up the gradient, else 1."""
     return 1.0 - 2.0 * step.per_tensor("maximize")
+
+
+def _read_rates(group: Mapping[str, object], *switches: str) -> dict[str, float]:
+    values = {key: read_float(group, key) for key in ("lr", "weight_decay", *switches)}
+    require(values["lr"] >= 0.0, "learning rate", values["lr"])
+    require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
+    return values

@@ -9,8 +9,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from .moments import decay_coefficients
-from .rule import Coefficients, Combined, ReducingRule, Scope, Slot, StepInputs, Tiles, read_float, require, tile_sum
+from .hyper import require
+from .moments import decoupled_keep, read_average_hyper
+from .rule import Coefficients, Combined, ReducingRule, Scope, Slot, StepInputs, Tiles, tile_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class NormalizedMomentumBase(ReducingRule):
     lr: float = 1e-3
     beta: float = 0.9
     weight_decay: float = 0.0
+    weight_decay_by_lr: bool = True
 
     def __post_init__(self) -> None:
         self.hyper(self.defaults())
@@ -31,22 +33,9 @@ class NormalizedMomentumBase(ReducingRule):
         """``exp_avg``."""
         return (Slot("exp_avg"),)
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
-        """lr, beta, weight_decay."""
-        values = {key: read_float(group, key) for key in ("lr", "beta", "weight_decay")}
-        require(values["lr"] >= 0.0, "learning rate", values["lr"])
-        require(0.0 <= values["beta"] < 1.0, "beta value", values["beta"])
-        require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
-        return values
-
-    def combine(self, step: StepInputs, totals: Mapping[str, Tensor]) -> Combined:
-        """Nothing is carried from step to step."""
-        return Combined(scalars={})
+        """lr, beta, weight_decay, weight_decay_by_lr."""
+        return read_average_hyper(group, "weight_decay_by_lr")
 
 
 @final
@@ -84,15 +73,13 @@ class UMRule(NormalizedMomentumBase):
         exp_avg = tiles.slots["exp_avg"] * c["m_decay"] + tiles.grad * c["m_gain"]
         return {"exp_avg": exp_avg}, {"m_sq": tile_sum(exp_avg * exp_avg)}
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The step size over the norm."""
         count = step.numel if self.norm == "rms" else torch.ones_like(step.numel)
         norm = (totals["m_sq"] / count.clamp_min(1.0)).sqrt()
         scaled = torch.where(norm > 0.0, step.per_tensor("lr") / norm, 0.0)
         return {
-            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "keep": decoupled_keep(step),
             "step_size": step.where_present(scaled, 0.0),
         }
 
@@ -119,24 +106,18 @@ class PreLAMBRule(NormalizedMomentumBase):
     name: ClassVar[str] = "PreLAMB"
     sums: ClassVar[tuple[str, ...]] = ("param_sq", "grad_sq")
 
-    def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
-        """None: the first pass sums alone."""
-        return {"unused": torch.zeros_like(step.step_count)}
-
     def local(self, tiles: Tiles, c: Coefficients) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """||p||^2 and ||g||^2."""
         return {}, {"param_sq": tile_sum(tiles.param * tiles.param), "grad_sq": tile_sum(tiles.grad * tiles.grad)}
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The gain of m has the ratio of norms in it."""
         beta = step.per_tensor("beta")
         param_norm, grad_norm = totals["param_sq"].sqrt(), totals["grad_sq"].sqrt()
         either_zero = (param_norm == 0.0) | (grad_norm == 0.0)
         ratio = torch.where(either_zero, 1.0, param_norm / grad_norm)
         return {
-            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "keep": decoupled_keep(step),
             "m_decay": step.where_present(beta, 1.0),
             "m_gain": step.where_present((1.0 - beta) * ratio, 0.0),
             "step_size": step.where_present(step.per_tensor("lr") / (1.0 - beta**step.step_count), 0.0),

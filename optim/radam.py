@@ -9,6 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from .hyper import require
 from .moments import (
     bias_corrections,
     decay_coefficients,
@@ -17,7 +18,7 @@ from .moments import (
     read_adam_hyper,
     update_moments,
 )
-from .rule import Coefficients, ElementwiseRule, Slot, StepInputs, Tiles, adam_denominator, require
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles, adam_denominator
 
 
 @final
@@ -62,20 +63,13 @@ class RAdamRule(ElementwiseRule):
         """``exp_avg`` and ``exp_avg_sq``."""
         return Slot("exp_avg"), Slot("exp_avg_sq")
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
         """All fields but ``decoupled_weight_decay``."""
         values = read_adam_hyper(group, "maximize", "rho_threshold")
         require(values["rho_threshold"] >= 4.0, "rho_threshold value", values["rho_threshold"])
         return values
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``plain`` multiplies m, ``rectified`` multiplies m over the root; one of the two is 0."""
         first, second = bias_corrections(step)
         is_rectified, factor = rectification(step, step.per_tensor("rho_threshold"))

@@ -9,8 +9,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from .hyper import read_float, require
 from .moments import decay_coefficients, maximize_sign
-from .rule import Coefficients, ElementwiseRule, Slot, StepInputs, Tiles, read_float, require
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles
 
 
 @final
@@ -58,11 +59,6 @@ class RMSpropRule(ElementwiseRule):
         names += ["grad_avg"] if self.centered else []
         return tuple(Slot(name) for name in names)
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
         """All fields but ``centered``."""
         values = {key: read_float(group, key) for key in ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")}
@@ -77,9 +73,7 @@ class RMSpropRule(ElementwiseRule):
             )
         return values
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the equations."""
         alpha = step.per_tensor("alpha")
         return {

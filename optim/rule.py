@@ -2,12 +2,13 @@
 
 A rule is pure arithmetic on *tiles*, rows of 256 elements. It never sees a shard, a worker or a device. One step is
 
-    local      first pass over the tiles; may write slots, never parameters; returns sums to be reduced
-    combine    new scalars from the totals of those sums, in float64, the same on every shard
+    local      first pass over the tiles; may write slots; returns sums to be reduced
+    combine    new scalars and key state from the totals of those sums, in float64, the same on every shard
     apply      second pass over the tiles; writes parameters and slots
 
-and the two ``*_coefficients`` methods turn hyperparameters, scalars and step counts into numbers per tensor, in
-float64, which the passes read per tile. Hyperparameters reach a pass as tensors only, so that a pass compiles once.
+and the ``*_coefficients`` methods turn hyperparameters, scalars and step counts into numbers per tensor or output
+channel, in float64, which the passes read per tile or element. Hyperparameters reach a pass as tensors only, so that a
+pass compiles once.
 
 Two conventions let one call serve a run of many tensors:
 
@@ -22,23 +23,29 @@ import abc
 import dataclasses
 import enum
 import math
-import numbers
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from .hyper import require
+from .scalars import group_scalar, split_scalar
+
 TILE_NUMEL = 256
 """Elements in a tile. Every tensor starts on a tile boundary."""
 
+MASTER_PARAM = "master_param"
+"""The name of the parameters among the slots."""
+
 
 class Scope(enum.Enum):
-    """What a rule's sums are taken over."""
+    """What a rule's sums are taken over. A channel is an index along dim 0 of a tensor that the rule says has some."""
 
     MODEL = "model"
     GROUP = "group"
     TENSOR = "tensor"
+    CHANNEL = "channel"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,17 +57,43 @@ class Slot:
         init: ``"zeros"``, or ``"param"`` for a copy of the parameter as registered.
         stride: The slot holds every ``stride``-th element of the flattened tensor, ``ceil(numel / stride)`` in all.
         flat: Whether the reference's state dict keeps it flattened, not in the parameter's shape.
+        kept_in: ``"state"`` for the state dtype, or ``"bfloat16"``: a pass reads it as the state dtype all the same,
+            and what it returns is rounded.
     """
 
     name: str
     init: Literal["zeros", "param"] = "zeros"
     stride: int = 1
     flat: bool = False
+    kept_in: Literal["state", "bfloat16"] = "state"
 
     @property
     def width(self) -> int:
         """Elements of this slot beside one tile: a row of the slot belongs to a tile, whatever the stride."""
         return -(-TILE_NUMEL // self.stride)
+
+    def dtype(self, state_dtype: torch.dtype) -> torch.dtype:
+        """What it is kept, exported and saved in, for a tensor whose state has ``state_dtype``."""
+        return torch.bfloat16 if self.kept_in == "bfloat16" else state_dtype
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeySlot:
+    """A number per tensor or output channel that a rule carries, float64 and the same on every shard.
+
+    Outside the shard it travels as a slot of its tensor, with one element per key.
+
+    Attributes:
+        name: The reference implementation's name for it.
+        scope: TENSOR or CHANNEL.
+        init: Its value before the first step.
+        shown_in: Its dtype in a state dict; a rule that names float32 keeps its values to that precision.
+    """
+
+    name: str
+    scope: Literal[Scope.TENSOR, Scope.CHANNEL]
+    init: float = 0.0
+    shown_in: Literal["float32", "float64"] = "float64"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,6 +122,19 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Channels:
+    """The output channels of a model, in the order of their tensors.
+
+    Attributes:
+        tensor: ``(num_channels,)`` int64, the tensor that each is of.
+        numel: ``(num_channels,)`` float64, elements of each.
+    """
+
+    tensor: Tensor
+    numel: Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class StepInputs:
     """What every shard knows alike about one step, before any sum is taken.
 
@@ -99,6 +145,9 @@ class StepInputs:
         step_count: ``(num_tensors,)`` float64, the tensor's steps so far, this one included where it is present.
         scalars: The rule's scalars as the last step left them.
         numel: ``(num_tensors,)`` float64, elements of each tensor.
+        decays: ``(num_tensors,)`` bool, whether weight decay is for the tensor.
+        channels: The output channels, if the rule has any.
+        key_state: Each key slot as the last step left it, ``(num_keys,)`` float64.
     """
 
     hyper: Mapping[str, Tensor]
@@ -107,10 +156,14 @@ class StepInputs:
     step_count: Tensor
     scalars: Mapping[str, float]
     numel: Tensor
+    decays: Tensor
+    channels: Channels
+    key_state: Mapping[str, Tensor]
 
     def per_tensor(self, name: str) -> Tensor:
-        """Hyperparameter ``name`` of each tensor's group, ``(num_tensors,)`` float64."""
-        return self.hyper[name][self.group_of_tensor]
+        """Hyperparameter ``name`` of each tensor's group, ``(num_tensors,)`` float64; no decay where there is none."""
+        values = self.hyper[name][self.group_of_tensor]
+        return values * self.decays if name == "weight_decay" else values
 
     def where_present(self, value: Tensor | float, otherwise: float) -> Tensor:
         """``value`` for tensors with a gradient, ``otherwise`` for absent ones, ``(num_tensors,)`` float64."""
@@ -120,19 +173,22 @@ class StepInputs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Combined:
-    """The outcome of the reduction.
+    """What a step leaves of the rule's small state.
 
     Attributes:
         scalars: The rule's scalars after this step.
         moves: False ends the step before ``apply``: no parameter moves and no step count rises.
+        key_state: Key slots after this step. A rule returns those that change and is handed all of them.
     """
 
     scalars: Mapping[str, float]
     moves: bool = True
+    key_state: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 Coefficients = Mapping[str, Tensor]
-"""Name to ``(num_tensors,)`` float64 as a rule computes them; to ``(tiles, 1)`` state dtype as a pass reads them."""
+"""Numbers as a pass reads them, in the state dtype: ``(tiles, 1)`` for those per tensor, ``(tiles, 256)`` or
+``(1, 1)`` for those per channel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +205,7 @@ class Rule(abc.ABC):
     carried_group_keys: ClassVar[Mapping[str, object]] = {}
     """Keys of the reference's groups that mean nothing here, shown so that state dicts stay interchangeable."""
     scalar_minimums: ClassVar[Mapping[str, float]] = {}
-    """Smallest values that a person may write into the scalars."""
+    """Smallest values that a person may write into the scalars, by plain name."""
     step_is_tensor: ClassVar[bool] = True
     """Whether the reference keeps ``state["step"]`` as a 0-dim float32 tensor (torch) or as an int."""
 
@@ -159,9 +215,19 @@ class Rule(abc.ABC):
         """The rule's state vectors, beside the master parameters."""
 
     @property
-    @abc.abstractmethod
-    def initial_scalars(self) -> dict[str, float]:
-        """The rule's small replicated state before the first step; its names are group keys that the rule writes."""
+    def key_slots(self) -> tuple[KeySlot, ...]:
+        """The rule's state per tensor or channel; none by default."""
+        return ()
+
+    @property
+    def plain_scalars(self) -> dict[str, float]:
+        """The rule's small replicated state before the first step, by plain name: group keys that the rule writes."""
+        return {}
+
+    @property
+    def has_scalars_per_group(self) -> bool:
+        """Whether each group has scalars of its own."""
+        return False
 
     @abc.abstractmethod
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
@@ -173,41 +239,82 @@ class Rule(abc.ABC):
             ValueError: If a value is out of range; the message holds the value.
         """
 
+    def num_channels(self, shape: tuple[int, ...]) -> int:
+        """How many output channels a tensor of this shape has, as this rule sees it: ``shape[0]`` or 0."""
+        return 0
+
+    def combine(self, step: StepInputs, totals: Mapping[str, Tensor]) -> Combined:
+        """New scalars and key state from the totals; by default nothing is carried from step to step.
+
+        Args:
+            step: The step's inputs.
+            totals: Sum name to ``(num_keys,)`` float64, keys in canonical order of the rule's scope; empty for an
+                elementwise rule.
+        """
+        return Combined(step.scalars)
+
     @abc.abstractmethod
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Numbers per tensor for ``apply``.
 
         Args:
-            step: The step's inputs; ``step.scalars`` are those *before* the step.
-            scalars: The scalars after ``combine``.
-            totals: Sum name to ``(num_keys,)`` float64; empty for an elementwise rule.
+            step: The step's inputs; its scalars and key state are those *before* the step.
+            after: What ``combine`` made of them.
+            totals: As ``combine`` got them.
 
         Returns:
             Name to ``(num_tensors,)`` float64.
         """
 
+    def channel_coefficients(
+        self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Numbers per channel for ``apply``, for rules with channels; arguments as for :meth:`apply_coefficients`.
+
+        Returns:
+            Name to ``(num_channels + 1,)`` float64, the last one for elements outside any channel.
+        """
+        return {}
+
     @abc.abstractmethod
     def apply(self, tiles: Tiles, c: Coefficients) -> tuple[Tensor, dict[str, Tensor]]:
         """Second pass: the new parameters ``(tiles, 256)`` and the slots that change."""
 
-    def check_scalars(self, scalars: Mapping[str, float]) -> None:
+    def initial_scalars(self, num_groups: int) -> dict[str, float]:
+        """The scalars before the first step, under their flat names (see ``optim/scalars.py``)."""
+        if not self.has_scalars_per_group:
+            return self.plain_scalars
+        return {
+            group_scalar(name, group): value
+            for group in range(num_groups)
+            for name, value in self.plain_scalars.items()
+        }
+
+    def scalar_key(self, name: str, group: int) -> str:
+        """The flat name of what ``group`` shows as ``name``."""
+        return group_scalar(name, group) if self.has_scalars_per_group else name
+
+    def check_scalars(self, scalars: Mapping[str, float], num_groups: int) -> None:
         """See that scalars which come from outside can be used.
 
         Raises:
             ValueError: If one is unknown, not finite or below its minimum.
         """
+        known = self.initial_scalars(num_groups)
         for name, value in scalars.items():
-            if name not in self.initial_scalars:
-                raise ValueError(f"{name} is no scalar of {self.name}; it has {sorted(self.initial_scalars)}")
-            smallest = self.scalar_minimums.get(name, -math.inf)
+            if name not in known:
+                raise ValueError(f"{name} is no scalar of {self.name}; it has {sorted(known)}")
+            smallest = self.scalar_minimums.get(split_scalar(name)[0], -math.inf)
             require(math.isfinite(value) and value >= smallest, f"{name} value", value)
+
+    def write_scalars(self, scalars: Mapping[str, float], written: Mapping[str, float]) -> dict[str, float]:
+        """The scalars once a person has written some, before the step that takes them; the same on every shard."""
+        return {**scalars, **written}
 
     def defaults(self) -> dict[str, object]:
         """Keys and values of a fresh parameter group: fields, scalars, and the reference's other keys."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, **self.initial_scalars, **self.carried_group_keys}
+        return {**fields, **self.plain_scalars, **self.carried_group_keys}
 
 
 class ElementwiseRule(Rule):
@@ -220,17 +327,22 @@ class ReducingRule(Rule):
     scope: ClassVar[Scope]
     sums: ClassVar[tuple[str, ...]]
 
-    @abc.abstractmethod
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether ``local`` writes the parameters too, as the slot ``master_param``, and there is no second pass."""
+        return False
+
     def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
-        """Numbers per tensor for ``local``, name to ``(num_tensors,)`` float64."""
+        """Numbers per tensor for ``local``, name to ``(num_tensors,)`` float64; none by default."""
+        return {}
 
     @abc.abstractmethod
     def local(self, tiles: Tiles, c: Coefficients) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """First pass: the slots that change, and the tile partials of each of ``sums``, ``(tiles,)``."""
+        """First pass: the slots that change, and the parts of each of ``sums``.
 
-    @abc.abstractmethod
-    def combine(self, step: StepInputs, totals: Mapping[str, Tensor]) -> Combined:
-        """New scalars from the totals, each ``(num_keys,)`` float64, keys in canonical order of ``scope``."""
+        A part is ``(tiles,)``, one partial per tile, or, where the scope is CHANNEL, ``(tiles, 256)``, one term per
+        element; terms outside any channel do not count.
+        """
 
 
 def tile_sum(values: Tensor) -> Tensor:
@@ -255,62 +367,3 @@ def adam_denominator(exp_avg_sq: Tensor, eps: Tensor) -> Tensor:
     Differs: the references give 0/0 = NaN there; padding and never-touched elements must stay zero.
     """
     return (exp_avg_sq.sqrt() + eps).clamp_min(torch.finfo(exp_avg_sq.dtype).tiny)
-
-
-def read_float(group: Mapping[str, object], key: str) -> float:
-    """Read a number from a parameter group: a float, an int, a bool or a 0-dim tensor."""
-    return _to_float(group[key], f"{key} value")
-
-
-def read_betas(group: Mapping[str, object]) -> tuple[float, float]:
-    """Read ``betas``, a pair in [0, 1)."""
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas value: {betas!r} (expected a pair of numbers)")
-    labels = [f"beta parameter at index {index}" for index in range(2)]
-    beta1, beta2 = (_to_float(beta, label) for beta, label in zip(betas, labels, strict=True))
-    for beta, label in zip((beta1, beta2), labels, strict=True):
-        require(0.0 <= beta < 1.0, label, beta)
-    return beta1, beta2
-
-
-def _to_float(value: object, what: str) -> float:
-    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
-        return float(value)
-    raise ValueError(f"Invalid {what}: {value!r} (expected a number or a 0-dim tensor)")
-
-
-def require(condition: bool, what: str, value: object) -> None:
-    """Raise torch's form of error, ``Invalid <what>: <value>``, unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(f"Invalid {what}: {value}")
-
-
-@final
-class RuleRegistry:
-    """The rules by name, as a job's description names them."""
-
-    def __init__(self, *rules: type[Rule]) -> None:
-        self._rules = {rule.name: rule for rule in rules}
-
-    def names(self) -> list[str]:
-        """All rule names, sorted."""
-        return sorted(self._rules)
-
-    def to_fields(self, rule: Rule) -> dict[str, object]:
-        """A rule's fields as plain values."""
-        return {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
-
-    def build(self, name: str, fields: Mapping[str, object]) -> Rule:
-        """Rebuild a rule from its name and fields.
-
-        Raises:
-            ValueError: If the rule or one of the fields is unknown here, or a value is out of range.
-        """
-        if name not in self._rules:
-            raise ValueError(f"unknown rule {name!r}; this version knows {', '.join(self.names())}")
-        known = {field.name for field in dataclasses.fields(self._rules[name])}
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(f"rule {name} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-        return self._rules[name](**values)

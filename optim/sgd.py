@@ -9,8 +9,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from .moments import decay_coefficients, maximize_sign
-from .rule import Coefficients, ElementwiseRule, Slot, StepInputs, Tiles, read_float, require
+from .hyper import read_float, require
+from .moments import decay_coefficients, decoupled_keep, maximize_sign, read_average_hyper
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles
 
 
 @final
@@ -50,11 +51,6 @@ class SGDRule(ElementwiseRule):
         """``momentum_buffer``, if the job begins with momentum."""
         return (Slot("momentum_buffer"),) if self.momentum != 0.0 else ()
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
         """All fields."""
         keys = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -70,9 +66,7 @@ class SGDRule(ElementwiseRule):
             )
         return values
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``of_grad`` and ``of_buffer`` make the update from the two; momentum 0 leaves the buffer alone, as torch."""
         momentum, dampening = step.per_tensor("momentum"), step.per_tensor("dampening")
         has_momentum = momentum != 0.0
@@ -122,6 +116,7 @@ class MomentumRule(ElementwiseRule):
     beta: float = 0.9
     weight_decay: float = 0.0
     bias_correction: bool = False
+    weight_decay_by_lr: bool = True
 
     def __post_init__(self) -> None:
         self.hyper(self.defaults())
@@ -131,27 +126,16 @@ class MomentumRule(ElementwiseRule):
         """``exp_avg``."""
         return (Slot("exp_avg"),)
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
-        """lr, beta, weight_decay."""
-        values = {key: read_float(group, key) for key in ("lr", "beta", "weight_decay")}
-        require(values["lr"] >= 0.0, "learning rate", values["lr"])
-        require(0.0 <= values["beta"] < 1.0, "beta value", values["beta"])
-        require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
-        return values
+        """lr, beta, weight_decay, weight_decay_by_lr."""
+        return read_average_hyper(group, "weight_decay_by_lr")
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the equations."""
         beta, lr = step.per_tensor("beta"), step.per_tensor("lr")
         corrected = lr / (1.0 - beta**step.step_count) if self.bias_correction else lr
         return {
-            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "keep": decoupled_keep(step),
             "m_decay": step.where_present(beta, 1.0),
             "m_gain": step.where_present(1.0 - beta, 0.0),
             "step_size": step.where_present(corrected, 0.0),

@@ -9,9 +9,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from .moments import bias_corrections, decay_coefficients, moment_coefficients, read_adam_hyper, update_moments
+from .moments import bias_corrections, decoupled_keep, moment_coefficients, read_moment_hyper, update_moments
 from .radam import rectification
-from .rule import Coefficients, ElementwiseRule, Slot, StepInputs, Tiles
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles
 
 SHARPNESS = 50.0
 """beta of softplus_beta(x) = log(1 + exp(beta x)) / beta."""
@@ -31,6 +31,7 @@ class SoftplusAdamBase(ElementwiseRule):
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
+    weight_decay_by_lr: bool = True
 
     def __post_init__(self) -> None:
         self.hyper(self.defaults())
@@ -40,16 +41,9 @@ class SoftplusAdamBase(ElementwiseRule):
         """``exp_avg`` and ``exp_avg_sq``."""
         return Slot("exp_avg"), Slot("exp_avg_sq")
 
-    @property
-    def initial_scalars(self) -> dict[str, float]:
-        """None."""
-        return {}
-
     def hyper(self, group: Mapping[str, object]) -> dict[str, float]:
-        """lr, beta1, beta2, weight_decay."""
-        values = read_adam_hyper({**group, "eps": 0.0})
-        del values["eps"]
-        return values
+        """lr, beta1, beta2, weight_decay, weight_decay_by_lr."""
+        return read_moment_hyper(group, "weight_decay_by_lr")
 
 
 @final
@@ -71,14 +65,12 @@ class SAdamRule(SoftplusAdamBase):
 
     name: ClassVar[str] = "SAdam"
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the equations."""
         first, second = bias_corrections(step)
         return {
             **moment_coefficients(step),
-            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "keep": decoupled_keep(step),
             "step_size": step.where_present(step.per_tensor("lr") / first, 0.0),
             "root_scale": second.sqrt(),
         }
@@ -108,16 +100,14 @@ class SRAdamRule(SoftplusAdamBase):
 
     name: ClassVar[str] = "SRAdam"
 
-    def apply_coefficients(
-        self, step: StepInputs, scalars: Mapping[str, float], totals: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``plain`` multiplies m, ``rectified`` multiplies m over the softplus; one of the two is 0."""
         first, second = bias_corrections(step)
         is_rectified, factor = rectification(step, torch.full_like(step.step_count, 4.0))
         step_size = step.per_tensor("lr") / first
         return {
             **moment_coefficients(step),
-            "keep": decay_coefficients(step, decoupled=True)["keep"],
+            "keep": decoupled_keep(step),
             "plain": step.where_present(torch.where(is_rectified, 0.0, step_size), 0.0),
             "rectified": step.where_present(torch.where(is_rectified, step_size, 0.0), 0.0),
             "root_scale": second.sqrt() * factor,

@@ -246,11 +246,13 @@ def _is_map_of(value: object, is_valid: Callable[[Any], bool]) -> bool:
 
 
 def _is_param(value: object) -> bool:
-    if not isinstance(value, list) or len(value) != 4:
+    if not isinstance(value, list) or len(value) != 5:
         return False
-    name, shape, dtype, group = value
+    name, shape, dtype, group, decays = value
     is_shape = isinstance(shape, list) and all(map(_is_count, shape))
-    return isinstance(name, str) and is_shape and isinstance(dtype, str) and _is_count(group)
+    return (
+        isinstance(name, str) and is_shape and isinstance(dtype, str) and _is_count(group) and isinstance(decays, bool)
+    )
 
 
 def _are_ranges(value: object) -> bool:

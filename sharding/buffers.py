@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Set
 import torch
 from torch import Tensor
 
-from ..optim import TILE_NUMEL, Rule, Slot, Tiles
+from ..optim import MASTER_PARAM, TILE_NUMEL, Rule, Slot, Tiles
 from .coverage import Runs
+from .keys import Keys, KeyState
 from .layout import Extent, Layout, Piece
 
-MASTER = Slot("master_param", "param")
+MASTER = Slot(MASTER_PARAM, "param")
 """The fp32 (fp64) parameters themselves, kept and written like any slot."""
 
 Reader = Callable[[int, str, int, int], Tensor]
@@ -50,7 +51,7 @@ class ExtentBuffers:
     Attributes:
         extent: The extent.
         tiles: The tiles that the shard owns.
-        slots: Slot name to ``(len(tiles), width)`` in the extent's dtype; ``master_param`` among them.
+        slots: Slot name to ``(len(tiles), width)`` in the slot's dtype; ``master_param`` among them.
         tensor_of_tile: ``(len(tiles),)`` int64 on the CPU.
     """
 
@@ -59,7 +60,7 @@ class ExtentBuffers:
         self.tiles = tiles
         self._declared = {slot.name: slot for slot in (MASTER, *rule.slots)}
         self.slots = {
-            name: torch.zeros(len(tiles), slot.width, dtype=extent.dtype, device=device)
+            name: torch.zeros(len(tiles), slot.width, dtype=slot.dtype(extent.dtype), device=device)
             for name, slot in self._declared.items()
         }
         owned = slice(tiles.start, tiles.stop)
@@ -106,7 +107,7 @@ class ExtentBuffers:
 
     def view(self, rows: slice, grad: Tensor) -> Tiles:
         """The tiles of ``rows`` (relative to the owned ones), as a pass reads them."""
-        slots = {name: buffer[rows] for name, buffer in self.slots.items() if name != MASTER.name}
+        slots = {name: buffer[rows].to(self.extent.dtype) for name, buffer in self.slots.items() if name != MASTER.name}
         param = self.slots[MASTER.name][rows]
         if self._stride == 1:
             return Tiles(param, grad[rows], slots)
@@ -117,7 +118,7 @@ class ExtentBuffers:
         return Tiles(param, grad[rows], slots, index.to(param.device), valid.to(param.device))
 
     def store(self, rows: slice, slots: dict[str, Tensor]) -> None:
-        """Write what a pass returned."""
+        """Write what a pass returned, rounded to the slots' dtypes."""
         for name, values in slots.items():
             self.slots[name][rows].copy_(values)
 
@@ -158,21 +159,34 @@ class Buffers:
     Args:
         layout: The flat space.
         rule: Says which slots there are.
+        keys: The tensors and output channels, as the rule sees them.
         shard: The shard's index.
         num_shards: How many shards there are.
         device: Where the buffers live.
+
+    Attributes:
+        extents: The owned part of each extent.
+        key_state: The rule's state per tensor or channel, all of it.
     """
 
-    def __init__(self, layout: Layout, rule: Rule, shard: int, num_shards: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, rule: Rule, *, keys: Keys, shard: int, num_shards: int, device: torch.device
+    ) -> None:
         self.extents = tuple(
             ExtentBuffers(extent, extent.tile_range(shard, num_shards), rule, device) for extent in layout.extents
         )
+        self.key_state = KeyState(rule, keys)
         self._rule = rule
+        empty = [index for index, param in enumerate(layout.params) if param.numel == 0]
+        begun = (piece.param for buffers in self.extents for piece in buffers.pieces(MASTER.name) if piece.offset == 0)
+        self._exports_keys_of = sorted([*begun, *(empty if shard == 0 else [])])
 
     def extended(self, added: Buffers) -> Buffers:
-        """These buffers and those of ``added`` extents; memory is shared, nothing moves."""
+        """These buffers and those of ``added`` extents, which know all keys; memory is shared, nothing moves."""
         both = copy.copy(self)
         both.extents = (*self.extents, *added.extents)
+        both.key_state = added.key_state.continuing(self.key_state)
+        both._exports_keys_of = sorted({*self._exports_keys_of, *added._exports_keys_of})
         return both
 
     @property
@@ -182,19 +196,30 @@ class Buffers:
 
     @property
     def slot_names(self) -> tuple[str, ...]:
-        """``master_param`` and the rule's slots."""
-        return (MASTER.name, *(slot.name for slot in self._rule.slots))
+        """``master_param`` and the rule's slots, key slots last."""
+        return (MASTER.name, *(slot.name for slot in self._rule.slots), *self.key_state.names)
 
     def export(self) -> Iterator[tuple[str, Piece, Tensor]]:
-        """Every owned piece of every slot: slot name, piece, ``(piece.numel,)`` copy."""
-        for buffers in self.extents:
-            for slot in self.slot_names:
-                for piece in buffers.pieces(slot):
-                    yield slot, piece, buffers.read(slot, piece)
+        """Every owned piece of every slot: slot name, piece, ``(piece.numel,)`` copy.
+
+        Key state, which every shard holds, is exported by the one that has the tensor's first tile, whole; that of a
+        tensor without elements by shard 0.
+        """
+        for slot in (MASTER, *self._rule.slots):
+            for buffers in self.extents:
+                for piece in buffers.pieces(slot.name):
+                    yield slot.name, piece, buffers.read(slot.name, piece)
+        yield from self.export_key_state()
+
+    def export_key_state(self) -> Iterator[tuple[str, Piece, Tensor]]:
+        """The part of :meth:`export` that is key state."""
+        for name, param, values in self.key_state.pieces(self._exports_keys_of):
+            yield name, Piece(param, 0, len(values), 0, 0), values
 
     def load(self, source: StateSource) -> None:
         """Take a whole state: parameters that ``source`` does not have stay, slots that it lacks start afresh."""
         self._fill(MASTER.name, source)
+        self.key_state.load(source.read, source.available)
         for slot in self._rule.slots:
             for buffers in self.extents:
                 if slot.init == "zeros":

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import posixpath
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class Manifest:
                     "read it with a newer Stepwell"
                 )
             spec = JobSpec.from_dict(fields["job"])
-            spec.rule.check_scalars(fields["scalars"])
+            spec.rule.check_scalars(fields["scalars"], spec.num_groups)
             return cls(
                 spec=spec,
                 sequence=_count(fields["sequence"]),
@@ -274,12 +274,17 @@ class CheckpointReader:
 
 
 def check_restorable(manifest: Manifest, spec: JobSpec, uri: str) -> None:
-    """Refuse a checkpoint of another model or rule; number and kind of the workers may differ.
+    """Refuse a checkpoint of another model or rule; the workers' number and kind and which parameters decay may differ.
 
     Raises:
         JobMismatchError: Naming the first difference.
     """
-    theirs = dataclasses.replace(manifest.spec, world_size=spec.world_size, gradients=spec.gradients)
+    saved = manifest.spec
+    params = tuple(
+        dataclasses.replace(param, decays=spec.params[index].decays) if index < len(spec.params) else param
+        for index, param in enumerate(saved.params)
+    )
+    theirs = dataclasses.replace(saved, params=params, world_size=spec.world_size, gradients=spec.gradients)
     spec.require_same(theirs, whose=f"checkpoint {uri}")
 
 
@@ -340,21 +345,28 @@ def _require_whole(manifest: Manifest, uri: str) -> None:
     by_slot: dict[tuple[int, str], list[tuple[int, int]]] = {}
     for piece in manifest.pieces:
         by_slot.setdefault((piece.param, piece.slot), []).append((piece.offset, piece.numel))
-    for index, param in enumerate(manifest.spec.params):
-        for slot in (MASTER, *manifest.spec.rule.slots):
+    for index, lengths in enumerate(_slot_lengths(manifest.spec)):
+        for name, expected in lengths.items():
             reached = 0
-            for offset, numel in sorted(by_slot.pop((index, slot.name), [])):
+            for offset, numel in sorted(by_slot.pop((index, name), [])):
                 reached = reached + numel if offset == reached else -1
                 if reached < 0:
                     break
-            expected = -(-param.numel // slot.stride)
             if reached != expected:
                 raise CheckpointError(
-                    f"{uri}: the manifest is damaged: {slot.name} of parameter {index} does not cover its {expected} "
+                    f"{uri}: the manifest is damaged: {name} of parameter {index} does not cover its {expected} "
                     "elements once; use another checkpoint"
                 )
     if by_slot or len(manifest.step_counts) != len(manifest.spec.params):
         raise CheckpointError(f"{uri}: the manifest is damaged: it does not fit its own job; use another checkpoint")
+
+
+def _slot_lengths(spec: JobSpec) -> Iterator[dict[str, int]]:
+    """How many elements each slot and key slot of each parameter has."""
+    rule, keys = spec.rule, spec.keys()
+    for index, param in enumerate(spec.params):
+        lengths = {slot.name: -(-param.numel // slot.stride) for slot in (MASTER, *rule.slots)}
+        yield lengths | {slot.name: keys.count(slot.scope, index) for slot in rule.key_slots}
 
 
 def _count(value: object) -> int:

@@ -101,11 +101,15 @@ class ShardGroup:
         return result
 
     def read(self, slot: str, param: int) -> Tensor:
-        """One whole slot of one parameter, flattened, in its state dtype."""
+        """One whole slot of one parameter, flattened, in its own dtype; empty for a parameter without elements."""
         parts = []
         for shard in self.shards:
-            for buffers in shard.buffers.extents:
-                parts += [buffers.read(slot, piece) for piece in buffers.pieces(slot) if piece.param == param]
+            if slot in shard.buffers.key_state.names:
+                exported = shard.buffers.export_key_state()
+                parts += [values for name, piece, values in exported if (name, piece.param) == (slot, param)]
+            else:
+                for buffers in shard.buffers.extents:
+                    parts += [buffers.read(slot, piece) for piece in buffers.pieces(slot) if piece.param == param]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=self.spec.params[param].state_dtype)
 
 

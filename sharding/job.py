@@ -11,6 +11,7 @@ import torch
 from ..optim import RULES, Rule
 from .coverage import GRADIENTS, Gradients
 from .errors import JobMismatchError, MessageError
+from .keys import Keys
 from .layout import Layout, ParamSpec, dtype_from_name
 
 
@@ -62,12 +63,18 @@ class JobSpec:
         batches = (*(self.batches or (len(self.params),)), len(other.params) - len(self.params))
         return dataclasses.replace(self, params=other.params, num_groups=other.num_groups, batches=batches)
 
+    def keys(self) -> Keys:
+        """The tensors and output channels, as the rule sees them."""
+        return Keys.build(self.params, self.rule)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a message or a manifest."""
         return {
             "rule": self.rule.name,
             "rule_fields": RULES.to_fields(self.rule),
-            "params": [[param.name, list(param.shape), param.dtype, param.group] for param in self.params],
+            "params": [
+                [param.name, list(param.shape), param.dtype, param.group, param.decays] for param in self.params
+            ],
             "num_groups": self.num_groups,
             "world_size": self.world_size,
             "chunk_numel": self.chunk_numel,
@@ -84,7 +91,8 @@ class JobSpec:
         """
         try:
             params = [
-                ParamSpec(str(name), tuple(shape), dtype, int(group)) for name, shape, dtype, group in fields["params"]
+                ParamSpec(str(name), tuple(shape), dtype, int(group), bool(decays))
+                for name, shape, dtype, group, decays in fields["params"]
             ]
             for param in params:
                 dtype_from_name(param.dtype)
@@ -158,8 +166,9 @@ def kernel_identity(device: torch.device) -> str:
 def _same(param: ParamSpec, other: ParamSpec) -> bool:
     """Whether two parameters are one; a name that is not known fits any."""
     same_name = param.name == other.name or not param.name or not other.name
-    return same_name and (param.shape, param.dtype, param.group) == (other.shape, other.dtype, other.group)
+    return same_name and dataclasses.replace(param, name="") == dataclasses.replace(other, name="")
 
 
 def _describe(param: ParamSpec) -> str:
-    return f"'{param.name}' {list(param.shape)} {param.dtype} in group {param.group}"
+    decay = "" if param.decays else ", without weight decay"
+    return f"'{param.name}' {list(param.shape)} {param.dtype} in group {param.group}{decay}"

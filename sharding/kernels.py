@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..optim import Coefficients, ReducingRule, Rule
 from .buffers import MASTER, Buffers, ExtentBuffers
+from .channels import ChannelMap
+from .keys import Keys
 from .partials import SumTable
 
 PIECE_TILES = 256
@@ -30,13 +32,38 @@ class TileCoefficients:
     def __init__(self, per_tensor: Mapping[str, Tensor], buffers: ExtentBuffers) -> None:
         self._names = list(per_tensor)
         self._tensor_of_tile = buffers.tensor_of_tile
-        self._stacked = torch.stack(list(per_tensor.values())).to(buffers.extent.dtype)
+        self._stacked = _stack(per_tensor, buffers.extent.dtype)
         self._device = buffers.slots[MASTER.name].device
 
     def of(self, rows: slice) -> Coefficients:
         """Name to ``(tiles, 1)`` for the tiles of ``rows``."""
         values = self._stacked[:, self._tensor_of_tile[rows]].unsqueeze(-1).to(self._device)
         return dict(zip(self._names, values, strict=True))
+
+
+class ChannelCoefficients:
+    """A step's coefficients of output channels, looked up per element.
+
+    Args:
+        per_channel: Name to ``(num_channels + 1,)`` float64, the last one for elements outside any channel.
+        buffers: The extent that they are for.
+        keys: The channels.
+    """
+
+    def __init__(self, per_channel: Mapping[str, Tensor], buffers: ExtentBuffers, keys: Keys) -> None:
+        self._names = list(per_channel)
+        self._stacked = _stack(per_channel, buffers.extent.dtype).to(buffers.slots[MASTER.name].device)
+        self._channels = ChannelMap(buffers.extent, keys)
+        self._first_tile = buffers.tiles.start
+
+    def of(self, rows: slice) -> Coefficients:
+        """Name to ``(tiles, 256)`` for the tiles of ``rows``, or to ``(1, 1)`` if none has a channel."""
+        if not self._names:
+            return {}
+        tiles = slice(self._first_tile + rows.start, self._first_tile + rows.stop)
+        if not self._channels.any_in(tiles):
+            return dict(zip(self._names, self._stacked[:, -1:, None], strict=True))
+        return dict(zip(self._names, self._channels.spread(self._stacked, tiles), strict=True))
 
 
 def run_local(
@@ -46,7 +73,7 @@ def run_local(
 
     Args:
         rule: The rule.
-        buffers: The shard's memory; slots change.
+        buffers: The shard's memory; slots change, and the parameters with a rule of one pass.
         grads: Averaged gradient per extent, ``(tiles, 256)``.
         c: Coefficients per tensor.
         table: Where partials go.
@@ -64,13 +91,34 @@ def run_local(
     return partials
 
 
-def run_apply(rule: Rule, buffers: Buffers, grads: Sequence[Tensor], c: Mapping[str, Tensor]) -> None:
-    """Second pass over everything the shard owns; parameters and slots change. Arguments as for :func:`run_local`."""
+def run_apply(
+    rule: Rule,
+    buffers: Buffers,
+    grads: Sequence[Tensor],
+    c: Mapping[str, Tensor],
+    per_channel: Mapping[str, Tensor],
+    keys: Keys,
+) -> None:
+    """Second pass over everything the shard owns; parameters and slots change.
+
+    Args:
+        rule: The rule.
+        buffers: The shard's memory.
+        grads: As for :func:`run_local`.
+        c: Coefficients per tensor.
+        per_channel: Coefficients per channel, ``(num_channels + 1,)``.
+        keys: The channels.
+    """
     for extent, grad in zip(buffers.extents, grads, strict=True):
-        coefficients = TileCoefficients(c, extent)
+        coefficients, of_channels = TileCoefficients(c, extent), ChannelCoefficients(per_channel, extent, keys)
         for rows in _rows(len(extent.tiles)):
-            param, slots = rule.apply(extent.view(rows, grad), coefficients.of(rows))
+            param, slots = rule.apply(extent.view(rows, grad), {**coefficients.of(rows), **of_channels.of(rows)})
             extent.store(rows, {**slots, MASTER.name: param})
+
+
+def _stack(coefficients: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """``(num_coefficients, num_keys)`` in ``dtype``: float64 is rounded once, here."""
+    return torch.stack(list(coefficients.values())).to(dtype) if coefficients else torch.zeros(0, 1, dtype=dtype)
 
 
 def _rows(num_tiles: int) -> Iterator[slice]:

@@ -54,7 +54,7 @@ class ParamSpec:
         shape: Its shape.
         dtype: The model's dtype for it, by name.
         group: The index of its parameter group.
-        decays: Whether weight decay applies to it.
+        decays: Whether its group's weight decay is for it too.
     """
 
     name: str

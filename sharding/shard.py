@@ -34,7 +34,7 @@ from .job import JobSpec, kernel_identity
 from .kernels import run_apply, run_local
 from .layout import Layout
 from .members import Members
-from .partials import SumTable
+from .partials import TileSumTable, sum_table
 from .push import Inbox, Push, PushHeader, check_hyper, unpack_present
 from .vote import Decision, cast_vote, count_votes, open_votes
 
@@ -122,8 +122,8 @@ class Shard:
         self.device = device or torch.device("cpu")
         self._shard, self._num_shards = shard, num_shards
         layout = spec.layout()
-        self._lay_out(spec, layout, Buffers(layout, spec.rule, shard, num_shards, self.device))
-        self.scalars: Mapping[str, float] = spec.rule.initial_scalars
+        self._lay_out(spec, layout, self._allocate(spec, layout))
+        self.scalars: Mapping[str, float] = spec.rule.initial_scalars(spec.num_groups)
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
         self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
         self._hyper_names = sorted(spec.rule.hyper(spec.rule.defaults()))
@@ -134,14 +134,21 @@ class Shard:
         self._taken: dict[int, PushHeader] = {}
         self._lost: str | None = f"shard {shard} has no parameters yet"
 
+    def _allocate(self, spec: JobSpec, layout: Layout) -> Buffers:
+        """Memory for the owned tiles of ``layout``, all of the job's or what is added to it."""
+        return Buffers(
+            layout, spec.rule, keys=spec.keys(), shard=self._shard, num_shards=self._num_shards, device=self.device
+        )
+
     def _lay_out(self, spec: JobSpec, layout: Layout, buffers: Buffers) -> None:
         """Take the parameters of ``spec`` for this shard's, with all that follows from them."""
         self.spec, self.layout, self.buffers = spec, layout, buffers
+        self._keys = spec.keys()
         self._group_of_tensor = layout.group_of_tensor()
         self._numel = torch.tensor([param.numel for param in spec.params], dtype=torch.float64)
-        scope = spec.rule.scope if isinstance(spec.rule, ReducingRule) else Scope.MODEL
-        self._table = SumTable(layout, scope, spec.num_groups)
-        self._norm_table = SumTable(layout, Scope.MODEL, spec.num_groups)
+        self._decays = torch.tensor([param.decays for param in spec.params], dtype=torch.bool)
+        self._table = sum_table(layout, spec.rule, keys=self._keys, num_groups=spec.num_groups)
+        self._norm_table = TileSumTable(layout, Scope.MODEL, spec.num_groups)
         self.members = Members(spec, layout, buffers)
 
     # What others may ask at any time
@@ -207,7 +214,7 @@ class Shard:
         """
         layout = spec.layout()
         added = Layout(layout.params, layout.extents[len(self.layout.extents) :])
-        buffers = Buffers(added, spec.rule, self._shard, self._num_shards, self.device)
+        buffers = self._allocate(spec, added)
         buffers.load(source)
         self._extension = Extension(spec, layout, buffers)
 
@@ -218,7 +225,7 @@ class Shard:
         self._lay_out(added.spec, added.layout, self.buffers.extended(added.buffers))
         num_added = len(added.spec.params) - len(self.step_count)
         self.step_count = torch.cat((self.step_count, torch.zeros(num_added, dtype=torch.float64)))
-        self.scalars = {**added.spec.rule.initial_scalars, **self.scalars}
+        self.scalars = {**added.spec.rule.initial_scalars(added.spec.num_groups), **self.scalars}
         self._begin(timeline)
 
     def load(self, source: StateSource, *, timeline: int) -> None:
@@ -237,7 +244,7 @@ class Shard:
         self.buffers.load(source)
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)
-        self.scalars = {**self.spec.rule.initial_scalars, **source.scalars}
+        self.scalars = {**self.spec.rule.initial_scalars(self.spec.num_groups), **source.scalars}
         self.sequence, self.num_steps, self.num_skipped = source.sequence, source.step, source.skipped_steps
         self._lost = None
         self._begin(timeline)
@@ -372,27 +379,33 @@ class Shard:
             group_of_tensor=self._group_of_tensor,
             present=present,
             step_count=self.step_count + present,
-            scalars={**self.scalars, **(header.scalars or {})},
+            scalars=self.spec.rule.write_scalars(self.scalars, header.scalars or {}),
             numel=self._numel,
+            decays=self._decays,
+            channels=self._keys.channels,
+            key_state=self.buffers.key_state.values,
         )
         combined, totals = yield from self._reduce(step, grads)
+        rule = self.spec.rule
         if combined.moves:
-            coefficients = self.spec.rule.apply_coefficients(step, combined.scalars, totals)
-            run_apply(self.spec.rule, self.buffers, grads, coefficients)
+            if not (isinstance(rule, ReducingRule) and rule.is_one_pass):
+                per_tensor = rule.apply_coefficients(step, combined, totals)
+                per_channel = rule.channel_coefficients(step, combined, totals)
+                run_apply(rule, self.buffers, grads, per_tensor, per_channel, self._keys)
             self.step_count = step.step_count
-        self.scalars = combined.scalars
+        self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
         return StepResult(self.sequence + 1, Decision.COMMIT, self.scalars)
 
     def _reduce(
         self, step: StepInputs, grads: Sequence[Tensor]
     ) -> Generator[Tensor, Tensor, tuple[Combined, Mapping[str, Tensor]]]:
-        """The local pass and its reduction, if the rule has any."""
-        rule = self.spec.rule
-        if not isinstance(rule, ReducingRule):
-            return Combined(step.scalars), {}
-        partials = yield run_local(rule, self.buffers, grads, rule.local_coefficients(step), self._table)
-        totals = self._table.totals(rule.sums, partials)
-        return rule.combine(step, totals), totals
+        """The local pass and its reduction, if the rule has any; scalars and key state after the step."""
+        rule, totals = self.spec.rule, dict[str, Tensor]()
+        if isinstance(rule, ReducingRule):
+            partials = yield run_local(rule, self.buffers, grads, rule.local_coefficients(step), self._table)
+            totals = self._table.totals(rule.sums, partials)
+        combined = rule.combine(step, totals)
+        return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
 
     def _gradient(self, pushes: Sequence[Push]) -> list[Tensor]:
         """The step's gradient, per extent ``(tiles, 256)``."""
@@ -457,7 +470,7 @@ class Shard:
                 f"scalars and reloaded parameters: expected from rank 0 alone, got some from rank {header.rank}"
             )
         try:
-            self.spec.rule.check_scalars(header.scalars or {})
+            self.spec.rule.check_scalars(header.scalars or {}, self.spec.num_groups)
         except ValueError as error:
             raise HyperparameterError(str(error)) from error
         for index, value in push.reloaded.items():

@@ -32,13 +32,17 @@ NOISE_PERIOD = 19
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ZooTensor:
-    """One parameter. ``has_grad=False`` is frozen: present in no step. ``zeros`` begins at zero."""
+    """One parameter. ``has_grad=False`` is frozen: present in no step. ``zeros`` begins at zero.
+
+    ``decays=False`` is left out of weight decay.
+    """
 
     shape: tuple[int, ...]
     group: int = 0
     dtype: str = "float32"
     has_grad: bool = True
     zeros: bool = False
+    decays: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Problem:
         return [tensor.has_grad for tensor in self.tensors]
 
     def specs(self) -> tuple[ParamSpec, ...]:
-        return tuple(ParamSpec(f"p{i}", t.shape, t.dtype, t.group) for i, t in enumerate(self.tensors))
+        return tuple(ParamSpec(f"p{i}", t.shape, t.dtype, t.group, t.decays) for i, t in enumerate(self.tensors))
 
     def as_dtype(self, dtype: str) -> Problem:
         """The same problem, all tensors of one dtype."""
@@ -195,6 +199,31 @@ def small() -> Problem:
             ZooTensor((30, 33)),
             ZooTensor((13,), zeros=True),
             ZooTensor((4, 3, 8, 9)),
+        )
+    )
+
+
+def convolutions() -> Problem:
+    """About 9,000 elements in tiles, blocks and chunks of 256, most of them in output channels.
+
+    Channels of one element, shorter than a tile (27), about a tile (252, 256, 257), longer (320, 1000): they straddle
+    tiles, blocks and any cut into shards. Two groups, frozen and absent convolutions, one that begins at zero.
+    """
+    return Problem(
+        (
+            ZooTensor((6, 3, 3, 3)),
+            ZooTensor((40, 13)),
+            ZooTensor((5, 7, 6, 6), group=1),
+            ZooTensor((8, 1, 1, 1)),
+            ZooTensor((3, 4, 4, 16), has_grad=False),
+            ZooTensor((3, 10, 16, 2), group=1),
+            ZooTensor((7, 2, 3, 3, 2), zeros=True),
+            ZooTensor((2, 257, 1, 1)),
+            ZooTensor((3, 8, 8, 4)),
+            ZooTensor((1,), group=1),
+            ZooTensor((2, 4, 3, 3)),
+            ZooTensor((3, 40, 5, 5), group=1),
+            ZooTensor(()),
         )
     )
 

@@ -1,8 +1,10 @@
 """The named optimizers: one per rule, with the reference's keywords. Written by `make optimizers`."""
 
 from .adam import Adam, AdamW
+from .channels import AdamAWD, AdamGCC, StableAdam
 from .curvature import BAdam, DuvAdam, SUAdam
 from .lamb import LAMB
+from .nadam import NAdam
 from .normalized import UM, PreLAMB
 from .prodigy import Prodigy
 from .radam import RAdam
@@ -15,10 +17,13 @@ __all__ = [
     "SGD",
     "UM",
     "Adam",
+    "AdamAWD",
+    "AdamGCC",
     "AdamW",
     "BAdam",
     "DuvAdam",
     "Momentum",
+    "NAdam",
     "PreLAMB",
     "Prodigy",
     "RAdam",
@@ -26,4 +31,5 @@ __all__ = [
     "SAdam",
     "SRAdam",
     "SUAdam",
+    "StableAdam",
 ]

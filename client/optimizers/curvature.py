@@ -24,6 +24,7 @@ class BAdam(ServiceOptimizer):
         weight_decay: Weight decay; the rule's equations say where it enters.
         curvature_clip: Largest magnitude of one step's estimate of the curvature.
         min_scale: Smallest mean magnitude of a tensor that scales its step.
+        weight_decay_by_lr: Scale weight decay by the learning rate.
         options: See :class:`stepwell.ServiceOptimizer`.
 
     Raises:
@@ -38,10 +39,17 @@ class BAdam(ServiceOptimizer):
         weight_decay: float = 0.0,
         curvature_clip: float = 10000.0,
         min_scale: float = 0.001,
+        weight_decay_by_lr: bool = True,
         **options: Unpack[ServiceOptions],
     ) -> None:
         rule = make_rule(
-            BAdamRule, lr=lr, betas=betas, weight_decay=weight_decay, curvature_clip=curvature_clip, min_scale=min_scale
+            BAdamRule,
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            curvature_clip=curvature_clip,
+            min_scale=min_scale,
+            weight_decay_by_lr=weight_decay_by_lr,
         )
         super().__init__(params, rule, **options)
 
@@ -57,6 +65,7 @@ class DuvAdam(ServiceOptimizer):
         betas: Decay of the gradient's and the squared gradient's running averages.
         weight_decay: Weight decay; the rule's equations say where it enters.
         ratio_clip: Largest magnitude of the gradient's ratio to its average.
+        weight_decay_by_lr: Scale weight decay by the learning rate.
         options: See :class:`stepwell.ServiceOptimizer`.
 
     Raises:
@@ -70,9 +79,17 @@ class DuvAdam(ServiceOptimizer):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         weight_decay: float = 0.0,
         ratio_clip: float = 10.0,
+        weight_decay_by_lr: bool = True,
         **options: Unpack[ServiceOptions],
     ) -> None:
-        rule = make_rule(DuvAdamRule, lr=lr, betas=betas, weight_decay=weight_decay, ratio_clip=ratio_clip)
+        rule = make_rule(
+            DuvAdamRule,
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            ratio_clip=ratio_clip,
+            weight_decay_by_lr=weight_decay_by_lr,
+        )
         super().__init__(params, rule, **options)
 
 
@@ -88,6 +105,7 @@ class SUAdam(ServiceOptimizer):
         weight_decay: Weight decay; the rule's equations say where it enters.
         ratio_clip: Largest magnitude of the gradient's ratio to its average.
         min_scale: Smallest mean magnitude of a tensor that scales its step.
+        weight_decay_by_lr: Scale weight decay by the learning rate.
         options: See :class:`stepwell.ServiceOptimizer`.
 
     Raises:
@@ -102,9 +120,16 @@ class SUAdam(ServiceOptimizer):
         weight_decay: float = 0.0,
         ratio_clip: float = 10.0,
         min_scale: float = 0.001,
+        weight_decay_by_lr: bool = True,
         **options: Unpack[ServiceOptions],
     ) -> None:
         rule = make_rule(
-            SUAdamRule, lr=lr, betas=betas, weight_decay=weight_decay, ratio_clip=ratio_clip, min_scale=min_scale
+            SUAdamRule,
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            ratio_clip=ratio_clip,
+            min_scale=min_scale,
+            weight_decay_by_lr=weight_decay_by_lr,
         )
         super().__init__(params, rule, **options)

@@ -22,6 +22,7 @@ class PreLAMB(ServiceOptimizer):
         lr: Learning rate, a float or a 0-dim tensor.
         beta: Decay of the running average.
         weight_decay: Weight decay; the rule's equations say where it enters.
+        weight_decay_by_lr: Scale weight decay by the learning rate.
         options: See :class:`stepwell.ServiceOptimizer`.
 
     Raises:
@@ -34,9 +35,12 @@ class PreLAMB(ServiceOptimizer):
         lr: float | Tensor = 0.001,
         beta: float = 0.9,
         weight_decay: float = 0.0,
+        weight_decay_by_lr: bool = True,
         **options: Unpack[ServiceOptions],
     ) -> None:
-        rule = make_rule(PreLAMBRule, lr=lr, beta=beta, weight_decay=weight_decay)
+        rule = make_rule(
+            PreLAMBRule, lr=lr, beta=beta, weight_decay=weight_decay, weight_decay_by_lr=weight_decay_by_lr
+        )
         super().__init__(params, rule, **options)
 
 
@@ -50,6 +54,7 @@ class UM(ServiceOptimizer):
         lr: Learning rate, a float or a 0-dim tensor.
         beta: Decay of the running average.
         weight_decay: Weight decay; the rule's equations say where it enters.
+        weight_decay_by_lr: Scale weight decay by the learning rate.
         norm: The norm that the step is divided by, "rms" or "l2".
         options: See :class:`stepwell.ServiceOptimizer`.
 
@@ -63,8 +68,11 @@ class UM(ServiceOptimizer):
         lr: float | Tensor = 0.001,
         beta: float = 0.9,
         weight_decay: float = 0.0,
+        weight_decay_by_lr: bool = True,
         norm: str = "rms",
         **options: Unpack[ServiceOptions],
     ) -> None:
-        rule = make_rule(UMRule, lr=lr, beta=beta, weight_decay=weight_decay, norm=norm)
+        rule = make_rule(
+            UMRule, lr=lr, beta=beta, weight_decay=weight_decay, weight_decay_by_lr=weight_decay_by_lr, norm=norm
+        )
         super().__init__(params, rule, **options)

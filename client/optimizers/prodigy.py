@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Unpack
+from typing import Literal, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -14,7 +14,7 @@ from ..optimizer import ServiceOptimizer
 
 
 class Prodigy(ServiceOptimizer):
-    """Prodigy, as prodigyopt 1.1.2; every argument has its name and default.
+    """Prodigy, as prodigyopt 1.1.2; every argument up to ``slice_p`` has its name and default.
 
     The equations are those of :class:`stepwell.optim.ProdigyRule`. After each step every group shows ``d``, ``d_max``,
     ``d_numerator``, ``k``.
@@ -34,6 +34,12 @@ class Prodigy(ServiceOptimizer):
         growth_rate: Largest factor by which d may rise in a step.
         fsdp_in_use: Accepted as prodigyopt's; has no effect, since the estimate is always global here.
         slice_p: Take the estimate's statistics over every slice_p-th element, to save memory.
+        eps_d: Which d scales eps, the step's "new" one or the "old" one.
+        estimator: How the distance is estimated.
+        d_scope: What one estimate d is taken over: the whole model, or each parameter group for itself.
+        freeze_d: Keep the estimate as it is.
+        max_d: Largest d.
+        stat_dtype: The dtype in which the estimate's statistics are kept.
         options: See :class:`stepwell.ServiceOptimizer`.
 
     Raises:
@@ -56,6 +62,12 @@ class Prodigy(ServiceOptimizer):
         growth_rate: float = math.inf,
         fsdp_in_use: bool = False,
         slice_p: int = 1,
+        eps_d: Literal["new", "old"] = "new",
+        estimator: Literal["prodigy", "inner_product"] = "prodigy",
+        d_scope: Literal["model", "group"] = "model",
+        freeze_d: bool = False,
+        max_d: float = math.inf,
+        stat_dtype: Literal["state", "bfloat16"] = "state",
         **options: Unpack[ServiceOptions],
     ) -> None:
         rule = make_rule(
@@ -73,5 +85,11 @@ class Prodigy(ServiceOptimizer):
             growth_rate=growth_rate,
             fsdp_in_use=fsdp_in_use,
             slice_p=slice_p,
+            eps_d=eps_d,
+            estimator=estimator,
+            d_scope=d_scope,
+            freeze_d=freeze_d,
+            max_d=max_d,
+            stat_dtype=stat_dtype,
         )
         super().__init__(params, rule, **options)

@@ -23,6 +23,7 @@ class Momentum(ServiceOptimizer):
         beta: Decay of the running average.
         weight_decay: Weight decay; the rule's equations say where it enters.
         bias_correction: Divide the average by 1 - beta^t.
+        weight_decay_by_lr: Scale weight decay by the learning rate.
         options: See :class:`stepwell.ServiceOptimizer`.
 
     Raises:
@@ -36,9 +37,17 @@ class Momentum(ServiceOptimizer):
         beta: float = 0.9,
         weight_decay: float = 0.0,
         bias_correction: bool = False,
+        weight_decay_by_lr: bool = True,
         **options: Unpack[ServiceOptions],
     ) -> None:
-        rule = make_rule(MomentumRule, lr=lr, beta=beta, weight_decay=weight_decay, bias_correction=bias_correction)
+        rule = make_rule(
+            MomentumRule,
+            lr=lr,
+            beta=beta,
+            weight_decay=weight_decay,
+            bias_correction=bias_correction,
+            weight_decay_by_lr=weight_decay_by_lr,
+        )
         super().__init__(params, rule, **options)
 
 

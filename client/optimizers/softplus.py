@@ -22,6 +22,7 @@ class SAdam(ServiceOptimizer):
         lr: Learning rate, a float or a 0-dim tensor.
         betas: Decay of the gradient's and the squared gradient's running averages.
         weight_decay: Weight decay; the rule's equations say where it enters.
+        weight_decay_by_lr: Scale weight decay by the learning rate.
         options: See :class:`stepwell.ServiceOptimizer`.
 
     Raises:
@@ -34,9 +35,12 @@ class SAdam(ServiceOptimizer):
         lr: float | Tensor = 0.001,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         weight_decay: float = 0.0,
+        weight_decay_by_lr: bool = True,
         **options: Unpack[ServiceOptions],
     ) -> None:
-        rule = make_rule(SAdamRule, lr=lr, betas=betas, weight_decay=weight_decay)
+        rule = make_rule(
+            SAdamRule, lr=lr, betas=betas, weight_decay=weight_decay, weight_decay_by_lr=weight_decay_by_lr
+        )
         super().__init__(params, rule, **options)
 
 
@@ -50,6 +54,7 @@ class SRAdam(ServiceOptimizer):
         lr: Learning rate, a float or a 0-dim tensor.
         betas: Decay of the gradient's and the squared gradient's running averages.
         weight_decay: Weight decay; the rule's equations say where it enters.
+        weight_decay_by_lr: Scale weight decay by the learning rate.
         options: See :class:`stepwell.ServiceOptimizer`.
 
     Raises:
@@ -62,7 +67,10 @@ class SRAdam(ServiceOptimizer):
         lr: float | Tensor = 0.001,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         weight_decay: float = 0.0,
+        weight_decay_by_lr: bool = True,
         **options: Unpack[ServiceOptions],
     ) -> None:
-        rule = make_rule(SRAdamRule, lr=lr, betas=betas, weight_decay=weight_decay)
+        rule = make_rule(
+            SRAdamRule, lr=lr, betas=betas, weight_decay=weight_decay, weight_decay_by_lr=weight_decay_by_lr
+        )
         super().__init__(params, rule, **options)

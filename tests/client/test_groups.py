@@ -50,7 +50,11 @@ def test_group_is_not_replaced_by_a_step() -> None:
     assert group["k"] == 2
 
 
-@pytest.mark.parametrize("written", [{"d": 3e-3}, {"d": 1e-3, "d_max": 1e-3}, {"d_numerator": 0.5}, {"k": 40}], ids=str)
+@pytest.mark.parametrize(
+    "written",
+    [{"d": 3e-3, "d_max": 3e-3, "d_numerator": 0.5}, {"d_max": 1e-3}, {"d_numerator": 0.5}, {"k": 40}],
+    ids=str,
+)
 def test_written_scalar_takes_effect_as_for_prodigyopt(written: dict[str, float]) -> None:
     net, oracle_net = make_net(), make_net()
     optimizer = stepwell.Prodigy(net.parameters(), use_bias_correction=True)

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from stepwell import optim
+from tests.optim.formula_prodigy import FormulaProdigy
 from tests.optim.formulas import (
+    FormulaAdamAWD,
+    FormulaAdamGCC,
     FormulaBAdam,
     FormulaDuvAdam,
     FormulaLAMB,
@@ -20,10 +23,11 @@ from tests.optim.formulas import (
     FormulaPreLAMB,
     FormulaSAdam,
     FormulaSRAdam,
+    FormulaStableAdam,
     FormulaSUAdam,
     FormulaUM,
 )
-from tests.zoo import NUM_STEPS, Problem, run_reference, small
+from tests.zoo import NUM_STEPS, Problem, convolutions, run_reference, small
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,12 +39,14 @@ class Case:
         reference: The optimizer that it is compared with.
         keywords: What both are made with.
         options: What differs by parameter group.
+        slack: Factor on the float32 errors that are allowed: a d that is the quotient of small sums rounds worse.
     """
 
     rule: type[optim.Rule]
     reference: type[torch.optim.Optimizer]
     keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Sequence[Mapping[str, object]] = ()
+    slack: float = 1.0
 
     def __str__(self) -> str:
         settings = [f"{key}={value}" for key, value in self.keywords.items()]
@@ -69,6 +75,25 @@ def adamw(options: Sequence[Mapping[str, object]] = (), **keywords: Any) -> Case
 def lamb(options: Sequence[Mapping[str, object]] = (), **keywords: Any) -> Case:
     return Case(optim.LAMBRule, FormulaLAMB, keywords, options)
 
+
+def variant(options: Sequence[Mapping[str, object]] = (), **keywords: Any) -> Case:
+    return Case(optim.ProdigyRule, FormulaProdigy, {"d0": 1e-3, **keywords}, options, slack=30.0)
+
+
+GROUPS: list[Mapping[str, object]] = [{"lr": 0.5, "weight_decay": 0.1}, {"lr": 1.0, "betas": (0.8, 0.99)}]
+
+WITH_DECAY_BY_LR: dict[type[optim.Rule], type[torch.optim.Optimizer]] = {
+    optim.MomentumRule: FormulaMomentum,
+    optim.SAdamRule: FormulaSAdam,
+    optim.SRAdamRule: FormulaSRAdam,
+    optim.UMRule: FormulaUM,
+    optim.PreLAMBRule: FormulaPreLAMB,
+    optim.DuvAdamRule: FormulaDuvAdam,
+    optim.SUAdamRule: FormulaSUAdam,
+    optim.BAdamRule: FormulaBAdam,
+    optim.AdamGCCRule: FormulaAdamGCC,
+    optim.StableAdamRule: FormulaStableAdam,
+}
 
 CASES = [
     prodigy(),
@@ -113,6 +138,30 @@ CASES = [
     Case(optim.DuvAdamRule, FormulaDuvAdam, {"weight_decay": 0.1}),
     Case(optim.SUAdamRule, FormulaSUAdam, {"weight_decay": 0.1}),
     Case(optim.BAdamRule, FormulaBAdam, {"lr": 1e-4, "weight_decay": 0.1}),
+    Case(optim.NAdamRule, torch.optim.NAdam),
+    Case(optim.NAdamRule, torch.optim.NAdam, {"weight_decay": 0.1, "momentum_decay": 0.1, "maximize": True}),
+    Case(optim.NAdamRule, torch.optim.NAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01}),
+    Case(optim.AdamGCCRule, FormulaAdamGCC, {"weight_decay": 0.1}),
+    Case(optim.StableAdamRule, FormulaStableAdam, {"weight_decay": 0.1}),
+    Case(optim.StableAdamRule, FormulaStableAdam, {"ratio": "init/current", "excluded_c_in": 4, "lr": 0.01}),
+    Case(optim.StableAdamRule, FormulaStableAdam, {"excluded_c_in": None}),
+    Case(optim.AdamAWDRule, FormulaAdamAWD),
+    Case(optim.AdamAWDRule, FormulaAdamAWD, {"excluded_c_in": 4, "betas": (0.8, 0.9)}),
+    *[
+        Case(rule, formula, {"lr": 1e-4, "weight_decay": 1e-3, "weight_decay_by_lr": False})
+        for rule, formula in WITH_DECAY_BY_LR.items()
+    ],
+    variant(eps_d="old"),
+    variant(eps_d="old", betas=(0.0, 0.99), weight_decay=0.01),
+    variant(eps_d="old", slice_p=11, use_bias_correction=True, weight_decay=0.01, eps=1e-3),
+    variant(eps_d="old", weight_decay=0.1, decouple=False),
+    variant(use_bias_correction=True, weight_decay=0.1),
+    variant(max_d=0.05),
+    variant(GROUPS, d_scope="group"),
+    variant(GROUPS, d_scope="group", eps_d="old", growth_rate=1.02, slice_p=3),
+    variant(estimator="inner_product", d0=1e-3, lr=0.01, max_d=0.05),
+    variant(GROUPS, estimator="inner_product", d0=1e-3, growth_rate=1.02, d_scope="group", max_d=0.05),
+    variant(estimator="inner_product", d0=1e-3, betas=(0.0, 0.99), max_d=0.01, weight_decay=0.1, decouple=False),
 ]
 
 ALL_CASES = pytest.mark.parametrize("case", CASES, ids=str)
@@ -161,13 +210,32 @@ BAD = [
     (optim.DuvAdamRule, {"ratio_clip": 0.0}),
     (optim.SUAdamRule, {"min_scale": -1.0}),
     (optim.BAdamRule, {"curvature_clip": 0.0}),
+    (optim.NAdamRule, {"momentum_decay": -0.004}),
+    (optim.NAdamRule, {"eps": -1e-8}),
+    (optim.AdamGCCRule, {"weight_decay": -0.1}),
+    (optim.StableAdamRule, {"ratio": "first/last"}),
+    (optim.StableAdamRule, {"excluded_c_in": 0}),
+    (optim.AdamAWDRule, {"excluded_c_in": 1.5}),
+    (optim.AdamAWDRule, {"lr": -1.0}),
+    (optim.AdamAWDRule, {"eps": -1.0}),
+    (optim.ProdigyRule, {"eps_d": "none"}),
+    (optim.ProdigyRule, {"estimator": "exact"}),
+    (optim.ProdigyRule, {"d_scope": "tensor"}),
+    (optim.ProdigyRule, {"stat_dtype": "float16"}),
+    (optim.ProdigyRule, {"max_d": 0.0}),
 ]
 """Hyperparameters that a rule must refuse, naming the value."""
 
 
+def base_problem_for(case: Case) -> Problem:
+    """The small problem, or the one of convolutions for rules that see channels."""
+    has_channels = issubclass(case.rule, optim.ReducingRule) and case.rule.scope is optim.Scope.CHANNEL
+    return convolutions() if has_channels else small()
+
+
 def problem_for(case: Case) -> Problem:
-    """The small problem, with as many groups as the case has options for."""
-    problem = small()
+    """The same, with as many groups as the case has options for."""
+    problem = base_problem_for(case)
     if len(case.options) > 1:
         return problem
     return dataclasses.replace(problem, tensors=tuple(dataclasses.replace(t, group=0) for t in problem.tensors))

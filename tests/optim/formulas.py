@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
+from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
 from torch import Tensor
 
 
@@ -41,11 +42,20 @@ class FormulaLAMB(torch.optim.Optimizer):
                 p -= group["lr"] * ratio * update
 
 
+AVERAGE = {"lr": 1e-3, "beta": 0.9, "weight_decay": 0.0, "weight_decay_by_lr": True}
+"""Defaults of a rule with one running average."""
+MOMENTS = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "weight_decay_by_lr": True}
+"""Defaults of a rule with two."""
+
+
 class Formula(torch.optim.Optimizer):
     """One tensor at a time: subclasses give the change of p from p, g, the state, the group and the step t."""
 
-    def __init__(self, params: Any, **defaults: Any) -> None:
-        super().__init__(params, defaults)
+    DEFAULTS: ClassVar[Mapping[str, Any]]
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        assert options.keys() <= self.DEFAULTS.keys()
+        super().__init__(params, {**self.DEFAULTS, **options})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -56,7 +66,8 @@ class Formula(torch.optim.Optimizer):
                     state = self.state[p]
                     state["t"] = state.get("t", 0) + 1
                     change = self.change(p.clone(), p.grad, state, group, state["t"])
-                    p *= 1 - group["lr"] * group["weight_decay"]
+                    decay = group.get("weight_decay", 0.0)
+                    p *= 1 - (group["lr"] * decay if group.get("weight_decay_by_lr", True) else decay)
                     p += change
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
@@ -80,10 +91,7 @@ def ratio_to(average: Tensor, value: Tensor, clip: float) -> Tensor:
 
 
 class FormulaMomentum(Formula):
-    def __init__(
-        self, params: Any, lr: float = 1e-3, beta: float = 0.9, weight_decay: float = 0.0, bias_correction: bool = False
-    ) -> None:
-        super().__init__(params, lr=lr, beta=beta, weight_decay=weight_decay, bias_correction=bias_correction)
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {**AVERAGE, "bias_correction": False}
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
         average = ema(state, "V", group["beta"], g)
@@ -91,10 +99,7 @@ class FormulaMomentum(Formula):
 
 
 class FormulaSAdam(Formula):
-    def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+    DEFAULTS: ClassVar[Mapping[str, Any]] = MOMENTS
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
         beta1, beta2 = group["betas"]
@@ -117,10 +122,7 @@ class FormulaSRAdam(FormulaSAdam):
 
 
 class FormulaUM(Formula):
-    def __init__(
-        self, params: Any, lr: float = 1e-3, beta: float = 0.9, weight_decay: float = 0.0, norm: str = "rms"
-    ) -> None:
-        super().__init__(params, lr=lr, beta=beta, weight_decay=weight_decay, norm=norm)
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {**AVERAGE, "norm": "rms"}
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
         m_hat = ema(state, "m", group["beta"], g) / (1 - group["beta"] ** t)
@@ -129,8 +131,7 @@ class FormulaUM(Formula):
 
 
 class FormulaPreLAMB(Formula):
-    def __init__(self, params: Any, lr: float = 1e-3, beta: float = 0.9, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr=lr, beta=beta, weight_decay=weight_decay)
+    DEFAULTS: ClassVar[Mapping[str, Any]] = AVERAGE
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
         p_norm, g_norm = p.square().sum().sqrt(), g.square().sum().sqrt()
@@ -139,15 +140,7 @@ class FormulaPreLAMB(Formula):
 
 
 class FormulaDuvAdam(Formula):
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        ratio_clip: float = 10.0,
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, ratio_clip=ratio_clip)
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {**MOMENTS, "ratio_clip": 10.0}
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
         beta1, beta2 = group["betas"]
@@ -157,18 +150,7 @@ class FormulaDuvAdam(Formula):
 
 
 class FormulaSUAdam(Formula):
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        ratio_clip: float = 10.0,
-        min_scale: float = 1e-3,
-    ) -> None:
-        super().__init__(
-            params, lr=lr, betas=betas, weight_decay=weight_decay, ratio_clip=ratio_clip, min_scale=min_scale
-        )
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {**MOMENTS, "ratio_clip": 10.0, "min_scale": 1e-3}
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
         beta1, beta2 = group["betas"]
@@ -180,18 +162,7 @@ class FormulaSUAdam(Formula):
 
 
 class FormulaBAdam(Formula):
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        curvature_clip: float = 1e4,
-        min_scale: float = 1e-3,
-    ) -> None:
-        super().__init__(
-            params, lr=lr, betas=betas, weight_decay=weight_decay, curvature_clip=curvature_clip, min_scale=min_scale
-        )
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {**MOMENTS, "curvature_clip": 1e4, "min_scale": 1e-3}
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
         beta1, beta2 = group["betas"]
@@ -206,3 +177,61 @@ class FormulaBAdam(Formula):
             u = u / softplus_50(v_hat.abs())
         state["u"], state["g"] = u, g.clone()
         return u
+
+
+def adam_step(g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Tensor:
+    beta1, beta2 = group["betas"]
+    m_hat = ema(state, "m", beta1, g) / (1 - beta1**t)
+    v_hat = ema(state, "v", beta2, g * g) / (1 - beta2**t)
+    step: Tensor = -group["lr"] * m_hat / (v_hat.sqrt() + group["eps"])
+    return step
+
+
+def norms(p: Tensor, excluded_c_in: int | None) -> Tensor | None:
+    """Each output channel's norm, broadcast to the weight; None for a weight without channels."""
+    if p.dim() < 4 or (p.shape[1] == excluded_c_in and p.shape[0] < p.shape[1]):
+        return None
+    return p.square().sum(dim=tuple(range(1, p.dim())), keepdim=True).sqrt()
+
+
+class FormulaAdamGCC(Formula):
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {**MOMENTS, "eps": 1e-8}
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        centred = g.clone()
+        centralize_gradient(centred, gc_conv_only=True)
+        return adam_step(centred, state, group, t)
+
+
+class FormulaStableAdam(Formula):
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {**MOMENTS, "eps": 1e-8, "ratio": "current/init", "excluded_c_in": 256}
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        step, current = adam_step(g, state, group, t), norms(p, group["excluded_c_in"])
+        if current is None:
+            return step
+        initial = state.setdefault("initial", current)
+        top, bottom = (current, initial) if group["ratio"] == "current/init" else (initial, current)
+        return step * torch.where((initial == 0) | (bottom == 0), torch.ones_like(top), top / bottom)
+
+
+class FormulaAdamAWD(Formula):
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "excluded_c_in": 256,
+    }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group.pop("weight_decay", None)
+        super().step(closure)
+
+    def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], t: int) -> Any:
+        stepped, before = p + adam_step(g, state, group, t), norms(p, group["excluded_c_in"])
+        if before is not None:
+            initial, now = state.setdefault("initial", before), norms(stepped, None)
+            stepped = torch.where((initial == 0) | (now == 0), stepped, stepped * initial / now)
+        return stepped - p

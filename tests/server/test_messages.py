@@ -143,10 +143,13 @@ WRONG: list[tuple[str, str, tuple[object, ...]]] = [
     ("job", "chunk_numel", tuple(value for value in COUNT_WRONG if value is not None)),
     ("job", "rule", (*TEXT_WRONG, "Sophia")),
     ("job", "rule_fields", (1, [], {"mu": 1.0}, {"lr": "x"}, {"lr": -1.0}, {"betas": 0.9}, {"slice_p": 0})),
-    ("job", "params", (1, {}, [1], [["w", [3], "float32"]], [["w", 3, "float32", 0]], [[1, [3], "float32", 0]])),
-    ("job", "params", ([["w", [-3], "float32", 0]], [["w", [3.0], "float32", 0]], [["w", [3], "complex64", 0]])),
-    ("job", "params", ([["w", [3], ["float32"], 0]], [["w", [3], "float32", -1]], [["w", [3], "float32", 0.5]])),
-    ("job", "params", ([["w", [3], "float32", float("inf")]], [["w", [3], "float32", None]])),
+    ("job", "params", (1, {}, [1], [["w", [3], "float32"]], [["w", 3, "float32", 0, True]])),
+    ("job", "params", ([[1, [3], "float32", 0, True]], [["w", [3], ["float32"], 0, True]])),
+    ("job", "params", ([["w", [-3], "float32", 0, True]], [["w", [3.0], "float32", 0, True]])),
+    ("job", "params", ([["w", [3], "complex64", 0, True]], [["w", [3], "float32", -1, True]])),
+    ("job", "params", ([["w", [3], "float32", 0.5, True]], [["w", [3], "float32", None, True]])),
+    ("job", "params", ([["w", [3], "float32", float("inf"), True]],)),
+    ("job", "params", ([["w", [3], "float32", 0]], [["w", [3], "float32", 0, 1]], [["w", [3], "float32", 0, None]])),
 ]  # fmt: skip
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from stepwell import optim
-from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule
+from stepwell.optim import AdamAWDRule, AdamWRule, LAMBRule, ProdigyRule, Rule
 from stepwell.sharding import kernels
-from tests.zoo import NUM_STEPS, Problem, Run, State, ZooTensor, assert_same_state, straddling
+from tests.zoo import NUM_STEPS, Problem, Run, State, ZooTensor, assert_same_state, convolutions, straddling
 
 RULES: dict[str, Rule] = {
     "Prodigy": ProdigyRule(d0=1e-4),
@@ -22,6 +22,7 @@ RULES: dict[str, Rule] = {
     "Prodigy-beta1": ProdigyRule(d0=1e-4, betas=(0.0, 0.99), weight_decay=0.01, decouple=False),
     "AdamW": AdamWRule(lr=0.01, amsgrad=True),
     "LAMB": LAMBRule(lr=0.01, weight_decay=0.1),
+    "AdamAWD": AdamAWDRule(lr=0.01),
 }
 
 ALL_RULES = pytest.mark.parametrize("name", RULES)
@@ -30,6 +31,15 @@ ALL_RULES = pytest.mark.parametrize("name", RULES)
 @functools.cache
 def on_one_shard(name: str) -> State:
     return Run(straddling(), RULES[name]).steps(NUM_STEPS).state()
+
+
+def assert_same_small_state(run: Run) -> None:
+    """Scalars and key state are replicated, with the same bits."""
+    first = run.group.shards[0]
+    for shard in run.group.shards:
+        assert shard.scalars == first.scalars
+        for name, values in first.buffers.key_state.values.items():
+            assert torch.equal(shard.buffers.key_state.values[name], values), name
 
 
 def test_problem_straddles_what_it_should() -> None:
@@ -50,8 +60,7 @@ def test_problem_straddles_what_it_should() -> None:
 def test_result_is_the_same_for_any_number_of_shards(name: str, num_shards: int) -> None:
     run = Run(straddling(), RULES[name], num_shards=num_shards).steps(NUM_STEPS)
     assert_same_state(run.state(), on_one_shard(name))
-    for shard in run.group.shards:
-        assert shard.scalars == run.group.shards[0].scalars
+    assert_same_small_state(run)
 
 
 @pytest.mark.parametrize("chunk_numel", [2**12, 2**17])
@@ -123,6 +132,13 @@ def test_more_shards_than_chunks_leave_some_with_nothing() -> None:
 
 
 OTHER_RULES = [
+    optim.AdamGCCRule(lr=0.01),
+    optim.NAdamRule(lr=0.01),
+    optim.StableAdamRule(lr=0.01, weight_decay=0.1),
+    optim.StableAdamRule(lr=0.01, ratio="init/current"),
+    ProdigyRule(d0=1e-4, eps_d="old"),
+    ProdigyRule(d0=1e-4, d_scope="group", stat_dtype="bfloat16", slice_p=3),
+    ProdigyRule(d0=1e-4, estimator="inner_product", lr=0.01),
     optim.AdamRule(lr=0.01, weight_decay=0.1),
     optim.BAdamRule(lr=0.01),
     optim.DuvAdamRule(lr=0.01),
@@ -138,11 +154,40 @@ OTHER_RULES = [
 ]
 
 
-@pytest.mark.parametrize("rule", OTHER_RULES, ids=lambda rule: str(rule.name))
+@pytest.mark.parametrize("rule", OTHER_RULES, ids=repr)
 def test_every_rule_gives_the_same_result_for_any_number_of_shards(rule: Rule) -> None:
     expected = Run(straddling(), rule).steps(20).state()
     for num_shards in (3, 7):
-        assert_same_state(Run(straddling(), rule, num_shards=num_shards).steps(20).state(), expected)
+        run = Run(straddling(), rule, num_shards=num_shards).steps(20)
+        assert_same_state(run.state(), expected)
+        assert_same_small_state(run)
+
+
+CHANNEL_RULES = [rule for rule in [*RULES.values(), *OTHER_RULES] if rule.num_channels((4, 3, 2, 2))]
+
+
+def test_channels_straddle_what_they_should() -> None:
+    run = Run(convolutions(), CHANNEL_RULES[0], num_shards=7)
+    (extent,) = run.layout.extents
+    assert extent.tiles_per_block == extent.tiles_per_chunk == 1
+    numels = set(run.group.spec.keys().channel_numel.tolist())
+    assert {1, 27, 252, 256, 257, 320, 1000} <= numels
+    for num_shards in (2, 5, 7):
+        edges = [extent.tile_range(shard, num_shards).start for shard in range(1, num_shards)]
+        offsets = [(int(extent.tensor_of_tile[edge]), int(extent.index_in_tensor[edge]) * 256) for edge in edges]
+        channel_numel = run.group.spec.keys().channel_numel
+        assert any(offset % channel_numel[tensor] for tensor, offset in offsets), (
+            f"no channel is on two of {num_shards}"
+        )
+
+
+@pytest.mark.parametrize("rule", CHANNEL_RULES, ids=repr)
+def test_channels_give_the_same_result_however_they_are_cut(rule: Rule) -> None:
+    expected = Run(convolutions(), rule).steps(50).state()
+    for num_shards, chunk_numel in ((2, None), (3, 512), (5, None), (7, None), (40, None)):
+        run = Run(convolutions(), rule, num_shards=num_shards, chunk_numel=chunk_numel).steps(50)
+        assert_same_state(run.state(), expected)
+        assert_same_small_state(run)
 
 
 def test_every_rule_is_among_those_tested() -> None:

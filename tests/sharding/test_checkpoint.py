@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule
+from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, StableAdamRule
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.checkpoint import (
     MANIFEST_NAME,
@@ -42,13 +42,22 @@ RULES: dict[str, Rule] = {
     "Prodigy": ProdigyRule(d0=1e-3, slice_p=11),
     "AdamW": AdamWRule(amsgrad=True),
     "LAMB": LAMBRule(),
+    "NAdam": NAdamRule(),
+    "StableAdam": StableAdamRule(lr=0.01),
+    "Prodigy-bfloat16": ProdigyRule(d0=1e-3, stat_dtype="bfloat16", d_scope="group"),
 }
 
 
 def problem() -> Problem:
-    """The small one, with a float64 tensor and an empty one."""
-    extra = (ZooTensor((500,), dtype="float64"), ZooTensor((0, 3)), ZooTensor((70,), dtype="bfloat16"))
-    return dataclasses.replace(small(), tensors=small().tensors + extra)
+    """The small one, with a float64 tensor, empty ones and a float64 convolution."""
+    extra = [
+        ZooTensor((500,), dtype="float64"),
+        ZooTensor((0, 3)),
+        ZooTensor((70,), dtype="bfloat16"),
+        ZooTensor((4, 0, 3, 3)),
+        ZooTensor((9, 2, 5, 7), dtype="float64"),
+    ]
+    return dataclasses.replace(small(), tensors=(*small().tensors, *extra))
 
 
 def trained(name: str = "Prodigy", num_shards: int = 3, num_steps: int = 10) -> Run:
@@ -111,7 +120,7 @@ def test_checkpoint_can_be_read_without_us(tmp_path: Path, name: str, num_shards
     assert manifest["scalars"] == state.scalars
     assert tuple(manifest["step_counts"]) == state.step_counts
     assert (manifest["sequence"], manifest["step"], manifest["skipped_steps"]) == state.counters
-    assert manifest["job"]["params"][0] == ["p0", [40, 13], "float32", 0]
+    assert manifest["job"]["params"][0] == ["p0", [40, 13], "float32", 0, True]
     assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_NAME, *(name for name, _ in manifest["files"])}
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepwell.optim import Scope
+from stepwell.optim import AdamGCCRule, Scope, StableAdamRule
+from stepwell.sharding.channels import run_sums, shifted_run_sums
+from stepwell.sharding.keys import Keys
 from stepwell.sharding.layout import Layout, ParamSpec
-from stepwell.sharding.partials import SumTable, sum_vectors
+from stepwell.sharding.partials import ChannelSumTable, SumTable, TileSumTable, sum_vectors
 
+TILE_SCOPES = (Scope.MODEL, Scope.GROUP, Scope.TENSOR)
 SHAPES = st.lists(st.tuples(st.integers(1, 3000)), min_size=1, max_size=20)
 
 
@@ -43,21 +47,21 @@ def fold_on_shards(table: SumTable, layout: Layout, values: list[Tensor], num_sh
     return sum_vectors(vectors)
 
 
-@given(SHAPES, st.sampled_from(Scope), st.integers(1, 9), st.sampled_from([1, 3, 256]))
+@given(SHAPES, st.sampled_from(TILE_SCOPES), st.integers(1, 9), st.sampled_from([1, 3, 256]))
 def test_totals_are_the_same_for_any_number_of_shards(
     shapes: list[tuple[int]], scope: Scope, num_shards: int, at_once: int
 ) -> None:
     layout = layout_of(shapes)
-    table, values = SumTable(layout, scope, num_groups=2), tile_partials(layout)
+    table, values = TileSumTable(layout, scope, num_groups=2), tile_partials(layout)
     (expected,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 10**6)).values()
     (actual,) = table.totals(["x"], fold_on_shards(table, layout, values, num_shards, at_once)).values()
     assert torch.equal(actual, expected)
 
 
-@given(SHAPES, st.sampled_from(Scope))
+@given(SHAPES, st.sampled_from(TILE_SCOPES))
 def test_totals_are_the_sums_over_their_keys(shapes: list[tuple[int]], scope: Scope) -> None:
     layout = layout_of(shapes)
-    table, values = SumTable(layout, scope, num_groups=2), tile_partials(layout)
+    table, values = TileSumTable(layout, scope, num_groups=2), tile_partials(layout)
     terms: dict[int, list[float]] = {}
     for extent, tiles in zip(layout.extents, values, strict=True):
         for param, value in zip(extent.tensor_of_tile.tolist(), tiles.tolist(), strict=True):
@@ -71,11 +75,11 @@ def test_totals_are_the_sums_over_their_keys(shapes: list[tuple[int]], scope: Sc
         assert abs(total - math.fsum(terms.get(key, []))) <= 1e-13 * size
 
 
-@given(SHAPES, st.sampled_from(Scope), st.integers(2, 5))
+@given(SHAPES, st.sampled_from(TILE_SCOPES), st.integers(2, 5))
 def test_each_partial_is_computed_by_one_shard(shapes: list[tuple[int]], scope: Scope, num_shards: int) -> None:
     """So the all-reduce adds nothing but zeros to it."""
     layout = layout_of(shapes)
-    table = SumTable(layout, scope, num_groups=2)
+    table = TileSumTable(layout, scope, num_groups=2)
     owners = torch.zeros(table.num_segments)
     for shard in range(num_shards):
         partials = table.empty(1)
@@ -88,6 +92,88 @@ def test_each_partial_is_computed_by_one_shard(shapes: list[tuple[int]], scope: 
 
 
 def test_model_without_parameters_has_no_partials() -> None:
-    table = SumTable(Layout.build([]), Scope.MODEL, num_groups=1)
+    table = TileSumTable(Layout.build([]), Scope.MODEL, num_groups=1)
     assert table.num_segments == 0
     assert table.totals(["x"], table.empty(1))["x"].tolist() == [0.0]
+
+
+CHANNEL_SHAPES = st.lists(
+    st.one_of(
+        st.tuples(st.integers(1, 9), st.integers(1, 700), st.integers(1, 3), st.integers(1, 3)),
+        st.tuples(st.integers(0, 600)),
+        st.just((3, 0, 2, 2)),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def channel_layout(shapes: list[tuple[int, ...]]) -> Layout:
+    dtypes = ("float32", "float64", "float32")
+    return Layout.build([ParamSpec("", shape, dtypes[i % 3], 0) for i, shape in enumerate(shapes)])
+
+
+def element_terms(layout: Layout) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(extent.num_tiles, 256) for extent in layout.extents]
+    return [
+        torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-6, 7, shape, generator=generator)
+        for shape in shapes
+    ]
+
+
+@given(CHANNEL_SHAPES, st.integers(1, 9), st.sampled_from([1, 3, 256]))
+def test_channel_totals_are_the_same_for_any_number_of_shards(
+    shapes: list[tuple[int, ...]], num_shards: int, at_once: int
+) -> None:
+    layout = channel_layout(shapes)
+    table, values = ChannelSumTable(layout, Keys.build(layout.params, AdamGCCRule())), element_terms(layout)
+    (expected,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 10**6)).values()
+    (actual,) = table.totals(["x"], fold_on_shards(table, layout, values, num_shards, at_once)).values()
+    assert torch.equal(actual, expected)
+
+
+@given(CHANNEL_SHAPES)
+def test_channel_totals_are_the_sums_over_their_channels(shapes: list[tuple[int, ...]]) -> None:
+    layout = channel_layout(shapes)
+    table, values = ChannelSumTable(layout, Keys.build(layout.params, AdamGCCRule())), element_terms(layout)
+    expected: list[Tensor] = []
+    where = {
+        param: (extent, int(first))
+        for extent, which in enumerate(layout.extents)
+        for param, first in zip(which.params, which.first_tile, strict=False)
+    }
+    for index, param in enumerate(layout.params):
+        if len(param.shape) == 4 and param.numel:
+            extent, first = where[index]
+            expected += values[extent].flatten()[first * 256 :][: param.numel].view(param.shape[0], -1)
+    (totals,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 100)).values()
+    assert len(totals) == table.num_keys == len(expected)
+    for total, terms in zip(totals.tolist(), expected, strict=True):
+        size = math.fsum(terms.abs().tolist())
+        assert abs(total - math.fsum(terms.tolist())) <= 1e-13 * size
+
+
+def test_channels_that_a_rule_excludes_have_no_sum() -> None:
+    specs = [ParamSpec("", shape, "float32", 0) for shape in ((4, 256, 1, 1), (256, 256, 1, 1), (4, 255, 1, 1))]
+    assert Keys.build(specs, StableAdamRule()).num_channels == 260
+    assert Keys.build(specs, StableAdamRule(excluded_c_in=None)).num_channels == 264
+    assert Keys.build(specs, StableAdamRule(excluded_c_in=255)).num_channels == 260
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(0, 2**31))
+def test_run_sums_are_the_sums_of_the_runs_on_any_device(lengths: list[int], seed: int) -> None:
+    """In order on the CPU; elsewhere by shifted rows, which are independent of each other."""
+    ends = np.unique(np.concatenate((np.cumsum(lengths), np.arange(256, sum(lengths) + 256, 256))))
+    ends = ends[ends <= -(-sum(lengths) // 256) * 256]
+    runs = torch.from_numpy(np.diff(ends, prepend=0))
+    values = torch.randn(int(ends[-1]) // 256, 256, generator=torch.Generator().manual_seed(seed))
+    in_order, shifted = run_sums(values, runs), shifted_run_sums(values.double(), runs)
+    for index, terms in enumerate(torch.split(values.flatten().double(), runs.tolist())):
+        total = 0.0
+        for term in terms.tolist():
+            total += term
+        assert float(in_order[index]) == total
+        assert abs(float(shifted[index]) - math.fsum(terms.tolist())) <= 1e-13 * float(terms.abs().sum())
+    last = runs[torch.from_numpy(ends > ends[-1] - 256)]
+    assert torch.equal(shifted_run_sums(values[-1:].double(), last), shifted[-len(last) :])

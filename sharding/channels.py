@@ -1,0 +1,114 @@
+"""Where output channels lie in the flat space: of any length, over the edges of tiles, blocks and shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..optim import TILE_NUMEL
+from .keys import Keys
+from .layout import Extent
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Runs:
+    """The elements of some tiles, cut where a tile or a channel ends. Runs outside any channel are among them.
+
+    Attributes:
+        lengths: ``(num_runs,)`` int64, elements of each; they add up to all elements of the tiles.
+        tile: ``(num_runs,)`` int64, the tile of each, counted from the first of the tiles.
+        channel: ``(num_runs,)`` int64, the channel of each, counted in its tensor; -1 outside any channel.
+    """
+
+    lengths: NDArray[np.int64]
+    tile: NDArray[np.int64]
+    channel: NDArray[np.int64]
+
+
+@final
+class ChannelMap:
+    """Which channels the tiles of an extent hold.
+
+    Args:
+        extent: The extent.
+        keys: The channels.
+    """
+
+    def __init__(self, extent: Extent, keys: Keys) -> None:
+        self._extent, self._keys = extent, keys
+        self._has_channels = np.diff(keys.first_channel) > 0
+
+    def any_in(self, tiles: slice) -> bool:
+        """Whether a tile of ``tiles`` (counted in the extent) holds elements of a channel."""
+        return bool(self._has_channels[self._extent.tensor_of_tile[tiles]].any())
+
+    def runs(self, tiles: slice) -> Runs:
+        """The runs of ``tiles``, in order."""
+        tensors = self._extent.tensor_of_tile[tiles]
+        numel, start = self._keys.channel_numel[tensors], self._extent.index_in_tensor[tiles] * TILE_NUMEL
+        valid = np.where(self._has_channels[tensors], self._extent.valid_numel[tiles], 0)
+        first = start // numel
+        num_channels = np.where(valid > 0, (start + valid - 1) // numel - first + 1, 0)
+        num_runs = num_channels + (valid < TILE_NUMEL)
+        tile = np.repeat(np.arange(len(tensors)), num_runs)
+        position = np.arange(len(tile)) - np.repeat(np.cumsum(num_runs) - num_runs, num_runs)
+        channel = first[tile] + position
+        begin = np.maximum(channel * numel[tile] - start[tile], 0)
+        end = np.minimum((channel + 1) * numel[tile] - start[tile], valid[tile])
+        is_outside = position == num_channels[tile]
+        lengths = np.where(is_outside, TILE_NUMEL - valid[tile], end - begin)
+        return Runs(lengths, tile, np.where(is_outside, -1, channel))
+
+    def spread(self, values: Tensor, tiles: slice) -> Tensor:
+        """Give each element its channel's value.
+
+        Args:
+            values: ``(n, num_channels + 1)``, the last one for elements outside any channel.
+            tiles: The tiles.
+
+        Returns:
+            ``(n, tiles, 256)``.
+        """
+        runs = self.runs(tiles)
+        first = self._keys.first_channel[self._extent.tensor_of_tile[tiles]]
+        key = torch.from_numpy(np.where(runs.channel < 0, self._keys.num_channels, first[runs.tile] + runs.channel))
+        lengths = torch.from_numpy(runs.lengths).to(values.device)
+        num_tiles = len(first)
+        spread = values[:, key.to(values.device)].repeat_interleave(lengths, dim=1, output_size=num_tiles * TILE_NUMEL)
+        return spread.view(len(values), num_tiles, TILE_NUMEL)
+
+
+def run_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sum runs of elements, in float64; a run's bits depend on nothing but its elements and where it lies in its tile.
+
+    On the CPU each is added up in order. On CUDA, where nothing promises an order, rows are added up by themselves,
+    shifted by 1, 2, 4, ... within their runs: elementwise additions alone.
+
+    Args:
+        values: ``(tiles, 256)``.
+        lengths: ``(num_runs,)`` int64; no run is in two rows, and together they are all of ``values``.
+
+    Returns:
+        ``(num_runs,)`` float64, on the CPU.
+    """
+    values = values.to(torch.float64)
+    if values.device.type == "cpu":
+        return torch.segment_reduce(values.reshape(-1), "sum", lengths=lengths, unsafe=True)
+    return shifted_run_sums(values, lengths.to(values.device)).cpu()
+
+
+def shifted_run_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """:func:`run_sums` by elementwise additions, for any device; ``lengths`` lie on that of ``values``."""
+    numbers = torch.arange(len(lengths), device=values.device)
+    runs = numbers.repeat_interleave(lengths, output_size=values.numel()).view(values.shape)
+    step = 1
+    while step < values.shape[1]:
+        before = torch.where(runs[:, step:] == runs[:, :-step], values[:, :-step], 0.0)
+        values = torch.cat((values[:, :step], values[:, step:] + before), dim=1)
+        step *= 2
+    return values.reshape(-1)[lengths.cumsum(0) - 1]
