@@ -30,8 +30,8 @@ from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
 from ..sharding.pieces import PieceValues
 from ..sharding.push import Push, PushHeader
+from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.saved import SavedCheckpoint
-from ..sharding.shard import ShardStatus, StepResult
 from ..sharding.vote import Decision
 from .flat import FlatBuffer
 from .transport import Transport, join_pieces

@@ -29,7 +29,7 @@ from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, dtype_name
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
-from ..sharding.shard import ShardStatus, StepResult
+from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.vote import Decision
 from .flat import FlatBuffer
 from .transport import Transport, join_pieces

@@ -15,7 +15,7 @@ from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
-from ..sharding.shard import ShardStatus, StepResult
+from ..sharding.reports import ShardStatus, StepResult
 from .flat import FlatBuffer
 
 Values = Mapping[tuple[int, str], Tensor]

@@ -18,8 +18,8 @@ from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, S
 from ..sharding.job import JobSpec
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader, pack_present
+from ..sharding.reports import StepResult
 from ..sharding.saved import manifest_digest
-from ..sharding.shard import StepResult
 from ..sharding.vote import Decision
 from .model_buffers import ModelBuffers, common_device
 from .transport import Transport, Values, as_pieces

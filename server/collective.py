@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..sharding.errors import ShardLostError
+from ..sharding.reports import StepResult
+from ..sharding.shard import Reduction
 
 c10d: Any = dist  # torch has no types for its stores and groups
 
@@ -124,6 +126,25 @@ class Collective:
             else:
                 return None
         return "the group was closed"
+
+
+def drive(step: Reduction, collective: Collective | None) -> StepResult:
+    """Run a step to its end, all-reducing whatever it yields."""
+    try:
+        vector = next(step)
+        if collective is None:
+            raise ShardLostError("the shards have no process group; restart the service")
+        while True:
+            vector = step.send(collective.all_reduce(vector))
+    except StopIteration as stop:
+        result: StepResult = stop.value
+        return result
+    except BaseException:
+        if collective is not None:
+            collective.close()  # the others must not wait for this shard
+        raise
+    finally:
+        step.close()
 
 
 def _form(

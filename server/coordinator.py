@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..sharding.checkpoint import build_manifest, check_restorable, read_manifest, write_manifest
-from ..sharding.coverage import Holdings, require_exact_cover
+from ..sharding.coverage import require_exact_cover
 from ..sharding.errors import (
     CoverageError,
-    MessageError,
     NotRegisteredError,
     ServiceError,
     ServiceTimeoutError,
@@ -23,12 +22,13 @@ from ..sharding.errors import (
     UnknownRankError,
 )
 from ..sharding.job import JobSpec
+from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
-from ..sharding.shard import ShardStatus
 from .calls import gather
 from .config import ServiceConfig
-from .messages import LoadHeader, Registration, pack_job, unpack_holdings, unpack_job
+from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .rendezvous import Rendezvous
+from .workers import Asked, Worker
 
 FORMING_TIMEOUT_S = 60.0
 STATE_TIMEOUT_S = 1800.0
@@ -36,34 +36,6 @@ STATE_TIMEOUT_S = 1800.0
 RESTART_TIMEOUT_S = 120.0
 HOLD_TRIES = 3
 POLL_S = 0.05
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Worker:
-    """A registered worker: its process, and what it holds of a sharded model, packed."""
-
-    incarnation: str
-    holdings: bytes
-
-    def held(self, spec: JobSpec) -> Holdings:
-        """What it holds, unpacked.
-
-        Raises:
-            MessageError: If it named nothing.
-        """
-        holdings = unpack_holdings(self.holdings, spec.params)
-        if holdings is None:
-            raise MessageError("holdings: expected ranges from every rank of a sharded model, got none")
-        return holdings
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Asked:
-    """What one rank brings to add a parameter group; see :meth:`Coordinator.extend`."""
-
-    spec: JobSpec
-    holdings: bytes
-    values: Sequence[Any]
 
 
 class Coordinator:
@@ -299,11 +271,15 @@ class Coordinator:
         if spec.gradients == "sharded":
             require_exact_cover(spec.params, {rank: worker.held(spec) for rank, worker in self._workers.items()})
         values = [value for rank in sorted(asked) for value in asked[rank].values]
-        await self._all("prepare_extension", pack_job(spec), *values, what="the shards to make room")
-        self._spec, self._timeline = spec, self._timeline + 1
-        await self._all("adopt_extension", self._timeline, what="the shards to take the added parameters")
-        for rank in self._workers:
-            await self._admit(rank)
+        try:
+            await self._settle()
+            await self._all("prepare_extension", pack_job(spec), *values, what="the shards to make room")
+            self._spec, self._timeline = spec, self._timeline + 1
+            await self._all("adopt_extension", self._timeline, what="the shards to take the added parameters")
+            for rank in self._workers:
+                await self._admit(rank)
+        finally:
+            await self._all("release", what="the shards to go on")
 
     async def _take_batches(self, theirs: JobSpec) -> None:
         """Lay the job out as a checkpoint's was: what was registered together fixes the order of sums."""
@@ -318,20 +294,7 @@ class Coordinator:
         self._spec = spec
 
     async def _registration(self) -> Registration:
-        spec = self._require_spec()
-        statuses = await self._all("status", what="the shards' status")
-        lost = [index for index, status in enumerate(statuses) if status is None]
-        if lost:
-            raise ShardLostError(
-                f"shard {lost[0]} of {len(statuses)} was restarted and its state is gone; "
-                "restore the service from its last checkpoint with service.restore(URI)"
-            )
-        if len({(status.timeline, status.sequence) for status in statuses}) > 1:
-            raise ShardLostError(
-                f"the shards are at different steps: {[status.sequence for status in statuses]}; "
-                "restore the service from its last checkpoint with service.restore(URI)"
-            )
-        status: ShardStatus = statuses[0]
+        spec, status = self._require_spec(), (await self._statuses())[0]
         return Registration(
             spec=pack_job(spec),
             timeline=status.timeline,
@@ -341,6 +304,30 @@ class Coordinator:
             scalars=status.scalars,
             needs_parameters=not self._loaded.is_set(),
         )
+
+    async def _statuses(self) -> list[ShardStatus]:
+        """Every shard's status, after the same step; they end one at different moments.
+
+        Raises:
+            ShardLostError: If one was restarted, or they have parted.
+        """
+        deadline = asyncio.get_running_loop().time() + FORMING_TIMEOUT_S
+        while True:
+            statuses = await self._all("status", what="the shards' status")
+            if None in statuses:
+                raise ShardLostError(
+                    f"shard {statuses.index(None)} of {len(statuses)} was restarted and its state is gone; "
+                    "restore the service from its last checkpoint with service.restore(URI)"
+                )
+            if len({(status.timeline, status.sequence) for status in statuses}) == 1:
+                return statuses
+            is_moving = any(status.in_flight for status in statuses)
+            if not is_moving or asyncio.get_running_loop().time() > deadline:
+                raise ShardLostError(
+                    f"the shards are at different steps: {[status.sequence for status in statuses]}; "
+                    "restore the service from its last checkpoint with service.restore(URI)"
+                )
+            await asyncio.sleep(POLL_S)
 
     async def _form_group(self) -> None:
         self._generation += 1

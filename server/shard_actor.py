@@ -19,15 +19,15 @@ from ..sharding.errors import (
     PlacementError,
     ServiceError,
     ServiceTimeoutError,
-    ShardLostError,
     StepwellError,
     TimelineError,
 )
 from ..sharding.layout import dtype_from_name
 from ..sharding.push import Push
-from ..sharding.shard import Receipt, Reduction, Shard, ShardStatus, StepResult
+from ..sharding.reports import Receipt, ShardStatus, StepResult
+from ..sharding.shard import Shard
 from ..sharding.vote import Decision
-from .collective import Collective, GroupStore
+from .collective import Collective, GroupStore, drive
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .messages import (
     LoadHeader,
@@ -41,10 +41,7 @@ from .messages import (
     unpack_push,
     values_from_wire,
 )
-
-Outcome = StepResult | StepwellError
-PushKey = tuple[int, int, str, int]
-"""Timeline, sequence number, incarnation and attempt."""
+from .outcomes import Outcome, Outcomes, PushKey
 
 
 class ShardActor:
@@ -68,9 +65,7 @@ class ShardActor:
         self._step: asyncio.Task[None] | None = None
         self._sequence_of_step = 0
         self._is_loading = False
-        self._outcome_of_step: asyncio.Future[Outcome] | None = None
-        self._outcome_of_next: asyncio.Future[Outcome] | None = None
-        self._outcome_of_push: dict[int, tuple[PushKey, asyncio.Future[Outcome]]] = {}
+        self._outcomes = Outcomes()
         self._patience: asyncio.TimerHandle | None = None
         self._held_after: int | None = None
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -168,7 +163,7 @@ class ShardActor:
         self._start_if_complete()
         while self._whole_job().sequence < sequence or self._is_stepping:
             left = deadline - asyncio.get_running_loop().time()
-            outcome = await self._wait(self._first_outcome(), sequence, max(left, 0.001))
+            outcome = await self._wait(self._outcomes.first, sequence, max(left, 0.001))
             if outcome.decision is Decision.ABORT:
                 self._held_after = self._whole_job().sequence
                 break
@@ -244,7 +239,7 @@ class ShardActor:
     async def decided(self, timeline: int, sequence: int, timeout_s: float) -> StepResult | None:
         """The result of step ``sequence`` if it was taken; waits for one that is under way, for no other."""
         if self._is_stepping:
-            await self._wait(self._first_outcome(), sequence, timeout_s)
+            await self._wait(self._outcomes.first, sequence, timeout_s)
         return self._job().result(timeline, sequence)
 
     async def parameters(self, dtypes: Sequence[str], rank: int, wanted: Part) -> list[WireTensor]:
@@ -277,9 +272,7 @@ class ShardActor:
         receipt = self._job().receive(Push(header, parts, changed))
         if receipt is not Receipt.DECIDED:
             key = (header.timeline, header.sequence, header.incarnation, header.attempt)
-            known, outcome = self._outcome_of_push.get(header.rank, (None, None))
-            if outcome is None or outcome.done() or known != key:
-                self._outcome_of_push[header.rank] = key, self._next_outcome()
+            self._outcomes.promise(header.rank, key)
         if receipt is Receipt.COMPLETE:
             self._start_if_complete()
         elif receipt is Receipt.WAITING:
@@ -289,12 +282,12 @@ class ShardActor:
     async def _result(self, key: PushKey, rank: int, timeout_s: float) -> StepResult:
         timeline, sequence, incarnation, attempt = key
         result = self._job().result(timeline, sequence)
-        known, outcome = self._outcome_of_push.get(rank, (None, None))
-        if outcome is not None and known == key:
+        outcome = self._outcomes.of_push(rank, key)
+        if outcome is not None:
             # Not `result`, which the other thread may have left there before the step's task has ended here.
             result = await self._wait(outcome, sequence, timeout_s)
         elif result is None:
-            result = await self._wait(self._next_outcome(), sequence, timeout_s)
+            result = await self._wait(self._outcomes.next, sequence, timeout_s)
         if result.decision is not Decision.ABORT:
             self._job().require_taken(rank, incarnation, attempt)
         return result
@@ -344,22 +337,10 @@ class ShardActor:
             raise result
         return result
 
-    def _next_outcome(self) -> asyncio.Future[Outcome]:
-        """What will be told to all who wait for the step that has not begun."""
-        if self._outcome_of_next is None:
-            self._outcome_of_next = asyncio.get_running_loop().create_future()
-        return self._outcome_of_next
-
-    def _first_outcome(self) -> asyncio.Future[Outcome]:
-        """What will be told first: of the step that is under way, else of the next one."""
-        running = self._outcome_of_step
-        return running if running is not None and not running.done() else self._next_outcome()
-
     def _dismiss_pushes(self) -> None:
         """Tell the senders of pushes that a new timeline has swept away."""
         self._stop_waiting_for_missing()
-        waiting, self._outcome_of_next = self._next_outcome(), None
-        waiting.set_result(
+        self._outcomes.dismiss(
             TimelineError(
                 "the service was restored or loaded before this step began. "
                 "Call refresh() on every rank to take over its parameters and step number."
@@ -400,8 +381,7 @@ class ShardActor:
 
     def _start(self, shard: Shard) -> None:
         self._stop_waiting_for_missing()
-        told, self._outcome_of_next = self._next_outcome(), None
-        self._outcome_of_step = told
+        told = self._outcomes.begin()
         self._sequence_of_step = shard.sequence + 1
         shard.begin()
         self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told))
@@ -411,7 +391,7 @@ class ShardActor:
         calling = loop.call_later(self._config.worker_timeout_s, self._call_peers, shard.timeline, shard.sequence + 1)
         outcome: Outcome = ServiceError(f"shard {self._index} failed in a step; its log has the traceback")
         try:
-            outcome = await self._compute(lambda: _drive(shard.step(), self._collective))
+            outcome = await self._compute(lambda: drive(shard.step(), self._collective))
         except ServiceError as error:
             outcome = error
         finally:
@@ -423,25 +403,6 @@ class ShardActor:
     def _call_peers(self, timeline: int, sequence: int) -> None:
         for peer in self._peers:
             peer.attend.remote(timeline, sequence)
-
-
-def _drive(step: Reduction, collective: Collective | None) -> StepResult:
-    """Run a step to its end, all-reducing whatever it yields."""
-    try:
-        vector = next(step)
-        if collective is None:
-            raise ShardLostError("the shards have no process group; restart the service")
-        while True:
-            vector = step.send(collective.all_reduce(vector))
-    except StopIteration as stop:
-        result: StepResult = stop.value
-        return result
-    except BaseException:
-        if collective is not None:
-            collective.close()  # the others must not wait for this shard
-        raise
-    finally:
-        step.close()
 
 
 def _device(config: ServiceConfig) -> torch.device:

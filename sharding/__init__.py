@@ -11,7 +11,8 @@ from .inprocess import ShardGroup
 from .job import JobSpec
 from .layout import Layout, ParamSpec
 from .push import Push, PushHeader, pack_present, unpack_present
-from .shard import Receipt, Reduction, Shard, ShardStatus, StepResult
+from .reports import Receipt, ShardStatus, StepResult
+from .shard import Reduction, Shard
 from .vote import Decision
 
 __all__ = [

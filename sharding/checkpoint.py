@@ -26,7 +26,7 @@ from .buffers import MASTER, Buffers, StateSource
 from .errors import CheckpointError, MessageError
 from .job import JobSpec
 from .pieces import MissingPieceError, read_across
-from .shard import ShardStatus
+from .reports import ShardStatus
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.msgpack"

@@ -14,7 +14,8 @@ from .errors import StepAbortedError
 from .job import JobSpec
 from .partials import sum_vectors
 from .push import Push
-from .shard import Receipt, Reduction, Shard, StepResult
+from .reports import Receipt, StepResult
+from .shard import Reduction, Shard
 
 
 class ShardGroup:

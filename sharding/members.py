@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
+
 from ..optim import TILE_NUMEL
 from .buffers import Buffers
+from .clipping import check_clipping
 from .coverage import Coverage, Holdings, Range, Runs, coverage_of
-from .errors import IncarnationError, MessageError, UnknownRankError
+from .errors import HyperparameterError, IncarnationError, MessageError, UnknownRankError
 from .job import JobSpec
 from .layout import Layout
-from .push import Push, check_gradient
+from .push import Push, check_gradient, check_hyper, unpack_present
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Members:
 
     def __init__(self, spec: JobSpec, layout: Layout, buffers: Buffers) -> None:
         self._spec, self._layout, self._buffers = spec, layout, buffers
+        self._hyper_names = sorted(spec.rule.hyper(spec.rule.defaults()))
         self._by_rank: dict[int, Member] = {}
 
     def __getitem__(self, rank: int) -> Member:
@@ -84,14 +88,33 @@ class Members:
                 "another process has registered as this rank since"
             )
 
-    def check_gradient(self, push: Push) -> None:
-        """Refuse a gradient that is not laid out as this rank's runs, or holds something between tensors.
+    def check_content(self, push: Push) -> None:
+        """Refuse a push that the job or its rank's runs do not fit.
 
         Raises:
-            ShapeMismatchError: If a length is off.
-            DTypeMismatchError: If a dtype cannot be averaged.
-            MessageError: If padding is not zero.
+            RequestError: One of its subclasses, by what is off.
+            HyperparameterError: If a hyperparameter, scalar, limit or scale cannot be.
         """
+        header = push.header
+        check_hyper(header, self._hyper_names, self._spec.num_groups)
+        check_clipping(header)
+        unpack_present(header.present, len(self._spec.params))
+        self._check_gradient(push)
+        self._check_reloaded(push)
+        if header.rank != 0 and header.scalars:
+            raise MessageError(f"scalars: expected from rank 0 alone, got some from rank {header.rank}")
+        try:
+            self._spec.rule.check_scalars(header.scalars or {}, self._spec.num_groups)
+        except ValueError as error:
+            raise HyperparameterError(str(error)) from error
+
+    def reloaded_range(self, rank: int, index: int) -> Range:
+        """The part of a parameter that a rank sends when it was changed by hand."""
+        holdings = self[rank].holdings
+        return Range(0, self._spec.params[index].numel) if holdings is None else holdings.pushed[index]
+
+    def _check_gradient(self, push: Push) -> None:
+        """Refuse a gradient that is not laid out as its rank's runs, or holds something between tensors."""
         rank, pushed = push.header.rank, self[push.header.rank].pushed
         check_gradient(push.gradient, [int((runs[:, 1] - runs[:, 0]).sum()) for runs in pushed], rank)
         for extent, part, runs in zip(self._buffers.extents, push.gradient, pushed, strict=True):
@@ -100,10 +123,19 @@ class Members:
                     f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
                 )
 
-    def reloaded_range(self, rank: int, index: int) -> Range:
-        """The part of a parameter that a rank sends when it was changed by hand."""
-        holdings = self[rank].holdings
-        return Range(0, self._spec.params[index].numel) if holdings is None else holdings.pushed[index]
+    def _check_reloaded(self, push: Push) -> None:
+        """Refuse parameters changed by hand that are not the job's, not this rank's to send, or not finite."""
+        rank = push.header.rank
+        if push.reloaded and rank != 0 and self._spec.gradients != "sharded":
+            raise MessageError(f"reloaded parameters: expected from rank 0 alone, got some from rank {rank}")
+        for index, value in push.reloaded.items():
+            is_known = 0 <= index < len(self._spec.params)
+            if not is_known or value.shape != (self.reloaded_range(rank, index).numel,):
+                raise MessageError(f"reloaded: parameter {index} of shape {list(value.shape)} is not one of the job's")
+            if not bool(torch.isfinite(value).all()):
+                raise MessageError(
+                    f"reloaded: parameter {index} was changed by hand and holds inf or NaN; mend it first"
+                )
 
     def _own_runs(self, coverage: Coverage) -> list[Runs]:
         owned = (extent.tiles for extent in self._buffers.extents)

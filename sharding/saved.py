@@ -11,7 +11,7 @@ import fsspec
 from .checkpoint import MANIFEST_NAME
 from .errors import CheckpointError
 from .job import JobSpec
-from .shard import ShardStatus
+from .reports import ShardStatus
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

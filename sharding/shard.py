@@ -8,7 +8,6 @@ shards in one process and shards on many machines alike.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 from collections.abc import Generator, Mapping, Sequence
 
@@ -18,13 +17,11 @@ from torch import Tensor
 from ..optim import Combined, ReducingRule, Scope, StepInputs
 from .averaging import assemble, average, count_nonfinite
 from .buffers import MASTER, Buffers, StateSource
-from .clipping import ClipLimits, check_clipping, limits_of, norm_of, square_sums
+from .clipping import ClipLimits, limits_of, norm_of, square_sums
 from .coverage import Gradients, Holdings, Part, Runs
 from .errors import (
     AttemptError,
     FutureRequestError,
-    HyperparameterError,
-    MessageError,
     NotRegisteredError,
     StaleRequestError,
     StepAbortedError,
@@ -35,55 +32,9 @@ from .kernels import run_apply, run_local
 from .layout import Layout
 from .members import Members
 from .partials import TileSumTable, sum_table
-from .push import Inbox, Push, PushHeader, check_hyper, unpack_present
+from .push import Inbox, Push, PushHeader, unpack_present
+from .reports import Receipt, ShardStatus, StepResult
 from .vote import Decision, cast_vote, count_votes, open_votes
-
-
-class Receipt(enum.Enum):
-    """What became of a push."""
-
-    WAITING = "waiting"
-    """Kept; other ranks are missing, or the step is being decided."""
-    COMPLETE = "complete"
-    """Kept, and every rank is in: the step can run."""
-    DECIDED = "decided"
-    """A repeat: this step was decided before. Nothing has changed."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a worker is told of a step.
-
-    Attributes:
-        sequence: The step's sequence number.
-        decision: COMMIT, SKIP or ABORT.
-        scalars: The rule's scalars after it.
-        error: With ABORT: what happened.
-        grad_norm: The gradient's norm before it was clipped to it, if a limit was set. After a SKIP it may be infinite
-            or NaN.
-    """
-
-    sequence: int
-    decision: Decision
-    scalars: Mapping[str, float]
-    error: StepAbortedError | None = None
-    grad_norm: float | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ShardStatus:
-    """A shard's state in numbers. ``size_bytes`` counts buffers alone."""
-
-    shard: int
-    timeline: int
-    sequence: int
-    step: int
-    skipped_steps: int
-    size_bytes: int
-    kernel_identity: str
-    scalars: Mapping[str, float]
-    step_counts: tuple[int, ...]
-    in_flight: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,7 +77,6 @@ class Shard:
         self.scalars: Mapping[str, float] = spec.rule.initial_scalars(spec.num_groups)
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
         self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
-        self._hyper_names = sorted(spec.rule.hyper(spec.rule.defaults()))
         self._extension: Extension | None = None
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
@@ -278,7 +228,7 @@ class Shard:
                     f"step {header.sequence} is being decided without attempt {header.attempt}; ask for its result"
                 )
             return Receipt.WAITING
-        self._require_content(push)
+        self.members.check_content(push)
         self._inbox.put(push)
         return Receipt.WAITING if self._inbox.missing else Receipt.COMPLETE
 
@@ -428,10 +378,6 @@ class Shard:
 
     # Checks
 
-    def _fits_reload(self, rank: int, index: int, value: Tensor) -> bool:
-        is_known = 0 <= index < len(self.spec.params)
-        return is_known and value.shape == (self.members.reloaded_range(rank, index).numel,)
-
     def require_whole(self) -> None:
         """See that the shard holds a state that can be trusted, before it is read or saved.
 
@@ -458,28 +404,6 @@ class Shard:
         self.members.require_rank(header.rank)
         self._require_sequence(header.timeline, header.sequence)
         self.members.require_incarnation(header.rank, header.incarnation)
-
-    def _require_content(self, push: Push) -> None:
-        header = push.header
-        check_hyper(header, self._hyper_names, self.spec.num_groups)
-        check_clipping(header)
-        unpack_present(header.present, len(self.spec.params))
-        self.members.check_gradient(push)
-        if header.rank != 0 and (header.scalars or (push.reloaded and self.spec.gradients != "sharded")):
-            raise MessageError(
-                f"scalars and reloaded parameters: expected from rank 0 alone, got some from rank {header.rank}"
-            )
-        try:
-            self.spec.rule.check_scalars(header.scalars or {}, self.spec.num_groups)
-        except ValueError as error:
-            raise HyperparameterError(str(error)) from error
-        for index, value in push.reloaded.items():
-            if not self._fits_reload(header.rank, index, value):
-                raise MessageError(f"reloaded: parameter {index} of shape {list(value.shape)} is not one of the job's")
-            if not bool(torch.isfinite(value).all()):
-                raise MessageError(
-                    f"reloaded: parameter {index} was changed by hand and holds inf or NaN; mend it first"
-                )
 
 
 def _packed(flat: Tensor, runs: Runs) -> Tensor:

@@ -22,7 +22,7 @@ from stepwell.sharding.inprocess import ShardGroup
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout, ParamSpec, dtype_from_name
 from stepwell.sharding.push import Push, PushHeader, pack_present
-from stepwell.sharding.shard import StepResult
+from stepwell.sharding.reports import StepResult
 
 SAMPLES = 4
 """A step's noise is the mean of this many samples, dealt out to the ranks: 1, 2 or 4 of them see the same batch."""

@@ -22,7 +22,7 @@ from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout
 from stepwell.sharding.pieces import PieceValues
 from stepwell.sharding.push import Push, PushHeader
-from stepwell.sharding.shard import ShardStatus, StepResult
+from stepwell.sharding.reports import ShardStatus, StepResult
 from stepwell.sharding.vote import Decision
 
 WAIT_S = 30.0

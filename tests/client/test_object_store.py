@@ -12,7 +12,7 @@ from stepwell.client import object_store
 from stepwell.client.object_store import ObjectStoreTransport
 from stepwell.server.config import ServiceConfig
 from stepwell.sharding.errors import ShardLostError
-from stepwell.sharding.shard import StepResult
+from stepwell.sharding.reports import StepResult
 from stepwell.sharding.vote import Decision
 
 TAKEN = StepResult(7, Decision.COMMIT, {})

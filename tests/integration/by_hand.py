@@ -13,7 +13,7 @@ from stepwell.optim import Rule
 from stepwell.server.messages import LoadHeader, Registration, from_wire, pack_holdings, pack_job, pack_push, to_wire
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.push import Push
-from stepwell.sharding.shard import StepResult
+from stepwell.sharding.reports import StepResult
 from tests.zoo import Problem, Run, State
 
 LIMIT_S = 60.0

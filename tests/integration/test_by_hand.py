@@ -32,7 +32,7 @@ from stepwell.sharding.errors import (
     UnknownRankError,
     UnknownVersionError,
 )
-from stepwell.sharding.shard import StepResult
+from stepwell.sharding.reports import StepResult
 from stepwell.sharding.vote import Decision
 from tests.integration.by_hand import LIMIT_S, HandJob
 from tests.integration.conftest import Launch

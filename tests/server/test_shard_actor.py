@@ -30,7 +30,7 @@ from stepwell.sharding.errors import (
     TimelineError,
 )
 from stepwell.sharding.push import Push
-from stepwell.sharding.shard import StepResult
+from stepwell.sharding.reports import StepResult
 from stepwell.sharding.vote import Decision
 from tests.zoo import Run, assert_same_tensors, small, state_source
 

@@ -18,7 +18,7 @@ from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule, SGDRule
 from stepwell.sharding import clipping
 from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.errors import HyperparameterError, MessageError, StepAbortedError
-from stepwell.sharding.shard import StepResult
+from stepwell.sharding.reports import StepResult
 from stepwell.sharding.vote import Decision
 from tests.sharding.test_coverage import PartedRun, split_rows
 from tests.zoo import (

@@ -31,7 +31,7 @@ from stepwell.sharding.inprocess import ShardGroup
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout, ParamSpec
 from stepwell.sharding.push import Push, pack_present
-from stepwell.sharding.shard import StepResult
+from stepwell.sharding.reports import StepResult
 from tests.zoo import Problem, Run, ZooTensor, assert_same_state, initial_state, small, straddling
 
 SIZES = st.lists(st.integers(0, 2000), min_size=1, max_size=6)

@@ -26,7 +26,8 @@ from stepwell.sharding.errors import (
 )
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.push import Push, pack_present, unpack_present
-from stepwell.sharding.shard import Receipt, Shard
+from stepwell.sharding.reports import Receipt
+from stepwell.sharding.shard import Shard
 from stepwell.sharding.vote import Decision
 from tests.zoo import Run, assert_same_state, assert_same_tensors, constant, initial_state, small, state_source
 
