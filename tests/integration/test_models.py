@@ -52,7 +52,7 @@ def in_one_process(options: Mapping[str, Any]) -> dict[str, Any]:
     ("mode", "world_size", "gradients", "dtype"),
     [
         ("fsdp2", 2, "sharded", "float32"),
-        ("fsdp2", 3, "sharded", "float64"),
+        ("fsdp2", 3, "sharded", "float32"),
         ("hsdp", 4, "sharded", "float64"),
         ("ddp", 2, "replicated", "float32"),
         ("ddp", 3, "replicated", "float64"),

@@ -17,6 +17,8 @@ OPTIONS: dict[Make, tuple[dict[str, Any], dict[str, Any]]] = {
     stepwell.Prodigy: ({"lr": 1.0, "weight_decay": 0.01}, {"lr": 0.5}),
     stepwell.AdamW: ({"lr": 1e-2}, {"lr": 3e-3, "weight_decay": 0.1}),
     stepwell.LAMB: ({"lr": 1e-2, "weight_decay": 0.1}, {"lr": 3e-3}),
+    stepwell.NAdam: ({"lr": 1e-2, "weight_decay": 0.1}, {"lr": 3e-3}),
+    stepwell.StableAdam: ({"lr": 1e-2, "weight_decay": 0.1}, {"lr": 3e-3}),
 }
 
 
@@ -38,6 +40,8 @@ def in_one_process(make: Make, num_steps: int) -> Trainer:
         (stepwell.Prodigy, 5, SHORT, 2**16),
         (stepwell.AdamW, 2, NUM_STEPS, None),
         (stepwell.LAMB, 3, NUM_STEPS, None),
+        (stepwell.NAdam, 2, SHORT, None),
+        (stepwell.StableAdam, 3, SHORT, 2**12),
     ],
 )
 def test_ray_shards_give_the_bits_of_one_process(
