@@ -89,7 +89,7 @@ def train(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dic
         "losses": losses,
         "params": [whole_value(param.detach()).clone() for param in model.parameters()],
         "state": optimizer.state_dict()["state"],
-        "scalars": {name: optimizer.param_groups[0][name] for name in optimizer.rule.initial_scalars},
+        "scalars": {name: optimizer.param_groups[0][name] for name in optimizer.rule.initial_scalars(1)},
         "gradients": optimizer.gradients,
         "skipped": optimizer.num_skipped_steps,
         "scale": scaler.get_scale(),
