@@ -69,7 +69,8 @@ class RMSpropRule(ElementwiseRule):
         require(values["alpha"] >= 0.0, "alpha value", values["alpha"])
         if values["momentum"] > 0.0 and self.momentum == 0.0:
             raise ValueError(
-                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer)"
+                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer; "
+                "give the optimizer a momentum above 0, then a group may have any)"
             )
         return values
 

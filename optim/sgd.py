@@ -66,7 +66,8 @@ class SGDRule(ElementwiseRule):
         require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
         if values["momentum"] > 0.0 and not self.slots:
             raise ValueError(
-                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer)"
+                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer; "
+                "give the optimizer a momentum above 0, then a group may have any)"
             )
         return values
 

@@ -287,6 +287,21 @@ def test_lr_zero_changes_nothing_in_any_variant() -> None:
         assert_same_state(dataclasses.replace(after, counters=before.counters), before)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"eps_d": "old"}, {"d_scope": "group"}, {"estimator": "inner_product"}], ids=str
+)
+def test_sums_that_overflow_leave_d_as_it_is(options: dict[str, Any]) -> None:
+    """The gradient is finite, <g, p0 - p> or <g, s> is inf - inf: as a NaN it would stay in the scalars for good."""
+    run = Run(small(), ProdigyRule(d0=1.0, **options)).steps(3, schedule=constant)
+    before = run.state().scalars
+    run.step(gradients={index: 3e38 * grad.sign() for index, grad in run.gradients(3).items()})
+    scalars = run.state().scalars
+    assert all(map(math.isfinite, scalars.values()))
+    assert {name: scalars[name] for name in scalars if name.startswith("d[") or name == "d"} == {
+        name: before[name] for name in before if name.startswith("d[") or name == "d"
+    }
+
+
 def test_inner_product_has_no_old_eps() -> None:
     with pytest.raises(ValueError, match="Invalid eps_d value: old"):
         ProdigyRule(estimator="inner_product", eps_d="old")

@@ -270,6 +270,12 @@ def test_momentum_that_is_written_into_a_live_group_counts_as_in_torch(
     assert error_of(problem, run.params(), exact.params) < 1e-11
 
 
+@pytest.mark.parametrize("rule", [optim.SGDRule, optim.RMSpropRule])
+def test_momentum_without_a_buffer_is_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"Invalid momentum value: 0\.5 .* give the optimizer a momentum above 0"):
+        rule().hyper({**rule().defaults(), "momentum": 0.5})
+
+
 @ALL_CASES
 def test_absent_tensor_takes_no_part_in_what_the_others_do(case: Case) -> None:
     """Garbage in an absent tensor's place in the gradient is not read."""
