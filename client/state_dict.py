@@ -106,8 +106,13 @@ def from_states(
         if key not in index_of:
             raise JobMismatchError(f"state dict: expected states of its groups' parameters only, got one of {key!r}")
         index = index_of[key]
-        # Flattened and unflattened by torch.distributed.checkpoint, what was not there has become an empty dict.
-        state = {name: value for name, value in given.items() if not (isinstance(value, dict) and not value)}
+        # Flattened and unflattened by torch.distributed.checkpoint, what was not there has become an empty dict; older
+        # versions of torch.optim.SGD wrote None for a buffer that they had not.
+        state = {
+            name: value
+            for name, value in given.items()
+            if value is not None and not (isinstance(value, dict) and not value)
+        }
         if given and not state:
             continue
         # torch.optim.SGD counts no steps; that it has a state means that it took one.

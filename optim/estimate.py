@@ -44,7 +44,12 @@ class Estimate:
     def as_prodigy(
         self, change: float, s_norm: float, *, beta3: float, d_coef: float, d0: float, limits: Limits
     ) -> Estimate:
-        """After a step: ``change`` is that of the numerator, ``s_norm`` is ||s||_1; at 0 d stays as it is."""
+        """After a step: ``change`` is that of the numerator, ``s_norm`` is ||s||_1; at 0 d stays as it is.
+
+        So it does where the sums overflowed, and the change does not count: a NaN in here would never leave.
+        """
+        if not math.isfinite(change) or not math.isfinite(s_norm):
+            change = s_norm = 0.0
         d_numerator = self.d_numerator * beta3 + change
         after = dataclasses.replace(self, d_numerator=d_numerator, k=self.k + 1)
         if limits.is_frozen or s_norm == 0.0:
@@ -55,9 +60,12 @@ class Estimate:
         return dataclasses.replace(after, d=min(d_max, grown_from * limits.growth_rate, limits.max_d), d_max=d_max)
 
     def as_inner_product(self, product: float, s_square: float, *, limits: Limits) -> Estimate:
-        """After a step: ``product`` is lr * <g, s> over all groups, ``s_square`` is ||s||_2^2."""
+        """After a step: ``product`` is lr * <g, s> over all groups, ``s_square`` is ||s||_2^2.
+
+        Where they overflowed d stays as it is.
+        """
         after = dataclasses.replace(self, k=self.k + 1)
-        if limits.is_frozen:
+        if limits.is_frozen or not math.isfinite(product) or not math.isfinite(s_square):
             return after
         d_hat = self.d + abs(product) / (self.d * max(s_square, SMALLEST_SQUARE))
         d = _finite(min(d_hat, self.d * limits.growth_rate, limits.max_d))

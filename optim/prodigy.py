@@ -58,6 +58,7 @@ class ProdigyRule(ReducingRule):
     change of r and ||s||_1 are summed over shards; r itself is replicated.
 
     If ||s||_1 = 0 the step moves no parameter and changes no scalar; so does lr = 0, which changes no slot either.
+    Where a sum overflows d stays as it is.
 
     Beyond prodigyopt:
 

@@ -69,21 +69,25 @@ class RMSpropRule(ElementwiseRule):
         require(values["alpha"] >= 0.0, "alpha value", values["alpha"])
         if values["momentum"] > 0.0 and self.momentum == 0.0:
             raise ValueError(
-                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer)"
+                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer; "
+                "give the optimizer a momentum above 0, then a group may have any)"
             )
         return values
 
     def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See the equations."""
-        alpha = step.per_tensor("alpha")
+        """``of_step`` and ``of_buffer`` choose between the two; momentum 0 leaves the buffer alone, as torch."""
+        alpha, momentum = step.per_tensor("alpha"), step.per_tensor("momentum")
+        has_momentum = (momentum > 0.0).to(torch.float64)
         return {
             "l2": decay_coefficients(step, decoupled=False)["l2"],
             "sign": maximize_sign(step),
             "v_decay": step.where_present(alpha, 1.0),
             "v_gain": step.where_present(1.0 - alpha, 0.0),
             "eps": step.per_tensor("eps"),
-            "b_decay": step.where_present(step.per_tensor("momentum"), 1.0),
-            "b_gain": step.where_present(1.0, 0.0),
+            "b_decay": step.where_present(torch.where(momentum > 0.0, momentum, 1.0), 1.0),
+            "b_gain": step.where_present(has_momentum, 0.0),
+            "of_step": 1.0 - has_momentum,
+            "of_buffer": has_momentum,
             "step_size": step.where_present(step.per_tensor("lr"), 0.0),
         }
 
@@ -98,5 +102,6 @@ class RMSpropRule(ElementwiseRule):
         root = variance.sqrt() + c["eps"]
         update = grad / root.clamp_min(torch.finfo(root.dtype).tiny)
         if self.momentum > 0.0:
-            update = slots["momentum_buffer"] = tiles.slots["momentum_buffer"] * c["b_decay"] + update * c["b_gain"]
+            buffer = slots["momentum_buffer"] = tiles.slots["momentum_buffer"] * c["b_decay"] + update * c["b_gain"]
+            update = update * c["of_step"] + buffer * c["of_buffer"]
         return tiles.param - c["step_size"] * update, slots

@@ -31,6 +31,9 @@ class SGDRule(ElementwiseRule):
     References:
         I. Sutskever et al.: On the importance of initialization and momentum in deep learning, ICML 2013, equation 3;
         torch's form of it.
+
+    Differs:
+        A group that begins with momentum 0 and gets some later has b = (1 - dampening) * g then, torch b = g.
     """
 
     name: ClassVar[str] = "SGD"
@@ -44,6 +47,9 @@ class SGDRule(ElementwiseRule):
     maximize: bool = False
 
     def __post_init__(self) -> None:
+        # Here alone, as in torch: a live group may come down to momentum 0, which makes nesterov plain SGD.
+        if self.nesterov and (self.momentum <= 0.0 or self.dampening != 0.0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         self.hyper(self.defaults())
 
     @property
@@ -58,11 +64,10 @@ class SGDRule(ElementwiseRule):
         require(values["lr"] >= 0.0, "learning rate", values["lr"])
         require(values["momentum"] >= 0.0, "momentum value", values["momentum"])
         require(values["weight_decay"] >= 0.0, "weight_decay value", values["weight_decay"])
-        if values["nesterov"] and (values["momentum"] <= 0.0 or values["dampening"] != 0.0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if values["momentum"] > 0.0 and not self.slots:
             raise ValueError(
-                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer)"
+                f"Invalid momentum value: {values['momentum']} (registered with 0, so there is no momentum_buffer; "
+                "give the optimizer a momentum above 0, then a group may have any)"
             )
         return values
 

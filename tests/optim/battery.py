@@ -159,7 +159,11 @@ CASES = [
     variant(max_d=0.05),
     variant(GROUPS, d_scope="group"),
     variant(GROUPS, d_scope="group", eps_d="old", growth_rate=1.02, slice_p=3),
+    variant(GROUPS, d_scope="group", beta3=0.9, d_coef=2.0, safeguard_warmup=True, use_bias_correction=True),
+    variant(eps_d="old", beta3=0.9, d_coef=2.0, safeguard_warmup=True, use_bias_correction=True),
+    variant(GROUPS, eps_d="old", max_d=0.05, slice_p=2),
     variant(estimator="inner_product", d0=1e-3, lr=0.01, max_d=0.05),
+    variant(estimator="inner_product", lr=0.01, max_d=0.05, slice_p=11, use_bias_correction=True),
     variant(GROUPS, estimator="inner_product", d0=1e-3, growth_rate=1.02, d_scope="group", max_d=0.05),
     variant(estimator="inner_product", d0=1e-3, betas=(0.0, 0.99), max_d=0.01, weight_decay=0.1, decouple=False),
 ]

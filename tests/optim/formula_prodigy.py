@@ -18,17 +18,21 @@ class FormulaProdigy(torch.optim.Optimizer):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
         "lr": 1.0,
         "betas": (0.9, 0.999),
+        "beta3": None,
         "eps": 1e-8,
         "weight_decay": 0.0,
         "decouple": True,
         "use_bias_correction": False,
+        "safeguard_warmup": False,
         "d0": 1e-6,
+        "d_coef": 1.0,
         "growth_rate": math.inf,
         "slice_p": 1,
         "eps_d": "new",
         "estimator": "prodigy",
         "d_scope": "model",
         "max_d": math.inf,
+        "stat_dtype": "state",
     }
 
     def __init__(self, params: Any, **options: Any) -> None:
@@ -48,21 +52,23 @@ class FormulaProdigy(torch.optim.Optimizer):
 
     def prodigy_step(self, unit: list[Group]) -> None:
         head = unit[0]
-        d, k, beta3 = head["d"], head["k"], math.sqrt(head["betas"][1])
+        d, k, beta3 = head["d"], head["k"], head["beta3"] or math.sqrt(head["betas"][1])
         change = norm = 0.0
         for group, p, g in members(unit):
             beta1, beta2 = group["betas"]
             state, dlr = self.state[p], d * group["lr"] * correction(head, k)
-            p0 = state.setdefault("p0", p.clone())
-            change += d / group["d0"] * dlr * float((strided(group, g) * strided(group, p0 - p)).sum())
+            p0 = state.setdefault("p0", rounded(group, strided(group, p).clone()))
+            change += d / group["d0"] * dlr * float((strided(group, g) * (p0 - strided(group, p))).sum())
             average(state, "m", beta1, d * (1 - beta1) * g)
             average(state, "v", beta2, d * d * (1 - beta2) * g * g)
-            average(state, "s", beta3, d / group["d0"] * dlr * strided(group, g))
+            s_step = d if group["safeguard_warmup"] else dlr
+            average(state, "s", beta3, d / group["d0"] * s_step * strided(group, g))
             norm += float(state["s"].abs().sum())
+            state["s"] = rounded(group, state["s"])
         if norm == 0:
             return
         head["d_numerator"] = beta3 * head["d_numerator"] + change
-        d_hat = head["d_numerator"] / norm
+        d_hat = head["d_coef"] * head["d_numerator"] / norm
         grown_from = max(d, d_hat) if d == head["d0"] else d
         d_max = max(head["d_max"], d_hat)
         new_d = min(d_max, grown_from * head["growth_rate"], head["max_d"])
@@ -85,6 +91,7 @@ class FormulaProdigy(torch.optim.Optimizer):
             average(state, "s", 1.0, strided(group, g))
             product += group["lr"] * float((strided(group, g) * state["s"]).sum())
             square += float(state["s"].square().sum())
+            state["s"] = rounded(group, state["s"])
             average(state, "m", beta1, (1 - beta1) * g)
             average(state, "v", beta2, (1 - beta2) * g * g)
         d = min(d + abs(product) / (d * max(square, 1e-30)), d * head["growth_rate"], head["max_d"])
@@ -117,3 +124,7 @@ def average(state: dict[str, Any], name: str, decay: float, change: Tensor) -> N
 
 def strided(group: Group, value: Tensor) -> Tensor:
     return value.flatten()[:: group["slice_p"]]
+
+
+def rounded(group: Group, value: Tensor) -> Tensor:
+    return value.to(torch.bfloat16).to(value.dtype) if group["stat_dtype"] == "bfloat16" else value

@@ -14,9 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepwell.optim import ProdigyRule
+from stepwell.optim import ProdigyRule, split_scalar
 from stepwell.sharding import shard as shard_module
-from tests.zoo import Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, constant, small
+from tests.optim.formula_prodigy import FormulaProdigy
+from tests.zoo import (
+    Problem,
+    Run,
+    ZooTensor,
+    assert_same_state,
+    assert_same_tensors,
+    constant,
+    run_reference,
+    small,
+)
 
 D0 = 1e-3
 
@@ -213,6 +223,30 @@ def test_d_max_and_numerator_that_are_written_too_are_taken_as_they_are() -> Non
     assert math.isfinite(rule.write_scalars(tiny, {"d[1]": 1e300})["d_numerator[1]"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"slice_p": 11, "weight_decay": 0.1, "decouple": False},
+        {"eps_d": "old", "d_scope": "group"},
+        {"estimator": "inner_product", "d0": 1.0, "lr": 1e-3, "slice_p": 3},
+    ],
+    ids=str,
+)
+def test_half_size_statistics_are_those_of_the_formula(options: dict[str, Any]) -> None:
+    """In float64, where the two round alike: s after its sum was taken, p0 before."""
+    problem, keywords = small().as_dtype("float64"), {"d0": D0, "stat_dtype": "bfloat16", **options}
+    run = Run(problem, ProdigyRule(**keywords), num_shards=2).steps(40, schedule=constant)
+    exact = run_reference(problem, lambda groups: FormulaProdigy(groups, **keywords), 40, schedule=constant)
+    full = Run(problem, ProdigyRule(**{**keywords, "stat_dtype": "state"})).steps(40, schedule=constant)
+    for name, value in run.state().scalars.items():
+        plain, group = split_scalar(name)
+        assert value == pytest.approx(exact.optimizer.param_groups[group or 0][plain], rel=1e-10), name
+    assert run.state().scalars != full.state().scalars
+    for actual, expected in zip(run.params(), exact.params, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
 def test_half_size_statistics_are_rounded_and_d_is_close() -> None:
     problem = small()
     half = Run(problem, ProdigyRule(d0=D0, stat_dtype="bfloat16", slice_p=2), num_shards=3)
@@ -251,6 +285,21 @@ def test_lr_zero_changes_nothing_in_any_variant() -> None:
         run.step()
         after = run.state()
         assert_same_state(dataclasses.replace(after, counters=before.counters), before)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"eps_d": "old"}, {"d_scope": "group"}, {"estimator": "inner_product"}], ids=str
+)
+def test_sums_that_overflow_leave_d_as_it_is(options: dict[str, Any]) -> None:
+    """The gradient is finite, <g, p0 - p> or <g, s> is inf - inf: as a NaN it would stay in the scalars for good."""
+    run = Run(small(), ProdigyRule(d0=1.0, **options)).steps(3, schedule=constant)
+    before = run.state().scalars
+    run.step(gradients={index: 3e38 * grad.sign() for index, grad in run.gradients(3).items()})
+    scalars = run.state().scalars
+    assert all(map(math.isfinite, scalars.values()))
+    assert {name: scalars[name] for name in scalars if name.startswith("d[") or name == "d"} == {
+        name: before[name] for name in before if name.startswith("d[") or name == "d"
+    }
 
 
 def test_inner_product_has_no_old_eps() -> None:

@@ -27,7 +27,17 @@ from tests.optim.battery import (
     fixed_problem_for,
     problem_for,
 )
-from tests.zoo import NUM_STEPS, Problem, Run, assert_same_state, assert_same_tensors, run_reference, small
+from tests.zoo import (
+    NUM_STEPS,
+    Problem,
+    Run,
+    ZooTensor,
+    assert_same_state,
+    assert_same_tensors,
+    constant,
+    run_reference,
+    small,
+)
 
 SLACK = 1.1
 """How much farther from float64 than the reference's own float32 run a run may be: luck decides between the two."""
@@ -173,6 +183,97 @@ def test_absent_tensor_stands_still(case: Case) -> None:
         )
     assert [after.step_counts[index] for index in absent] == [10, 10]
     assert after.step_counts[0] == 13
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.rule is not optim.ProdigyRule], ids=str)
+def test_tensor_counts_its_own_steps(case: Case) -> None:
+    """Tensors that come and go, in float64: each has its own bias correction, first step and averages.
+
+    Without Prodigy, whose d depends on all tensors; tests/optim/test_prodigy.py has what becomes of it.
+    """
+    problem = fixed_problem_for(case).as_dtype("float64")
+
+    def is_absent(index: int, step: int) -> bool:
+        return (step + index) % (index % 3 + 2) == 0
+
+    def leave_out(params: Sequence[torch.nn.Parameter], step: int) -> None:
+        for index, param in enumerate(params):
+            param.grad = None if is_absent(index, step) else param.grad
+
+    run = Run(problem, case.make_rule(), options=case.options, num_shards=2)
+    for step in range(30):
+        run.step(gradients={i: grad for i, grad in run.gradients(step).items() if not is_absent(i, step)})
+    exact = run_reference(
+        problem, case.make_reference, 30, options=case.options, schedule=constant, adjust_gradients=leave_out
+    )
+    assert len(set(run.state().step_counts)) > 2
+    assert error_of(problem, run.params(), exact.params) < 1e-11
+
+
+@ALL_CASES
+def test_learning_rate_zero_moves_no_parameter(case: Case) -> None:
+    """Whether the run begins with it or comes to it; AdamAWD alone goes on to restore norms, to rounding."""
+    keywords = {"weight_decay_by_lr": False, "weight_decay": 0.0} if "weight_decay_by_lr" in case.keywords else {}
+    for at in (0, 5):
+        run = Run(problem_for(case), case.rule(**{**case.keywords, **keywords}), options=case.options).steps(at)
+        before = run.state()
+        for group in run.groups:
+            group["lr"] = 0.0
+        run.step()
+        after = run.state()
+        assert after.counters == (at + 1, at + 1, 0)
+        if case.rule is optim.AdamAWDRule and at:
+            for actual, expected in zip(after.params, before.params, strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0.0)
+        else:
+            assert_same_tensors(after.params, before.params)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1, 1), (3, 2, 2, 2)])
+@ALL_CASES
+def test_rule_follows_its_reference_from_zero_and_on_single_elements(
+    case: Case, shape: tuple[int, ...], zeros: bool
+) -> None:
+    groups = range(max(1, len(case.options)))
+    problem = Problem(tuple(ZooTensor(shape, group=group, dtype="float64", zeros=zeros) for group in groups))
+    run = Run(problem, case.make_rule(), options=case.options, num_shards=2).steps(20, schedule=constant)
+    exact = run_reference(problem, case.make_reference, 20, options=case.options, schedule=constant)
+    for actual, expected, index in zip(run.params(), exact.params, groups, strict=True):
+        # A channel of one element, centred or scaled back to its norm, need not move.
+        assert shape == (1, 1, 1, 1) or not torch.equal(expected, problem.initial(index)), "it must have moved"
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+MOMENTUM_CASES = [
+    (optim.SGDRule, torch.optim.SGD, {"dampening": 0.3}),
+    (optim.SGDRule, torch.optim.SGD, {"nesterov": True}),
+    (optim.RMSpropRule, torch.optim.RMSprop, {"centered": True, "eps": 1e-2}),
+]
+
+
+@pytest.mark.parametrize(("rule", "reference", "keywords"), MOMENTUM_CASES, ids=str)
+def test_momentum_that_is_written_into_a_live_group_counts_as_in_torch(
+    rule: Any, reference: Any, keywords: dict[str, Any]
+) -> None:
+    """0 for a while leaves the buffer as it was, and is no error with nesterov."""
+    options = {"lr": 0.01, "momentum": 0.9, **keywords}
+    changes = {5: 0.5, 8: 0.0, 12: 0.95}
+
+    def schedule(groups: Sequence[dict[str, Any]], step: int) -> None:
+        for group in groups:
+            group["momentum"] = changes.get(step, group["momentum"])
+
+    problem = small().as_dtype("float64")
+    run = Run(problem, rule(**options)).steps(20, schedule=schedule)
+    exact = run_reference(problem, lambda groups: reference(groups, **options), 20, schedule=schedule)
+    assert error_of(problem, run.params(), exact.params) < 1e-11
+
+
+@pytest.mark.parametrize("rule", [optim.SGDRule, optim.RMSpropRule])
+def test_momentum_without_a_buffer_is_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"Invalid momentum value: 0\.5 .* give the optimizer a momentum above 0"):
+        rule().hyper({**rule().defaults(), "momentum": 0.5})
 
 
 @ALL_CASES
