@@ -49,17 +49,25 @@ class ModelBuffers:
         else:
             self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
-        self._sources = [(place, self._slice_of(place)) for place in self.pushed.places]
+        # Once and not in every step, as each of these takes a microsecond for each parameter.
+        self._is_plain = not any(map(is_distributed, self._params))
+        shapes = [local.shape for local in self._local_parts()]
+        self._sources = [(place.param, self._slice_of(place)) for place in self.pushed.places]
+        self._targets = [
+            place.view.view(shapes[place.param]) if where is None else place.view
+            for place, (_, where) in zip(self.pushed.places, self._sources, strict=True)
+        ]
+        self._held = [place.view.view(shapes[place.param]) for place in self.held.places]
         self._versions = [-1] * len(self._params)
 
     def gather_gradients(self) -> list[bool]:
         """Copy this rank's part of every gradient to its place; which parameters have one."""
         grads = [None if param.grad is None else _local_gradient(param) for param in self._params]
         targets, sources = [], []
-        for place, where in self._sources:
-            grad = grads[place.param]
+        for target, (param, where) in zip(self._targets, self._sources, strict=True):
+            grad = grads[param]
             if grad is not None:
-                targets.append(place.view.view(grad.shape) if where is None else place.view)
+                targets.append(target)
                 sources.append(grad if where is None else grad.reshape(-1)[where])
         copy_all(targets, sources)
         return [grad is not None for grad in grads]
@@ -77,11 +85,9 @@ class ModelBuffers:
     def write_parameters(self) -> None:
         """Copy ``held`` to the model."""
         with torch.no_grad():
-            locals_ = [local_part(param) for param in self._params]
-            targets = [locals_[place.param] for place in self.held.places]
-            views = [place.view.view(target.shape) for place, target in zip(self.held.places, targets, strict=True)]
-            copy_all(targets, views)
-        self._versions = [version_of(param) for param in self._params]
+            locals_ = self._local_parts()
+            copy_all([locals_[place.param] for place in self.held.places], self._held)
+        self._versions = self._versions_now()
 
     def values(self, first: int = 0) -> dict[int, tuple[int, Tensor]]:
         """What this rank answers for of the parameters from index ``first`` on: offset and a copy, flattened.
@@ -94,8 +100,8 @@ class ModelBuffers:
 
     def changed_by_hand(self) -> list[int]:
         """Indices of parameters that something else than this class has written since it last did."""
-        versions = enumerate(zip(self._params, self._versions, strict=True))
-        return [index for index, (param, version) in versions if version_of(param) != version]
+        versions = enumerate(zip(self._versions_now(), self._versions, strict=True))
+        return [index for index, (now, then) in versions if now != then]
 
     def reloaded(self) -> dict[int, Tensor]:
         """What this rank answers for of the parameters that were changed by hand, see :meth:`values`; flattened."""
@@ -107,6 +113,12 @@ class ModelBuffers:
         """Count these parameters, or all, as changed by hand."""
         for index in range(len(self._params)) if indices is None else indices:
             self._versions[index] = -1
+
+    def _local_parts(self) -> list[Tensor]:
+        return self._params if self._is_plain else [local_part(param) for param in self._params]
+
+    def _versions_now(self) -> list[int]:
+        return [param._version if self._is_plain else version_of(param) for param in self._params]
 
     def _value(self, index: int) -> tuple[int, Tensor]:
         with torch.no_grad():

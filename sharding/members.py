@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from .buffers import Buffers
@@ -25,12 +26,14 @@ class Member:
         incarnation: Names its process.
         holdings: What it registered to hold of a sharded model.
         pushed, held: Per extent, the runs of what it pushes and of what it holds, counted from the first owned tile.
+        padding: Per extent, where padding lies in what it pushes, packed.
     """
 
     incarnation: str
     holdings: Holdings | None
     pushed: Sequence[Runs]
     held: Sequence[Runs]
+    padding: Sequence[Tensor]
 
 
 class Members:
@@ -67,7 +70,8 @@ class Members:
         known = self._by_rank.get(rank)
         coverages = coverage_of(self._layout, self._spec.gradients, rank, self._spec.world_size, holdings)
         pushed, held = (self._own_runs(coverage) for coverage in coverages)
-        self._by_rank[rank] = Member(incarnation, holdings, pushed, held)
+        padding = [extent.padding_in(runs) for extent, runs in zip(self._buffers.extents, pushed, strict=True)]
+        self._by_rank[rank] = Member(incarnation, holdings, pushed, held, padding)
         return known is None or known.incarnation != incarnation
 
     def require_rank(self, rank: int) -> None:
@@ -115,10 +119,10 @@ class Members:
 
     def _check_gradient(self, push: Push) -> None:
         """Refuse a gradient that is not laid out as its rank's runs, or holds something between tensors."""
-        rank, pushed = push.header.rank, self[push.header.rank].pushed
-        check_gradient(push.gradient, [int((runs[:, 1] - runs[:, 0]).sum()) for runs in pushed], rank)
-        for extent, part, runs in zip(self._buffers.extents, push.gradient, pushed, strict=True):
-            if not extent.padding_is_zero(part, runs):
+        rank, member = push.header.rank, self[push.header.rank]
+        check_gradient(push.gradient, [int((runs[:, 1] - runs[:, 0]).sum()) for runs in member.pushed], rank)
+        for part, padding in zip(push.gradient, member.padding, strict=True):
+            if bool((part[padding.to(part.device)] != 0).any()):
                 raise MessageError(
                     f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
                 )
