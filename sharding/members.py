@@ -14,7 +14,7 @@ from .clipping import check_clipping
 from .coverage import Coverage, Holdings, Range, Runs, coverage_of
 from .errors import HyperparameterError, IncarnationError, MessageError, UnknownRankError
 from .job import JobSpec
-from .layout import Layout
+from .layout import Layout, ParamSpec
 from .push import Push, check_gradient, check_hyper, unpack_present
 
 
@@ -34,6 +34,10 @@ class Member:
     pushed: Sequence[Runs]
     held: Sequence[Runs]
     padding: Sequence[Tensor]
+
+    def reloaded_range(self, index: int, param: ParamSpec) -> Range:
+        """The part of a parameter that it sends when it was changed by hand."""
+        return Range(0, param.numel) if self.holdings is None else self.holdings.pushed[index]
 
 
 class Members:
@@ -112,11 +116,6 @@ class Members:
         except ValueError as error:
             raise HyperparameterError(str(error)) from error
 
-    def reloaded_range(self, rank: int, index: int) -> Range:
-        """The part of a parameter that a rank sends when it was changed by hand."""
-        holdings = self[rank].holdings
-        return Range(0, self._spec.params[index].numel) if holdings is None else holdings.pushed[index]
-
     def _check_gradient(self, push: Push) -> None:
         """Refuse a gradient that is not laid out as its rank's runs, or holds something between tensors."""
         rank, member = push.header.rank, self[push.header.rank]
@@ -129,12 +128,12 @@ class Members:
 
     def _check_reloaded(self, push: Push) -> None:
         """Refuse parameters changed by hand that are not the job's, not this rank's to send, or not finite."""
-        rank = push.header.rank
+        rank, member = push.header.rank, self[push.header.rank]
         if push.reloaded and rank != 0 and self._spec.gradients != "sharded":
             raise MessageError(f"reloaded parameters: expected from rank 0 alone, got some from rank {rank}")
         for index, value in push.reloaded.items():
             is_known = 0 <= index < len(self._spec.params)
-            if not is_known or value.shape != (self.reloaded_range(rank, index).numel,):
+            if not is_known or value.shape != (member.reloaded_range(index, self._spec.params[index]).numel,):
                 raise MessageError(f"reloaded: parameter {index} of shape {list(value.shape)} is not one of the job's")
             if not bool(torch.isfinite(value).all()):
                 raise MessageError(
