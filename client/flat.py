@@ -59,6 +59,7 @@ class FlatBuffer:
             dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
             parts = [torch.zeros(n, dtype=dtype, device=device) for n, dtype in zip(sizes, dtypes, strict=True)]
         self.parts = [each[: self._coverage.numel(index)] for index, each in enumerate(parts)]
+        self._shard_parts: dict[tuple[int, int], list[Tensor]] = {}
         self.places = tuple(
             place
             for index, extent in enumerate(layout.extents)
@@ -67,12 +68,14 @@ class FlatBuffer:
 
     def shard_parts(self, layout: Layout, shard: int, num_shards: int) -> list[Tensor]:
         """The parts of the buffer that a shard owns, as views."""
-        parts = []
-        for index, (extent, part) in enumerate(zip(layout.extents, self.parts, strict=True)):
-            tiles = extent.tile_range(shard, num_shards)
-            _, where = self._coverage.within(index, tiles.start * TILE_NUMEL, tiles.stop * TILE_NUMEL)
-            parts.append(part[where])
-        return parts
+        if (shard, num_shards) not in self._shard_parts:
+            parts = []
+            for index, (extent, part) in enumerate(zip(layout.extents, self.parts, strict=True)):
+                tiles = extent.tile_range(shard, num_shards)
+                _, where = self._coverage.within(index, tiles.start * TILE_NUMEL, tiles.stop * TILE_NUMEL)
+                parts.append(part[where])
+            self._shard_parts[shard, num_shards] = parts
+        return self._shard_parts[shard, num_shards]
 
 
 def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:

@@ -13,7 +13,7 @@ from ..sharding.coverage import Holdings, Range, coverage_of, share_tiles
 from ..sharding.errors import ServiceError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
-from .flat import FlatBuffer, Place, copy_all
+from .flat import FlatBuffer, Place, copy_all, wire_dtype
 from .holdings import is_distributed, local_part, version_of
 
 
@@ -43,23 +43,31 @@ class ModelBuffers:
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
         self.pushed = FlatBuffer(layout, device, coverage=pushed, part="pushed")
-        self._replicas = _Replicas(layout, spec, rank, device) if _gathers(spec) else None
+        self._replicas = _Replicas(layout, spec, rank, device) if _gathers(spec, rank) else None
         if self._replicas is None:
             self.held = self.pulled = FlatBuffer(layout, device, coverage=held)
         else:
             self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
-        self._sources = [(place, self._slice_of(place)) for place in self.pushed.places]
+        # Once and not in every step, as each of these takes a microsecond for each parameter.
+        self._is_plain = not any(map(is_distributed, self._params))
+        shapes = [local.shape for local in self._local_parts()]
+        self._sources = [(place.param, self._slice_of(place)) for place in self.pushed.places]
+        self._targets = [
+            place.view.view(shapes[place.param]) if where is None else place.view
+            for place, (_, where) in zip(self.pushed.places, self._sources, strict=True)
+        ]
+        self._held = [place.view.view(shapes[place.param]) for place in self.held.places]
         self._versions = [-1] * len(self._params)
 
     def gather_gradients(self) -> list[bool]:
         """Copy this rank's part of every gradient to its place; which parameters have one."""
         grads = [None if param.grad is None else _local_gradient(param) for param in self._params]
         targets, sources = [], []
-        for place, where in self._sources:
-            grad = grads[place.param]
+        for target, (param, where) in zip(self._targets, self._sources, strict=True):
+            grad = grads[param]
             if grad is not None:
-                targets.append(place.view.view(grad.shape) if where is None else place.view)
+                targets.append(target)
                 sources.append(grad if where is None else grad.reshape(-1)[where])
         copy_all(targets, sources)
         return [grad is not None for grad in grads]
@@ -77,52 +85,39 @@ class ModelBuffers:
     def write_parameters(self) -> None:
         """Copy ``held`` to the model."""
         with torch.no_grad():
-            locals_ = [local_part(param) for param in self._params]
-            targets = [locals_[place.param] for place in self.held.places]
-            views = [place.view.view(target.shape) for place, target in zip(self.held.places, targets, strict=True)]
-            copy_all(targets, views)
-        self._versions = [version_of(param) for param in self._params]
+            locals_ = self._local_parts()
+            copy_all([locals_[place.param] for place in self.held.places], self._held)
+        self._versions = self._versions_now()
 
-    def values(self, first: int = 0) -> dict[int, tuple[int, Tensor]]:
-        """What this rank answers for of the parameters from index ``first`` on: offset and a copy, flattened.
-
-        Of a sharded model what it pushes, else everything from rank 0 and nothing from others.
-        """
-        if self._holdings is None and self._rank != 0:
-            return {}
-        return {index: self._value(index) for index in range(first, len(self._params))}
+    def values(self) -> dict[int, tuple[int, Tensor]]:
+        """What this rank answers for of the parameters, see :func:`values_of`."""
+        return values_of(self._params, self._rank, self._holdings, indices=range(len(self._params)))
 
     def changed_by_hand(self) -> list[int]:
         """Indices of parameters that something else than this class has written since it last did."""
-        versions = enumerate(zip(self._params, self._versions, strict=True))
-        return [index for index, (param, version) in versions if version_of(param) != version]
+        versions = enumerate(zip(self._versions_now(), self._versions, strict=True))
+        return [index for index, (now, then) in versions if now != then]
 
     def reloaded(self) -> dict[int, Tensor]:
-        """What this rank answers for of the parameters that were changed by hand, see :meth:`values`; flattened."""
-        if self._holdings is None and self._rank != 0:
-            return {}
-        return {index: self._value(index)[1] for index in self.changed_by_hand()}
+        """What this rank answers for of the parameters that were changed by hand; flattened."""
+        values = values_of(self._params, self._rank, self._holdings, indices=self.changed_by_hand())
+        return {index: value for index, (_, value) in values.items()}
 
     def mark_changed(self, indices: Iterable[int] | None = None) -> None:
         """Count these parameters, or all, as changed by hand."""
         for index in range(len(self._params)) if indices is None else indices:
             self._versions[index] = -1
 
-    def _value(self, index: int) -> tuple[int, Tensor]:
-        with torch.no_grad():
-            local = local_part(self._params[index]).detach().reshape(-1)
-        held, pushed = self._ranges(index)
-        start = pushed.offset - held.offset
-        return pushed.offset, local[start : start + pushed.numel].clone()
+    def _local_parts(self) -> list[Tensor]:
+        return self._params if self._is_plain else [local_part(param) for param in self._params]
 
-    def _ranges(self, index: int) -> tuple[Range, Range]:
-        """What this rank holds of a parameter, and what of that it answers for."""
-        whole = Range(0, self._spec.params[index].numel)
-        return (whole, whole) if self._holdings is None else (self._holdings.held[index], self._holdings.pushed[index])
+    def _versions_now(self) -> list[int]:
+        return [param._version if self._is_plain else version_of(param) for param in self._params]
 
     def _slice_of(self, place: Place) -> slice | None:
         """Where a place lies in the flattened local gradient; None if it is all of it."""
-        held = self._ranges(place.param)[0]
+        whole = Range(0, self._spec.params[place.param].numel)
+        held = whole if self._holdings is None else self._holdings.held[place.param]
         start = place.offset - held.offset
         return None if place.view.numel() == held.numel else slice(start, start + place.view.numel())
 
@@ -132,10 +127,9 @@ class _Replicas:
 
     def __init__(self, layout: Layout, spec: JobSpec, rank: int, device: torch.device) -> None:
         shares = [share_tiles(extent, spec.world_size) * TILE_NUMEL for extent in layout.extents]
-        whole = FlatBuffer(layout, torch.device("meta"))
         self.parts = [
-            torch.zeros(share * spec.world_size, dtype=part.dtype, device=device)
-            for share, part in zip(shares, whole.parts, strict=True)
+            torch.zeros(share * spec.world_size, dtype=wire_dtype(layout, extent), device=device)
+            for share, extent in zip(shares, layout.extents, strict=True)
         ]
         self._shares = [
             list(torch.split(part, share)) if share else [] for part, share in zip(self.parts, shares, strict=True)
@@ -149,9 +143,37 @@ class _Replicas:
                     dist.all_gather(shares, own.clone())
                 except RuntimeError as error:
                     raise ServiceError(
-                        f"step {step} was taken, but the ranks could not exchange its parameters ({error}); the next "
-                        "step() takes them from the service"
+                        f"step {step} was taken, but the ranks could not exchange its parameters ({error}): expected "
+                        "all of them in one all-gather; a rank whose step() failed joins it when it calls step() "
+                        "again. The next step() takes them from the service; if it fails too, start the job again"
                     ) from error
+
+
+def values_of(
+    params: Sequence[Tensor], rank: int, holdings: Holdings | None, *, indices: Iterable[int]
+) -> dict[int, tuple[int, Tensor]]:
+    """What a rank answers for of some parameters: by index, offset and a copy, flattened.
+
+    Of a sharded model what it pushes, else everything from rank 0 and nothing from others.
+
+    Args:
+        params: All parameters.
+        rank: The rank.
+        holdings: What it holds of a sharded model.
+        indices: Which parameters.
+    """
+    if holdings is None and rank != 0:
+        return {}
+    values = {}
+    with torch.no_grad():
+        for index in indices:
+            local = local_part(params[index]).detach().reshape(-1)
+            pushed, start = Range(0, local.numel()), 0
+            if holdings is not None:
+                pushed = holdings.pushed[index]
+                start = pushed.offset - holdings.held[index].offset
+            values[index] = pushed.offset, local[start : start + pushed.numel].clone()
+    return values
 
 
 def common_device(params: Sequence[Tensor]) -> torch.device:
@@ -166,11 +188,19 @@ def common_device(params: Sequence[Tensor]) -> torch.device:
     return devices.pop() if devices else torch.device("cpu")
 
 
-def _gathers(spec: JobSpec) -> bool:
-    """Whether the ranks can exchange parameters among themselves, so that each takes but its share from the service."""
-    if spec.gradients != "replicated":
+def _gathers(spec: JobSpec, rank: int) -> bool:
+    """Whether the ranks can exchange parameters among themselves, so that each takes but its share from the service.
+
+    Raises:
+        ValueError: If torch.distributed counts the same ranks in another order, as it would mix the shares up.
+    """
+    if spec.gradients != "replicated" or not (dist.is_available() and dist.is_initialized()):
         return False
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() == spec.world_size
+    if dist.get_world_size() != spec.world_size:
+        return False
+    if dist.get_rank() != rank:
+        raise ValueError(f"rank: expected {dist.get_rank()}, as torch.distributed has it, got {rank}; leave it out")
+    return True
 
 
 def _local_gradient(param: Tensor) -> Tensor:

@@ -189,7 +189,9 @@ class ObjectStoreTransport(Transport):
 
     def _ask(self, method: str, *args: Any, what: str) -> Any:
         call = getattr(self.service.coordinator, method).remote(*args)
-        return wait_for([call], timeout_s=STATE_TIMEOUT_S, what=f"service {self.service.name!r}: {what}")[0]
+        # Longer than the coordinator itself waits for other ranks, as it can name them.
+        timeout_s = STATE_TIMEOUT_S + self.service.config.worker_timeout_s
+        return wait_for([call], timeout_s=timeout_s, what=f"service {self.service.name!r}: {what}")[0]
 
 
 def _put(values: PieceValues) -> list[Any]:

@@ -224,7 +224,9 @@ class ServiceOptimizer(torch.optim.Optimizer):
         show_scalars(self.param_groups, self._registered.scalars)
 
     def reload_parameters(self) -> None:
-        """Let the next step take the model's parameters over, after a change through ``.data``. Called on rank 0.
+        """Let the next step take the model's parameters over, after a change through ``.data``.
+
+        Called on rank 0; of a sharded model on every rank, for what it holds.
 
         Changes in place (``copy_``, ``load_state_dict``, ``clamp_``) are noticed without this.
         """

@@ -14,14 +14,14 @@ from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
 from ..sharding.clipping import ClipLimits
 from ..sharding.coverage import Holdings
-from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, StepAbortedError
+from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, StepAbortedError, TimelineError
 from ..sharding.job import JobSpec
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader, pack_present
 from ..sharding.reports import StepResult
 from ..sharding.saved import manifest_digest
 from ..sharding.vote import Decision
-from .model_buffers import ModelBuffers, common_device
+from .model_buffers import ModelBuffers, common_device, values_of
 from .transport import Transport, Values, as_pieces
 
 logger = logging.getLogger("stepwell")
@@ -44,6 +44,9 @@ class Worker:
         last_result: Of the last step that this worker has heard of since it registered or refreshed; None before it.
     """
 
+    spec: JobSpec
+    timeline: int
+
     def __init__(
         self,
         transport: Transport,
@@ -56,7 +59,7 @@ class Worker:
         self._params, self._holdings = list(params), holdings
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._attempt = 0
-        self._is_open = False
+        self._is_open, self._is_taking = False, False
         common_device(params)
         registration = transport.register(spec, rank, self._incarnation, holdings)
         self._attach(unpack_job(registration.spec))
@@ -79,12 +82,19 @@ class Worker:
             JobMismatchError: If the ranks add different groups. Nothing has changed.
         """
         self.settle()
-        grown = ModelBuffers(spec, spec.layout(), params, self.rank, holdings)
-        added = _as_pieces(grown.values(first=len(self._params)))
-        registration = self.transport.extend(spec, holdings, added)
+        common_device(params)
+        first = len(self._params)
+        added = values_of(params, self.rank, holdings, indices=range(first, len(params)))
+        registration = self.transport.extend(spec, holdings, _as_pieces(added))
+        before, spec, timeline = (self._params, self._holdings), self.spec, self.timeline
         self._params, self._holdings = list(params), holdings
-        self._adopt(registration)
-        self.take_parameters()
+        try:
+            self._adopt(registration)
+            self.take_parameters()
+        except BaseException:
+            # As if this rank had not heard of it: all else is refused until it has added the group.
+            (self._params, self._holdings), self.spec, self.timeline = before, spec, timeline
+            raise
 
     def _attach(self, spec: JobSpec) -> None:
         """Lay the buffers out as the service has laid out the job.
@@ -141,11 +151,12 @@ class Worker:
             found_inf=found_inf,
         )
         reloaded = self._buffers.reloaded()
-        self._is_open = True
+        self._is_open, self._is_taking = True, False
         self._attempt += 1
         try:
             result = self.transport.step(header, self._buffers.pushed, reloaded, self._buffers.pulled)
-        except StepAbortedError:
+        except (StepAbortedError, TimelineError):
+            # On another timeline there is nothing to find out any more.
             self._is_open = False
             raise
         except AttemptError:
@@ -156,7 +167,7 @@ class Worker:
                 raise
             return self.step(hyper, scalars, limits=limits, grad_scale=grad_scale, found_inf=found_inf)
         if result.decision is Decision.COMMIT:
-            self._buffers.take(result.sequence)
+            self._take(result)
         self._close_step(result)
         return result
 
@@ -173,10 +184,19 @@ class Worker:
             self._is_open = False
             return False
         logger.warning("step %d had been decided although it failed here; going on after it", result.sequence)
-        if result.decision is Decision.COMMIT:
+        if result.decision is Decision.COMMIT and not self._is_taking:
+            # Replicas wait for this rank's share.
+            self.transport.read_parameters(self._buffers.pulled)
+            self._take(result)
+        elif result.decision is Decision.COMMIT:
             self.take_parameters()
         self._close_step(result)
         return result.decision is Decision.COMMIT
+
+    def _take(self, result: StepResult) -> None:
+        """Take over what a step brought; replicas exchange it once for each step, whatever comes of that."""
+        self._is_taking = True
+        self._buffers.take(result.sequence)
 
     def load(self, values: Values, header: LoadHeader) -> None:
         """Load a state into the service; called on every rank, the values of rank 0 count."""

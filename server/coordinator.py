@@ -55,7 +55,7 @@ class Coordinator:
         self._saved: SavedCheckpoint | None = None
         self._workers: dict[int, Worker] = {}
         self._left: set[int] = set()
-        self._covering = Rendezvous(self._require_cover, what="all ranks to register")
+        self._covering = Rendezvous(self._require_first_cover, what="all ranks to register")
         self._starting = Rendezvous(self._load_parts, what="all ranks to hand in their parameters")
         self._extending = Rendezvous(self._extend, what="all ranks to add a parameter group")
         self._changing = asyncio.Lock()
@@ -87,6 +87,7 @@ class Coordinator:
             await self._adopt(spec, rank)
             self._workers[rank] = Worker(incarnation, holdings)
             self._left.discard(rank)
+            self._extending.forget(rank)
             await self._admit(rank)
         if spec.gradients == "sharded":
             await self._cover(rank, spec.world_size)
@@ -136,12 +137,20 @@ class Coordinator:
             return await self._registration()
 
     async def hand_in(self, rank: int, values: Sequence[Any]) -> Registration:
-        """Load the first parameters of a sharded model, of which each rank hands in its part."""
+        """Load the first parameters of a sharded model, of which each rank hands in its part.
+
+        A process that took a rank's place after all had handed in gets what was loaded.
+        """
+        async with self._changing:
+            if self._loaded.is_set():
+                return await self._registration()
         spec, timeout_s = self._require_spec(), self._config.worker_timeout_s
         return await self._starting.arrive(rank, values, world_size=spec.world_size, timeout_s=timeout_s)
 
     async def extend(self, job: bytes, rank: int, holdings: bytes, values: Sequence[Any]) -> Registration:
         """Add parameters to the job, once every rank has asked for it; begins a new timeline.
+
+        A rank that asks again, as it did not hear that they were added, is told so at once.
 
         Args:
             job: The job with the added group.
@@ -153,8 +162,12 @@ class Coordinator:
             JobMismatchError: If it does not begin with the present job, or the ranks differ.
         """
         spec = unpack_job(job)
-        asked = Asked(spec, holdings, values)
-        world_size, timeout_s = self._require_spec().world_size, self._config.worker_timeout_s
+        async with self._changing:
+            ours = self._require_spec()
+            if (len(spec.params), spec.num_groups) == (len(ours.params), ours.num_groups):
+                ours.require_same(spec, whose=f"rank {rank}")
+                return await self._registration()
+        asked, world_size, timeout_s = Asked(spec, holdings, values), ours.world_size, self._config.worker_timeout_s
         return await self._extending.arrive(rank, asked, world_size=world_size, timeout_s=timeout_s)
 
     async def restore(self, uri: str) -> Registration:
@@ -231,24 +244,29 @@ class Coordinator:
         if self._spec is None:
             await self._lay_out(spec)
             return
-        wanted = dataclasses.replace(self._spec, world_size=spec.world_size, gradients=spec.gradients)
-        if wanted != self._spec and self._left.issuperset(self._workers):
-            # The workers before these have all left.
-            self._workers, self._left, self._spec = {}, set(), wanted
-            await self._all("set_workers", spec.world_size, spec.gradients, what="the shards to take the workers")
+        if self._left.issuperset(self._workers):
+            # The workers before these have all left; what they held says nothing of these.
+            self._workers, self._left = {}, set()
+            wanted = dataclasses.replace(self._spec, world_size=spec.world_size, gradients=spec.gradients)
+            if wanted != self._spec:
+                self._spec = wanted
+                await self._all("set_workers", spec.world_size, spec.gradients, what="the shards to take the workers")
         self._spec.require_same(spec, whose=f"rank {rank}")
 
     async def _cover(self, rank: int, world_size: int) -> None:
         """See that the ranks' parts make up the model, once all are known."""
         if len(self._workers) == world_size and self._covering.is_empty:
-            await self._require_cover({})
+            try:
+                _require_cover(self._require_spec(), self._workers)
+            except CoverageError:
+                del self._workers[rank]  # the others train on
+                raise
         else:
             await self._covering.arrive(rank, None, world_size=world_size, timeout_s=self._config.worker_timeout_s)
 
-    async def _require_cover(self, _: Mapping[int, None]) -> None:
-        spec = self._require_spec()
+    async def _require_first_cover(self, _: Mapping[int, None]) -> None:
         try:
-            require_exact_cover(spec.params, {rank: worker.held(spec) for rank, worker in self._workers.items()})
+            _require_cover(self._require_spec(), self._workers)
         except CoverageError:
             self._workers = {}
             raise
@@ -258,23 +276,22 @@ class Coordinator:
 
     async def _extend(self, asked: Mapping[int, Asked]) -> Registration:
         async with self._changing:
-            ours, first = self._require_spec(), asked[0].spec
+            first = asked[0].spec
             for rank in sorted(asked):
                 first.require_same(asked[rank].spec, whose=f"rank {rank}")
-            if (len(first.params), first.num_groups) != (len(ours.params), ours.num_groups):
-                await self._take_extension(ours.extended(first), asked)
+            await self._take_extension(self._require_spec().extended(first), asked)
             return await self._registration()
 
     async def _take_extension(self, spec: JobSpec, asked: Mapping[int, Asked]) -> None:
-        for rank, what in asked.items():
-            self._workers[rank] = dataclasses.replace(self._workers[rank], holdings=what.holdings)
-        if spec.gradients == "sharded":
-            require_exact_cover(spec.params, {rank: worker.held(spec) for rank, worker in self._workers.items()})
+        workers = {
+            rank: dataclasses.replace(worker, holdings=asked[rank].holdings) for rank, worker in self._workers.items()
+        }
+        _require_cover(spec, workers)
         values = [value for rank in sorted(asked) for value in asked[rank].values]
         try:
             await self._settle()
             await self._all("prepare_extension", pack_job(spec), *values, what="the shards to make room")
-            self._spec, self._timeline = spec, self._timeline + 1
+            self._spec, self._workers, self._timeline = spec, workers, self._timeline + 1
             await self._all("adopt_extension", self._timeline, what="the shards to take the added parameters")
             for rank in self._workers:
                 await self._admit(rank)
@@ -382,3 +399,9 @@ class Coordinator:
         if self._spec is None:
             raise NotRegisteredError(f"service {self._config.name!r} has no job yet; start a training script first")
         return self._spec
+
+
+def _require_cover(spec: JobSpec, workers: Mapping[int, Worker]) -> None:
+    """See that the workers of a sharded model push every element exactly once; of any other there is nothing to see."""
+    if spec.gradients == "sharded":
+        require_exact_cover(spec.params, {rank: worker.held(spec) for rank, worker in workers.items()})

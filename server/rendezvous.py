@@ -22,13 +22,17 @@ class Rendezvous(Generic[Brought, Result]):
 
     def __init__(self, act: Callable[[Mapping[int, Brought]], Coroutine[Any, Any, Result]], *, what: str) -> None:
         self._act, self._what = act, what
-        self._brought: dict[int, Brought] = {}
+        self._brought: dict[int, tuple[Brought]] = {}
         self._acting: asyncio.Future[asyncio.Task[Result]] | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether nobody waits here."""
         return not self._brought
+
+    def forget(self, rank: int) -> None:
+        """Drop what a rank brought: another process has taken its place."""
+        self._brought.pop(rank, None)
 
     async def arrive(self, rank: int, brought: Brought, *, world_size: int, timeout_s: float) -> Result:
         """Wait for the other ranks, then for the result. A rank that comes again replaces what it brought.
@@ -39,14 +43,16 @@ class Rendezvous(Generic[Brought, Result]):
         if self._acting is None:
             self._acting = asyncio.get_running_loop().create_future()
         acting = self._acting
-        self._brought[rank] = brought
+        self._brought[rank] = mine = (brought,)
         if len(self._brought) == world_size:
-            everything, self._brought, self._acting = self._brought, {}, None
+            everything = {rank: its for rank, (its,) in self._brought.items()}
+            self._brought, self._acting = {}, None
             acting.set_result(asyncio.create_task(self._act(everything)))
         try:
             task = await asyncio.wait_for(asyncio.shield(acting), timeout_s)
         except TimeoutError as error:
             missing = sorted(set(range(world_size)) - self._brought.keys())
-            self._brought.pop(rank, None)
+            if self._brought.get(rank) is mine:
+                del self._brought[rank]
             raise ServiceTimeoutError(f"waited {timeout_s:g} s for {self._what}; missing ranks: {missing}") from error
         return await asyncio.shield(task)

@@ -68,6 +68,8 @@ class ShardActor:
         self._outcomes = Outcomes()
         self._patience: asyncio.TimerHandle | None = None
         self._held_after: int | None = None
+        self._num_votes = 0
+        self._attended: tuple[int, int] | None = None
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     # Forming the group; called by the coordinator
@@ -85,6 +87,7 @@ class ShardActor:
             if generation <= self._collective.generation:
                 raise ServiceError(f"expected a generation after {self._collective.generation}, got {generation}")
             self._collective.close()
+        self._num_votes, self._attended = 0, None
         self._peers = [shard for index, shard in enumerate(shards) if index != self._index]
         self._collective = await asyncio.get_running_loop().run_in_executor(
             None,
@@ -102,13 +105,14 @@ class ShardActor:
 
     async def generation(self) -> int:
         """The generation of a group that this shard can use; 0 if there is none."""
-        return self._collective.generation if self._collective is not None and self._collective.is_open else 0
+        return self._generation if self._collective is not None and self._collective.is_open else 0
 
     # The job and its state; called by the coordinator
 
     async def register(self, job: bytes) -> None:
         """Lay out a job and allocate its buffers."""
         spec = unpack_job(job)
+        self._shard = None  # else there would be memory for two
         self._shard = await self._compute(
             lambda: Shard(spec, shard=self._index, num_shards=self._config.num_shards, device=self._device)
         )
@@ -250,14 +254,18 @@ class ShardActor:
         parts: list[WireTensor] = await self._compute(lambda: self._parameters(dtypes, rank, wanted))
         return parts
 
-    async def attend(self, timeline: int, sequence: int) -> None:
+    async def attend(self, generation: int, vote: int) -> None:
         """Vote on a step that another shard waits in, whoever is missing here; called by that shard.
 
-        So a worker that died before it had reached all shards stops none of them for good.
+        So a worker that died before it had reached all shards stops none of them for good. A shard that is held, or at
+        something else, votes when it is free.
+
+        Args:
+            generation: Of the group.
+            vote: The group's how manieth, so that a call which comes late is not taken for one to the next try.
         """
-        shard = self._shard
-        if shard is not None and (shard.timeline, shard.sequence + 1) == (timeline, sequence) and self._is_free(shard):
-            self._start(shard)
+        self._attended = generation, vote
+        self._start_if_complete()
 
     # Within
 
@@ -305,6 +313,10 @@ class ShardActor:
         shard = self._job()
         shard.result(shard.timeline, shard.sequence)
         return shard
+
+    @property
+    def _generation(self) -> int:
+        return 0 if self._collective is None else self._collective.generation
 
     @property
     def _is_stepping(self) -> bool:
@@ -369,8 +381,10 @@ class ShardActor:
 
     def _start_if_complete(self) -> None:
         shard = self._shard
-        if shard is not None and self._may_start(shard) and not shard.missing_ranks:
-            self._start(shard)
+        if shard is not None and self._is_free(shard):
+            is_complete = shard.is_waiting and not shard.missing_ranks
+            if is_complete or self._attended == (self._generation, self._num_votes + 1):
+                self._start(shard)
 
     def _may_start(self, shard: Shard) -> bool:
         return shard.is_waiting and self._is_free(shard)
@@ -381,6 +395,7 @@ class ShardActor:
 
     def _start(self, shard: Shard) -> None:
         self._stop_waiting_for_missing()
+        self._num_votes += 1
         told = self._outcomes.begin()
         self._sequence_of_step = shard.sequence + 1
         shard.begin()
@@ -388,7 +403,7 @@ class ShardActor:
 
     async def _run_step(self, shard: Shard, told: asyncio.Future[Outcome]) -> None:
         loop = asyncio.get_running_loop()
-        calling = loop.call_later(self._config.worker_timeout_s, self._call_peers, shard.timeline, shard.sequence + 1)
+        calling = loop.call_later(self._config.worker_timeout_s, self._call_peers, self._generation, self._num_votes)
         outcome: Outcome = ServiceError(f"shard {self._index} failed in a step; its log has the traceback")
         try:
             outcome = await self._compute(lambda: drive(shard.step(), self._collective))
@@ -400,9 +415,9 @@ class ShardActor:
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)
 
-    def _call_peers(self, timeline: int, sequence: int) -> None:
+    def _call_peers(self, generation: int, vote: int) -> None:
         for peer in self._peers:
-            peer.attend.remote(timeline, sequence)
+            peer.attend.remote(generation, vote)
 
 
 def _device(config: ServiceConfig) -> torch.device:

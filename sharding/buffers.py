@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -67,10 +66,10 @@ class ExtentBuffers:
         self.tensor_of_tile = torch.from_numpy(extent.tensor_of_tile[owned])
         self._valid_numel = torch.from_numpy(extent.valid_numel[owned])
         self._index_in_tensor = torch.from_numpy(extent.index_in_tensor[owned])
+        tail_rows = torch.nonzero(self._valid_numel < TILE_NUMEL)
         columns = torch.arange(TILE_NUMEL)
-        tail_rows = torch.nonzero(self._valid_numel < TILE_NUMEL).flatten()
-        self._tail_rows: list[int] = tail_rows.tolist()
-        self._padding = (columns >= self._valid_numel[tail_rows, None]).to(device)
+        is_padding = columns >= self._valid_numel[tail_rows]
+        self._padding = (tail_rows * TILE_NUMEL + columns)[is_padding]
         strides = {slot.stride for slot in rule.slots if slot.stride > 1}
         assert len(strides) <= 1, "a rule has one stride"
         self._stride = next(iter(strides), 1)
@@ -80,25 +79,15 @@ class ExtentBuffers:
         """Elements of the owned tiles, padding included."""
         return len(self.tiles) * TILE_NUMEL
 
-    def padding_is_zero(self, packed: Tensor, runs: Runs) -> bool:
-        """Whether ``packed``, the values of ``runs`` one after the other, holds zeros between the tensors.
-
-        A run that does not begin and end on tile boundaries lies within one tensor and holds no padding.
-        """
-        taken = 0
-        for start, stop in runs.tolist():
-            part = packed[taken : taken + stop - start]
-            taken += stop - start
-            if start % TILE_NUMEL or stop % TILE_NUMEL:
-                continue
-            row = start // TILE_NUMEL
-            tails = slice(*(bisect.bisect_left(self._tail_rows, edge) for edge in (row, stop // TILE_NUMEL)))
-            if tails.start == tails.stop:
-                continue
-            rows = torch.tensor(self._tail_rows[tails], device=part.device) - row
-            if bool((part.view(-1, TILE_NUMEL)[rows][self._padding[tails].to(part.device)] != 0).any()):
-                return False
-        return True
+    def padding_in(self, runs: Runs) -> Tensor:
+        """Where padding lies among the values of ``runs``, packed one after the other; int64, on the CPU."""
+        edges = torch.searchsorted(self._padding, torch.from_numpy(runs))
+        lengths = runs[:, 1] - runs[:, 0]
+        shifts = (lengths.cumsum() - lengths - runs[:, 0]).tolist()
+        parts = [
+            self._padding[lo:hi] + shift for (lo, hi), shift in zip(edges.tolist(), shifts, strict=True) if lo < hi
+        ]
+        return torch.cat([self._padding[:0], *parts])
 
     @property
     def size_bytes(self) -> int:

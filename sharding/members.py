@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from .buffers import Buffers
@@ -13,7 +14,7 @@ from .clipping import check_clipping
 from .coverage import Coverage, Holdings, Range, Runs, coverage_of
 from .errors import HyperparameterError, IncarnationError, MessageError, UnknownRankError
 from .job import JobSpec
-from .layout import Layout
+from .layout import Layout, ParamSpec
 from .push import Push, check_gradient, check_hyper, unpack_present
 
 
@@ -25,12 +26,18 @@ class Member:
         incarnation: Names its process.
         holdings: What it registered to hold of a sharded model.
         pushed, held: Per extent, the runs of what it pushes and of what it holds, counted from the first owned tile.
+        padding: Per extent, where padding lies in what it pushes, packed.
     """
 
     incarnation: str
     holdings: Holdings | None
     pushed: Sequence[Runs]
     held: Sequence[Runs]
+    padding: Sequence[Tensor]
+
+    def reloaded_range(self, index: int, param: ParamSpec) -> Range:
+        """The part of a parameter that it sends when it was changed by hand."""
+        return Range(0, param.numel) if self.holdings is None else self.holdings.pushed[index]
 
 
 class Members:
@@ -67,7 +74,8 @@ class Members:
         known = self._by_rank.get(rank)
         coverages = coverage_of(self._layout, self._spec.gradients, rank, self._spec.world_size, holdings)
         pushed, held = (self._own_runs(coverage) for coverage in coverages)
-        self._by_rank[rank] = Member(incarnation, holdings, pushed, held)
+        padding = [extent.padding_in(runs) for extent, runs in zip(self._buffers.extents, pushed, strict=True)]
+        self._by_rank[rank] = Member(incarnation, holdings, pushed, held, padding)
         return known is None or known.incarnation != incarnation
 
     def require_rank(self, rank: int) -> None:
@@ -108,29 +116,24 @@ class Members:
         except ValueError as error:
             raise HyperparameterError(str(error)) from error
 
-    def reloaded_range(self, rank: int, index: int) -> Range:
-        """The part of a parameter that a rank sends when it was changed by hand."""
-        holdings = self[rank].holdings
-        return Range(0, self._spec.params[index].numel) if holdings is None else holdings.pushed[index]
-
     def _check_gradient(self, push: Push) -> None:
         """Refuse a gradient that is not laid out as its rank's runs, or holds something between tensors."""
-        rank, pushed = push.header.rank, self[push.header.rank].pushed
-        check_gradient(push.gradient, [int((runs[:, 1] - runs[:, 0]).sum()) for runs in pushed], rank)
-        for extent, part, runs in zip(self._buffers.extents, push.gradient, pushed, strict=True):
-            if not extent.padding_is_zero(part, runs):
+        rank, member = push.header.rank, self[push.header.rank]
+        check_gradient(push.gradient, [int((runs[:, 1] - runs[:, 0]).sum()) for runs in member.pushed], rank)
+        for part, padding in zip(push.gradient, member.padding, strict=True):
+            if bool((part[padding.to(part.device)] != 0).any()):
                 raise MessageError(
                     f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
                 )
 
     def _check_reloaded(self, push: Push) -> None:
         """Refuse parameters changed by hand that are not the job's, not this rank's to send, or not finite."""
-        rank = push.header.rank
+        rank, member = push.header.rank, self[push.header.rank]
         if push.reloaded and rank != 0 and self._spec.gradients != "sharded":
             raise MessageError(f"reloaded parameters: expected from rank 0 alone, got some from rank {rank}")
         for index, value in push.reloaded.items():
             is_known = 0 <= index < len(self._spec.params)
-            if not is_known or value.shape != (self.reloaded_range(rank, index).numel,):
+            if not is_known or value.shape != (member.reloaded_range(index, self._spec.params[index]).numel,):
                 raise MessageError(f"reloaded: parameter {index} of shape {list(value.shape)} is not one of the job's")
             if not bool(torch.isfinite(value).all()):
                 raise MessageError(

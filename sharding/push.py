@@ -61,10 +61,10 @@ class Push:
 
     Attributes:
         header: See there.
-        gradient: Per extent, ``(owned tiles * 256,)`` in the wire's dtype, laid out as the shard's tiles. Padding is
-            zero; elements of absent tensors may hold anything.
-        reloaded: Rank 0 only: parameter index to its whole value, flattened, for parameters changed by hand since the
-            last step.
+        gradient: Per extent, what the rank pushes of the shard's tiles, packed, in the wire's dtype: with ``"local"``
+            ``(owned tiles * 256,)``. Padding is zero; elements of absent tensors may hold anything.
+        reloaded: For parameters changed by hand since the last step: parameter index to the whole value from rank 0
+            alone, or of a sharded model to what the rank pushes of it; flattened.
     """
 
     header: PushHeader

@@ -30,7 +30,7 @@ from .errors import (
 from .job import JobSpec, kernel_identity
 from .kernels import run_apply, run_local
 from .layout import Layout
-from .members import Members
+from .members import Member, Members
 from .partials import TileSumTable, sum_table
 from .push import Inbox, Push, PushHeader, unpack_present
 from .reports import Receipt, ShardStatus, StepResult
@@ -80,6 +80,7 @@ class Shard:
         self._extension: Extension | None = None
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
+        self._senders: list[Member] = []
         self._last_result: StepResult | None = None
         self._taken: dict[int, PushHeader] = {}
         self._lost: str | None = f"shard {shard} has no parameters yet"
@@ -269,6 +270,8 @@ class Shard:
         a step that is run until its first vector at least.
         """
         self._deciding = self._inbox.take()
+        # A successor with other holdings may be admitted meanwhile.
+        self._senders = [self.members[push.header.rank] for push in self._deciding]
 
     def step(self) -> Reduction:
         """Run the next step: vote, local pass, reduction, apply pass.
@@ -319,9 +322,9 @@ class Shard:
 
     def _commit(self, pushes: Sequence[Push], grads: Sequence[Tensor]) -> Reduction:
         header, present = pushes[0].header, self._present(pushes).any(dim=0)
-        for push in pushes:
+        for push, sender in zip(pushes, self._senders, strict=True):
             for index, value in push.reloaded.items():
-                offset = self.members.reloaded_range(push.header.rank, index).offset
+                offset = sender.reloaded_range(index, self.spec.params[index]).offset
                 self.buffers.reload(index, value, never_stepped=bool(self.step_count[index] == 0), offset=offset)
         assert header.hyper is not None, "checked on receipt"
         step = StepInputs(
@@ -362,7 +365,7 @@ class Shard:
         present = self._present(pushes)
         if self.spec.gradients == "local":
             return average(pushes, present, self.buffers)
-        return assemble(pushes, present, self.buffers, [self.members[push.header.rank].pushed for push in pushes])
+        return assemble(pushes, present, self.buffers, [sender.pushed for sender in self._senders])
 
     def _present(self, pushes: Sequence[Push]) -> Tensor:
         """Which tensors each rank has a gradient of, ``(world_size, num_tensors)`` bool."""

@@ -12,7 +12,7 @@ from torch import nn
 
 import stepwell
 from stepwell.optim import LAMBRule
-from stepwell.sharding.errors import HyperparameterError, JobMismatchError
+from stepwell.sharding.errors import HyperparameterError, JobMismatchError, TimelineError
 from tests.client.lines import Fault, FaultyTransport, SharedShards, SharedTransport, reached_by
 from tests.client.training import assert_close, assert_equal, copies_of, drive, make_net, set_grads, values_of
 from tests.zoo import straddling
@@ -140,26 +140,26 @@ def test_refused_group_changes_nothing() -> None:
     assert_equal(first, untroubled)
 
 
-def test_group_that_the_service_took_without_our_knowing_is_added_again() -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("extend", 1, "after", OSError("cut")), Fault("read_parameters", 2, "before", OSError("cut"))],
+    ids=["unknown to the worker", "parameters not read"],
+)
+def test_group_that_the_service_took_although_adding_it_failed_is_added_again(fault: Fault) -> None:
     first, added = make_params(0), make_params(1)
     untroubled = make_params(0), make_params(1)
-    lines: list[FaultyTransport] = []
-
-    def line(rank: int) -> FaultyTransport:
-        lines.append(
-            FaultyTransport(SharedTransport(SharedShards(), rank), Fault("extend", 1, "after", OSError("cut")))
-        )
-        return lines[-1]
-
-    with reached_by(line):
+    with reached_by(lambda rank: FaultyTransport(SharedTransport(SharedShards(), rank), fault)):
         optimizer = stepwell.AdamW(first)
     drive(first, optimizer, range(5))
     with pytest.raises(OSError, match="cut"):
         optimizer.add_param_group({"params": added})
     assert len(optimizer.param_groups) == 1
-    with pytest.raises(JobMismatchError, match="10 parameters, rank 0 has 5: a parameter group was added"):
+    with pytest.raises(TimelineError, match="refresh"):
+        optimizer.step()
+    with pytest.raises(JobMismatchError, match=r"10 parameters, rank 0 has 5: a parameter group was added"):
         optimizer.refresh()
     optimizer.add_param_group({"params": added})
+    assert optimizer.service.status()["num_params"] == 10
     drive([*first, *added], optimizer, range(5, 10))
     grow(stepwell.AdamW(untroubled[0]), *untroubled)
     assert_equal([*first, *added], [*untroubled[0], *untroubled[1]])

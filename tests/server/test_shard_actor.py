@@ -235,6 +235,33 @@ async def test_hold_counts_a_step_once_that_ends_at_that_moment(line: Line) -> N
     await line.actor.release()
 
 
+@run_test
+async def test_shard_that_is_called_to_vote_while_it_is_held_votes_when_it_may(line: Line) -> None:
+    await line.push(0)
+    assert await line.actor.hold() == 1
+    pulled = line.begin(line.reply(0))
+    await line.actor.attend(1, 2)
+    await line.settle()
+    assert not line.actor._is_stepping
+    status = await line.actor.settle(2, LIMIT_S)
+    assert status.sequence == 1
+    result = await pulled
+    assert isinstance(result.error, MissingRankError)
+    await line.actor.release()
+
+
+@run_test
+async def test_call_to_vote_that_comes_late_begins_no_other_try(line: Line) -> None:
+    await line.push(0)
+    await line.actor.attend(1, 2)
+    assert (await line.pull(0)).decision is Decision.ABORT
+    await line.push(0, attempt=1)
+    await line.actor.attend(1, 2)
+    assert not line.actor._is_stepping
+    await line.push(1)
+    assert (await line.pull(0, attempt=1)).decision is Decision.COMMIT
+
+
 # Loads
 
 

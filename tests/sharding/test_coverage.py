@@ -32,7 +32,16 @@ from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout, ParamSpec
 from stepwell.sharding.push import Push, pack_present
 from stepwell.sharding.reports import StepResult
-from tests.zoo import Problem, Run, ZooTensor, assert_same_state, initial_state, small, straddling
+from tests.zoo import (
+    Problem,
+    Run,
+    ZooTensor,
+    assert_same_state,
+    assert_same_tensors,
+    initial_state,
+    small,
+    straddling,
+)
 
 SIZES = st.lists(st.integers(0, 2000), min_size=1, max_size=6)
 
@@ -289,3 +298,20 @@ def test_share_of_few_tiles_leaves_ranks_with_nothing() -> None:
         [],
         [],
     ]
+
+
+def test_step_is_laid_out_by_those_who_pushed_and_not_by_a_successor() -> None:
+    """It is admitted after the step has begun and before the shard looks at what was pushed."""
+    problem, rule = small(), AdamWRule(lr=0.1)
+    parts = split_rows(problem, 2)
+    run, oracle = (PartedRun(problem, rule, "sharded", num_shards=1, world_size=2, holdings=parts) for _ in range(2))
+    oracle.step()
+    gradients, shard = run.problem_gradients(), run.group.shards[0]
+    for rank in range(2):
+        for push in run.pushes_of(rank, gradients):
+            shard.receive(push)
+    shard.begin()
+    for rank in range(2):
+        shard.admit(rank, "successor", parts[1 - rank])
+    run.group.run_step()
+    assert_same_tensors(run.params(), oracle.params())
