@@ -10,11 +10,14 @@ from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from ..sharding.coverage import Holdings, Range, coverage_of, share_tiles
-from ..sharding.errors import ServiceError, StepwellError, UnsupportedParameterError
+from ..sharding.errors import JobMismatchError, ServiceError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
 from .flat import FlatBuffer, Place, copy_all, wire_dtype
 from .holdings import is_distributed, local_part, version_of
+
+SUM_TOLERANCE = 1e-5
+"""Of the sum of magnitudes: how far the sums of gradients may be apart that are one but for rounding."""
 
 
 class ModelBuffers:
@@ -61,8 +64,14 @@ class ModelBuffers:
         self._versions = [-1] * len(self._params)
 
     def gather_gradients(self) -> list[bool]:
-        """Copy this rank's part of every gradient to its place; which parameters have one."""
+        """Copy this rank's part of every gradient to its place; which parameters have one.
+
+        Raises:
+            JobMismatchError: In the first step of replicas, if they have not the same gradients; told to all of them.
+        """
         grads = [None if param.grad is None else _local_gradient(param) for param in self._params]
+        if self._replicas is not None:
+            self._replicas.require_equal(grads)
         targets, sources = [], []
         for target, (param, where) in zip(self._targets, self._sources, strict=True):
             grad = grads[param]
@@ -135,6 +144,30 @@ class _Replicas:
             list(torch.split(part, share)) if share else [] for part, share in zip(self.parts, shares, strict=True)
         ]
         self.own = [each[rank] if each else part for each, part in zip(self._shares, self.parts, strict=True)]
+        self._world_size, self._device, self._are_equal = spec.world_size, device, False
+
+    def require_equal(self, grads: Sequence[Tensor | None]) -> None:
+        """See once, as soon as they are finite, that the ranks have the same gradients as they say.
+
+        Raises:
+            JobMismatchError: If they have not; told to every rank.
+        """
+        if self._are_equal:
+            return
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for grad in (each for each in grads if each is not None):
+            sums += torch.stack((grad.sum(dtype=torch.float64), grad.abs().sum(dtype=torch.float64)))
+        gathered = [torch.empty_like(sums) for _ in range(self._world_size)]
+        dist.all_gather(gathered, sums)
+        by_rank = torch.stack(gathered)
+        if bool(torch.isfinite(by_rank).all()):
+            if bool(((by_rank - by_rank[0]).abs() > SUM_TOLERANCE * by_rank[0, 1]).any()):
+                raise JobMismatchError(
+                    "gradients='replicated': expected the same gradients on every rank, got sums "
+                    f"{by_rank[:, 0].tolist()}; train the model that DistributedDataParallel wraps, or pass "
+                    "gradients='local'"
+                )
+            self._are_equal = True
 
     def all_gather(self, step: int) -> None:
         for own, shares in zip(self.own, self._shares, strict=True):

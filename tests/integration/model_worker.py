@@ -64,7 +64,7 @@ def train(mode: str, rank: int, world_size: int, options: dict[str, Any]) -> dic
     scaler = stepwell.GradScaler("cpu", init_scale=1024.0, growth_interval=8, enabled=bool(overflows_at))
     later = [param for name, param in model.named_parameters() if adds and name.endswith("4.bias")]
     first = [(name, param) for name, param in model.named_parameters() if not any(param is each for each in later)]
-    optimizer = rule(first, gradients=gradients, **options)
+    optimizer = rule(first, **{"gradients": gradients, **options})
     losses = []
     for step in range(NUM_STEPS):
         if step == 5 and later:

@@ -104,3 +104,9 @@ def test_run_begun_with_torchs_optimizer_goes_on_with_ours(launch: Launch, tmp_p
     for results in run_ranks("fsdp2", 2, tmp_path, launch(2).name, {**options, "migrate": 1}):
         for param, wanted in zip(results["params"], expected["params"], strict=True):
             torch.testing.assert_close(param, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_replicas_with_gradients_of_their_own_are_told(launch: Launch, tmp_path: Path) -> None:
+    """Each would push a share of its own gradient, and nobody would see it."""
+    with pytest.raises(AssertionError, match=r"JobMismatchError: gradients='replicated': expected the same gradients"):
+        run_ranks("plain", 2, tmp_path, launch(1).name, {"gradients": "replicated"})
