@@ -29,6 +29,7 @@ class ModelBuffers:
         params: The model's parameters, in index order.
         rank: This worker's rank.
         holdings: What it holds of a sharded model.
+        group: Over which replicas exchange parameters, see :func:`replica_group`.
 
     Attributes:
         pushed: For gradients.
@@ -40,13 +41,20 @@ class ModelBuffers:
     """
 
     def __init__(
-        self, spec: JobSpec, layout: Layout, params: Sequence[Tensor], rank: int, holdings: Holdings | None
+        self,
+        spec: JobSpec,
+        layout: Layout,
+        params: Sequence[Tensor],
+        rank: int,
+        *,
+        holdings: Holdings | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
         self.pushed = FlatBuffer(layout, device, coverage=pushed, part="pushed")
-        self._replicas = _Replicas(layout, spec, rank, device) if _gathers(spec, rank) else None
+        self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group)
         if self._replicas is None:
             self.held = self.pulled = FlatBuffer(layout, device, coverage=held)
         else:
@@ -134,7 +142,9 @@ class ModelBuffers:
 class _Replicas:
     """The parameters of a model that every rank has whole, each rank's share in turn, all of the same size."""
 
-    def __init__(self, layout: Layout, spec: JobSpec, rank: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, spec: JobSpec, rank: int, device: torch.device, group: dist.ProcessGroup
+    ) -> None:
         shares = [share_tiles(extent, spec.world_size) * TILE_NUMEL for extent in layout.extents]
         self.parts = [
             torch.zeros(share * spec.world_size, dtype=wire_dtype(layout, extent), device=device)
@@ -144,7 +154,7 @@ class _Replicas:
             list(torch.split(part, share)) if share else [] for part, share in zip(self.parts, shares, strict=True)
         ]
         self.own = [each[rank] if each else part for each, part in zip(self._shares, self.parts, strict=True)]
-        self._world_size, self._device, self._are_equal = spec.world_size, device, False
+        self._group, self._device, self._are_equal = group, device, False
 
     def require_equal(self, grads: Sequence[Tensor | None]) -> None:
         """See once, as soon as they are finite, that the ranks have the same gradients as they say.
@@ -157,8 +167,8 @@ class _Replicas:
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for grad in (each for each in grads if each is not None):
             sums += torch.stack((grad.sum(dtype=torch.float64), grad.abs().sum(dtype=torch.float64)))
-        gathered = [torch.empty_like(sums) for _ in range(self._world_size)]
-        dist.all_gather(gathered, sums)
+        gathered = [torch.empty_like(sums) for _ in range(self._group.size())]
+        dist.all_gather(gathered, sums, group=self._group)
         by_rank = torch.stack(gathered)
         if bool(torch.isfinite(by_rank).all()):
             if bool(((by_rank - by_rank[0]).abs() > SUM_TOLERANCE * by_rank[0, 1]).any()):
@@ -173,7 +183,7 @@ class _Replicas:
         for own, shares in zip(self.own, self._shares, strict=True):
             if shares:
                 try:
-                    dist.all_gather(shares, own.clone())
+                    dist.all_gather(shares, own.clone(), group=self._group)
                 except RuntimeError as error:
                     raise ServiceError(
                         f"step {step} was taken, but the ranks could not exchange its parameters ({error}): expected "
@@ -221,19 +231,22 @@ def common_device(params: Sequence[Tensor]) -> torch.device:
     return devices.pop() if devices else torch.device("cpu")
 
 
-def _gathers(spec: JobSpec, rank: int) -> bool:
-    """Whether the ranks can exchange parameters among themselves, so that each takes but its share from the service.
+def replica_group(spec: JobSpec, rank: int) -> dist.ProcessGroup | None:
+    """A group of their own for the ranks of a replicated model, so that each takes but its share from the service.
+
+    Called on every rank, once: it makes the group. None if torch.distributed does not have these ranks.
 
     Raises:
-        ValueError: If torch.distributed counts the same ranks in another order, as it would mix the shares up.
+        ValueError: If it counts them in another order, which would mix the shares up.
     """
     if spec.gradients != "replicated" or not (dist.is_available() and dist.is_initialized()):
-        return False
+        return None
     if dist.get_world_size() != spec.world_size:
-        return False
+        return None
     if dist.get_rank() != rank:
         raise ValueError(f"rank: expected {dist.get_rank()}, as torch.distributed has it, got {rank}; leave it out")
-    return True
+    group: dist.ProcessGroup = dist.new_group()
+    return group
 
 
 def _local_gradient(param: Tensor) -> Tensor:

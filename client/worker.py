@@ -21,7 +21,7 @@ from ..sharding.push import PushHeader, pack_present
 from ..sharding.reports import StepResult
 from ..sharding.saved import manifest_digest
 from ..sharding.vote import Decision
-from .model_buffers import ModelBuffers, common_device, values_of
+from .model_buffers import ModelBuffers, common_device, replica_group, values_of
 from .transport import Transport, Values, as_pieces
 
 logger = logging.getLogger("stepwell")
@@ -61,6 +61,7 @@ class Worker:
         self._attempt = 0
         self._is_open, self._is_taking = False, False
         common_device(params)
+        self._replica_group = replica_group(spec, rank)
         registration = transport.register(spec, rank, self._incarnation, holdings)
         self._attach(unpack_job(registration.spec))
         self._adopt(registration)
@@ -109,7 +110,9 @@ class Worker:
             )
         self.spec, self.layout = spec, spec.layout()
         self.transport.attach(self.layout, self.rank)
-        self._buffers = ModelBuffers(spec, self.layout, self._params, self.rank, self._holdings)
+        self._buffers = ModelBuffers(
+            spec, self.layout, self._params, self.rank, holdings=self._holdings, group=self._replica_group
+        )
 
     def step(
         self,
