@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from .errors import CoverageError, MessageError
@@ -142,6 +144,12 @@ class Coverage:
         cut = np.clip(runs[first:last], start, stop)
         begin = int(packed[first] + cut[0, 0] - runs[first, 0])
         return cut - start, slice(begin, begin + int((cut[:, 1] - cut[:, 0]).sum()))
+
+
+def packed(flat: Tensor, runs: Runs) -> Tensor:
+    """The elements of ``runs`` one after the other; shares memory where there is one run."""
+    parts = [flat[start:stop] for start, stop in runs.tolist()]
+    return parts[0] if len(parts) == 1 else torch.cat([flat[:0], *parts])
 
 
 def share_tiles(extent: Extent, world_size: int) -> int:

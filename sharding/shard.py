@@ -14,11 +14,11 @@ from collections.abc import Generator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..optim import Combined, ReducingRule, Scope, StepInputs
+from ..optim import Combined, ReducingRule, StepInputs
 from .averaging import assemble, average, count_nonfinite
 from .buffers import MASTER, Buffers, StateSource
 from .clipping import ClipLimits, limits_of, norm_of, square_sums
-from .coverage import Gradients, Holdings, Part, Runs
+from .coverage import Gradients, Holdings, Part, packed
 from .errors import (
     AttemptError,
     FutureRequestError,
@@ -31,9 +31,9 @@ from .job import JobSpec, kernel_identity
 from .kernels import run_apply, run_local
 from .layout import Layout
 from .members import Member, Members
-from .partials import TileSumTable, sum_table
 from .push import Inbox, Push, PushHeader, unpack_present
 from .reports import Receipt, ShardStatus, StepResult
+from .tables import Tables
 from .vote import Decision, cast_vote, count_votes, open_votes
 
 
@@ -94,12 +94,7 @@ class Shard:
     def _lay_out(self, spec: JobSpec, layout: Layout, buffers: Buffers) -> None:
         """Take the parameters of ``spec`` for this shard's, with all that follows from them."""
         self.spec, self.layout, self.buffers = spec, layout, buffers
-        self._keys = spec.keys()
-        self._group_of_tensor = layout.group_of_tensor()
-        self._numel = torch.tensor([param.numel for param in spec.params], dtype=torch.float64)
-        self._decays = torch.tensor([param.decays for param in spec.params], dtype=torch.bool)
-        self._table = sum_table(layout, spec.rule, keys=self._keys, num_groups=spec.num_groups)
-        self._norm_table = TileSumTable(layout, Scope.MODEL, spec.num_groups)
+        self._tables = Tables.build(spec, layout)
         self.members = Members(spec, layout, buffers)
 
     # What others may ask at any time
@@ -141,7 +136,7 @@ class Shard:
         member = self.members[rank]
         masters = [extent.slots[MASTER.name].view(-1) for extent in self.buffers.extents]
         parts = zip(masters, member.pushed if wanted == "pushed" else member.held, dtypes, strict=True)
-        return [_packed(master, runs).to(dtype) for master, runs, dtype in parts]
+        return [packed(master, runs).to(dtype) for master, runs, dtype in parts]
 
     # What changes it between steps
 
@@ -295,7 +290,7 @@ class Shard:
                 pushes=pushes,
                 missing=missing,
                 num_nonfinite=count_nonfinite(grads) + sum(push.header.found_inf for push in pushes),
-                square_sums=square_sums(grads, limits, self.buffers, self._norm_table),
+                square_sums=square_sums(grads, limits, self.buffers, self._tables.squares),
             )
             result = self._decide(total, limits)
             if result.decision is Decision.COMMIT:
@@ -315,7 +310,7 @@ class Shard:
         sequence = self.sequence + 1
         votes, sums = open_votes(total, self._num_shards)
         decision, error = count_votes(votes, sequence=sequence, world_size=self.spec.world_size)
-        grad_norm = norm_of(sums, self._norm_table) if limits.is_set and error is None else None
+        grad_norm = norm_of(sums, self._tables.squares) if limits.is_set and error is None else None
         if decision is Decision.COMMIT and grad_norm is not None and not math.isfinite(grad_norm):
             decision = Decision.SKIP
         return StepResult(sequence, decision, self.scalars, error, grad_norm)
@@ -327,15 +322,11 @@ class Shard:
                 offset = sender.reloaded_range(index, self.spec.params[index]).offset
                 self.buffers.reload(index, value, never_stepped=bool(self.step_count[index] == 0), offset=offset)
         assert header.hyper is not None, "checked on receipt"
-        step = StepInputs(
-            hyper={name: torch.tensor(values, dtype=torch.float64) for name, values in header.hyper.items()},
-            group_of_tensor=self._group_of_tensor,
+        step = self._tables.inputs(
+            header.hyper,
             present=present,
             step_count=self.step_count + present,
             scalars=self.spec.rule.write_scalars(self.scalars, header.scalars or {}),
-            numel=self._numel,
-            decays=self._decays,
-            channels=self._keys.channels,
             key_state=self.buffers.key_state.values,
         )
         combined, totals = yield from self._reduce(step, grads)
@@ -344,7 +335,7 @@ class Shard:
             if not (isinstance(rule, ReducingRule) and rule.is_one_pass):
                 per_tensor = rule.apply_coefficients(step, combined, totals)
                 per_channel = rule.channel_coefficients(step, combined, totals)
-                run_apply(rule, self.buffers, grads, per_tensor, per_channel, self._keys)
+                run_apply(rule, self.buffers, grads, per_tensor, per_channel, self._tables.keys)
             self.step_count = step.step_count
         self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
         return StepResult(self.sequence + 1, Decision.COMMIT, self.scalars)
@@ -355,8 +346,8 @@ class Shard:
         """The local pass and its reduction, if the rule has any; scalars and key state after the step."""
         rule, totals = self.spec.rule, dict[str, Tensor]()
         if isinstance(rule, ReducingRule):
-            partials = yield run_local(rule, self.buffers, grads, rule.local_coefficients(step), self._table)
-            totals = self._table.totals(rule.sums, partials)
+            partials = yield run_local(rule, self.buffers, grads, rule.local_coefficients(step), self._tables.sums)
+            totals = self._tables.sums.totals(rule.sums, partials)
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
 
@@ -407,9 +398,3 @@ class Shard:
         self.members.require_rank(header.rank)
         self._require_sequence(header.timeline, header.sequence)
         self.members.require_incarnation(header.rank, header.incarnation)
-
-
-def _packed(flat: Tensor, runs: Runs) -> Tensor:
-    """The elements of ``runs`` one after the other; shares memory where there is one run."""
-    parts = [flat[start:stop] for start, stop in runs.tolist()]
-    return parts[0] if len(parts) == 1 else torch.cat([flat[:0], *parts])
