@@ -183,11 +183,6 @@ class Buffers:
         """Bytes of all buffers."""
         return sum(buffers.size_bytes for buffers in self.extents)
 
-    @property
-    def slot_names(self) -> tuple[str, ...]:
-        """``master_param`` and the rule's slots, key slots last."""
-        return (MASTER.name, *(slot.name for slot in self._rule.slots), *self.key_state.names)
-
     def export(self) -> Iterator[tuple[str, Piece, Tensor]]:
         """Every owned piece of every slot: slot name, piece, ``(piece.numel,)`` copy.
 

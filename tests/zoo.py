@@ -386,7 +386,8 @@ class Run:
     def state(self) -> State:
         """A copy of everything."""
         shard = self.group.shards[0]
-        names = shard.buffers.slot_names
+        slots, key_slots = self.rule.slots, self.rule.key_slots
+        names = [MASTER.name, *(slot.name for slot in slots), *(slot.name for slot in key_slots)]
         indices = range(len(self.problem.tensors))
         return State(
             slots={name: [self.group.read(name, index) for index in indices] for name in names},
