@@ -60,6 +60,13 @@ class Transport(abc.ABC):
     def attach(self, layout: Layout, rank: int) -> None:
         """Take note of the layout that the service named last."""
 
+    def masters(self) -> Sequence[Tensor] | None:
+        """Memory with all parameters in the state's dtype, per extent, that holds them anew after each step.
+
+        It is the shards' own and must not be written. None where there is no such memory in this process.
+        """
+        return None
+
     @abc.abstractmethod
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """Load a state, beginning a new timeline. Called by rank 0."""

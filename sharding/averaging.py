@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..optim import TILE_NUMEL
 from .buffers import MASTER, Buffers, ExtentBuffers
 from .coverage import Runs
-from .push import Push
+from .push import Push, PushHeader
 
 
 def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> list[Tensor]:
@@ -70,6 +71,23 @@ def _place(whole: Tensor, values: Tensor, runs: Runs, present: Tensor) -> None:
         elif bool(here.any()):
             kept = here[:, None].to(whole.device)
             target.copy_(torch.where(kept, part.view(-1, TILE_NUMEL), 0.0).view(-1))
+
+
+def is_surely_finite(headers: Sequence[PushHeader]) -> bool:
+    """Whether what the ranks say of their gradients shows that no element of the step's gradient is inf or NaN.
+
+    A rank's element g, of magnitude a at most, is multiplied by 1/s if it has a scale s. In a dtype of 24 bits or more
+    each of these two roundings changes a value by a factor of 1 + 2^-24 at most, unless it overflows; and so does each
+    addition of the ranks' terms, whose sum is then at most B = sum of max(a, 1)/s times (1 + 2^-24)^(world_size + 2).
+    Dividing by the number of ranks makes it no larger. With B below half of float32's largest number no rank's 1/s
+    overflows (hence the 1, as inf times 0 would be NaN), and for fewer than ten million ranks no sum. What a rank has
+    of absent tensors does not enter it, and it has no NaN among what it took the maximum of.
+
+    Args:
+        headers: Those of all ranks.
+    """
+    bounds = [math.inf if each.max_abs is None else max(each.max_abs, 1.0) / each.grad_scale for each in headers]
+    return sum(bounds) < torch.finfo(torch.float32).max / 2
 
 
 def count_nonfinite(grads: Sequence[Tensor]) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..optim import Combined, ReducingRule, StepInputs
-from .averaging import assemble, average, count_nonfinite
+from .averaging import assemble, average, count_nonfinite, is_surely_finite
 from .buffers import MASTER, Buffers, StateSource
 from .clipping import ClipLimits, limits_of, norm_of, square_sums
 from .coverage import Gradients, Holdings, Part, packed
@@ -282,6 +282,7 @@ class Shard:
         try:
             grads = [] if missing else self._gradient(pushes)
             limits = ClipLimits() if missing else limits_of(pushes[0].header)
+            is_finite = is_surely_finite([push.header for push in pushes])
             total = yield cast_vote(
                 self._shard,
                 self._num_shards,
@@ -289,7 +290,8 @@ class Shard:
                 sequence=self.sequence + 1,
                 pushes=pushes,
                 missing=missing,
-                num_nonfinite=count_nonfinite(grads) + sum(push.header.found_inf for push in pushes),
+                num_nonfinite=(0 if is_finite else count_nonfinite(grads))
+                + sum(push.header.found_inf for push in pushes),
                 square_sums=square_sums(grads, limits, self.buffers, self._tables.squares),
             )
             result = self._decide(total, limits)
