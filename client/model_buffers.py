@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -76,7 +77,8 @@ class ModelBuffers:
         rank: This worker's rank.
         holdings: What it holds of a sharded model.
         group: Over which replicas exchange parameters, see :func:`replica_group`.
-        masters: Memory that holds all parameters after a step, see :meth:`Transport.masters`; None: a buffer is filled.
+        masters: Memory that holds all parameters after a step, see :meth:`Transport.masters`.
+        in_place: Whether the model's parameters become views of ``held``, see :class:`ParameterViews`.
         options: How gradients are gathered.
 
     Attributes:
@@ -98,29 +100,51 @@ class ModelBuffers:
         holdings: Holdings | None = None,
         group: dist.ProcessGroup | None = None,
         masters: Sequence[Tensor] | None = None,
+        in_place: bool = False,
         options: GatherOptions = DEFAULT_OPTIONS,
     ) -> None:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
         self._is_plain = not any(map(is_distributed, self._params))
-        self.pushed = FlatBuffer(layout, device, coverage=pushed, part="pushed", dtype=options.dtype)
+        self._shapes = [local.shape for local in self._local_parts()]
+        self._make_pushed = functools.partial(
+            FlatBuffer, layout, device, coverage=pushed, part="pushed", dtype=options.dtype
+        )
         self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group)
         if self._replicas is None:
-            self.held = self.pulled = FlatBuffer(layout, device, coverage=held, parts=masters)
+            memory = masters if masters is not None and all(part.device == device for part in masters) else None
+            self.held = self.pulled = FlatBuffer(layout, device, coverage=held, parts=memory, in_place=in_place)
         else:
-            self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
+            self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts, in_place=in_place)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
-        self._shapes = [local.shape for local in self._local_parts()]
-        self._gatherer = Gatherer(self.pushed, self._shapes, [self._slice_of(place) for place in self.pushed.places])
+        self._early: EarlyCopies | None = None
+        self._renew_pushed()
+        if options.overlap:
+            self._early = self._copy_early()
         self._present: tuple[list[bool], bytes] = [], b""
-        self._early = self._copy_early() if options.overlap else None
         self._views = ParameterViews(self.held, self._params) if self.held.in_place else None
         self._copied = self._to_copy()
         self._versions = [-1] * len(self._params)
 
+    def lend_gradients(self) -> FlatBuffer:
+        """What was gathered, for the shards, whose it is until :meth:`take_back_gradients`."""
+        return self.pushed
+
+    def take_back_gradients(self) -> None:
+        """Use the memory of what was lent again: its step is decided, and no shard reads it any more."""
+        if self._early is not None:
+            self._early.may_copy = True
+
+    def _renew_pushed(self) -> None:
+        """Take memory for gradients that no shard has seen."""
+        self.pushed = self._make_pushed()
+        self._gatherer = Gatherer(self.pushed, self._shapes, [self._slice_of(place) for place in self.pushed.places])
+        if self._early is not None:
+            self._early.copy = self._gatherer.copy
+
     def gather_gradients(self) -> Gathered:
-        """Copy this rank's part of every gradient to its place. Until :meth:`release_gradients` it stays as it is.
+        """Copy this rank's part of every gradient to its place. It stays there until :meth:`take_back_gradients`.
 
         Raises:
             JobMismatchError: In the first step of replicas, if they have not the same gradients; told to all of them.
@@ -138,11 +162,6 @@ class ModelBuffers:
         if present != self._present[0]:
             self._present = present, pack_present(present)
         return Gathered(self._present[1], max_abs)
-
-    def release_gradients(self) -> None:
-        """No shard has use for what was gathered any more."""
-        if self._early is not None:
-            self._early.may_copy = True
 
     def distrust_gradients(self) -> None:
         """Something may have changed gradients in a way that does not show: copy all of them in the next step."""

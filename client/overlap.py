@@ -46,12 +46,13 @@ class EarlyCopies:
         copy: Copies a gradient to a place of the buffer.
 
     Attributes:
+        copy: As above.
         may_copy: Whether the buffer is free: the shards may read it from a push until its step is settled.
     """
 
     def __init__(self, params: Mapping[int, Tensor], copy: Callable[[int, Tensor], Extremes]) -> None:
         self.may_copy = True
-        self._copy = copy
+        self.copy = copy
         self._copied: dict[int, _Copied] = {}
         self._num_useless = 0
         # Parameters outlive their optimizer, and what they refer to lives with them.
@@ -71,13 +72,13 @@ class EarlyCopies:
         taken = {place: each.extremes for place, each in copied.items() if each.is_valid}
         if copied:
             self._num_useless = 0 if taken else self._num_useless + 1
-        if self._num_useless == MAX_USELESS_STEPS:
-            self.close()
-            logger.info(
-                "overlap: in %d steps every gradient was changed after backward's hook, as by clipping, a gradient "
-                "scaler's unscale_ or DistributedDataParallel; from now on step() copies them",
-                MAX_USELESS_STEPS,
-            )
+            if self._num_useless == MAX_USELESS_STEPS:
+                self.close()
+                logger.info(
+                    "overlap: in %d steps every gradient was changed after backward's hook, as by clipping, a gradient "
+                    "scaler's unscale_ or DistributedDataParallel; from now on step() copies them",
+                    MAX_USELESS_STEPS,
+                )
         return taken
 
     def forget(self) -> None:
@@ -94,7 +95,7 @@ class EarlyCopies:
         """Copy a gradient that backward has just finished with; again, if another backward adds to it."""
         grad = param.grad
         if self.may_copy and grad is not None and grad.layout is torch.strided:
-            self._copied[place] = _Copied(param, grad, grad._version, self._copy(place, grad))
+            self._copied[place] = _Copied(param, grad, grad._version, self.copy(place, grad))
 
 
 def _on_accumulated(reference: weakref.ref[EarlyCopies], place: int, param: Tensor) -> None:

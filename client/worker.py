@@ -122,6 +122,7 @@ class Worker:
             holdings=self._holdings,
             group=self._replica_group,
             masters=self.transport.masters(),
+            in_place=self.transport.shares_memory,
             options=self._options,
         )
 
@@ -171,7 +172,7 @@ class Worker:
         self._is_open, self._is_taking = True, False
         self._attempt += 1
         try:
-            result = self.transport.step(header, self._buffers.pushed, reloaded, self._buffers.pulled)
+            result = self.transport.step(header, self._buffers.lend_gradients(), reloaded, self._buffers.pulled)
         except (StepAbortedError, TimelineError):
             # On another timeline there is nothing to find out any more.
             self._is_open = False
@@ -300,7 +301,7 @@ class Worker:
         self.num_skipped_steps += result.decision is Decision.SKIP
         self.last_result = result
         self._attempt, self._is_open = 0, False
-        self._buffers.release_gradients()
+        self._buffers.take_back_gradients()
 
 
 def _as_pieces(values: Mapping[int, tuple[int, Tensor]]) -> PieceValues:
