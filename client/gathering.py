@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ class Batch:
     """Places of a buffer that lie one after the other.
 
     Attributes:
-        places: Their positions among the buffer's.
+        places: Where they stand among the buffer's.
         memory: All of them, with the padding in between, which is zero.
     """
 
-    places: range
+    places: slice
     memory: Tensor
 
 
@@ -72,12 +72,10 @@ class Gatherer:
         try:
             with torch.no_grad():
                 sources = self._sources(grads)
-                is_whole = not copied and all(source is not None for source in sources)
+                for place in copied:
+                    sources[place] = None
                 for batch in self._batches:
-                    wanted: Sequence[int] = batch.places
-                    if not is_whole:
-                        wanted = [each for each in wanted if sources[each] is not None and each not in copied]
-                    extremes += self._copy_batch(batch, wanted, sources)
+                    extremes += self._copy_batch(batch, sources[batch.places])
         except RuntimeError:
             _require_dense(grads)
             raise
@@ -96,7 +94,7 @@ class Gatherer:
             to.copy_(piece)
         return extremes
 
-    def _sources(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def _sources(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Per place, what goes there."""
         sources = [grads[param] for param in self._params]
         if self._slices is None:
@@ -106,16 +104,16 @@ class Gatherer:
             for source, where in zip(sources, self._slices, strict=True)
         ]
 
-    def _copy_batch(self, batch: Batch, wanted: Sequence[int], sources: Sequence[Tensor | None]) -> Extremes:
-        if not wanted:
-            return []
-        chosen = [source for source in (sources[each] for each in wanted) if source is not None]
-        if len(batch.places) == 1:
+    def _copy_batch(self, batch: Batch, sources: Sequence[Tensor | None]) -> Iterable[Tensor]:
+        chosen, targets, seen = [source for source in sources if source is not None], self._targets[batch.places], []
+        if chosen and len(sources) == 1:
             return self.copy(batch.places.start, chosen[0])
-        targets = [self._targets[each] for each in wanted]
+        if len(chosen) == len(sources):
+            seen = [batch.memory]
+        else:
+            # Around a place that is left out lies what it had in another step.
+            targets = seen = [target for target, source in zip(targets, sources, strict=True) if source is not None]
         copy_all(targets, chosen)
-        # Around a place that was left out lies what it had in another step.
-        seen = [batch.memory] if len(wanted) == len(batch.places) else targets
         return [extreme for each in seen for extreme in torch.aminmax(each)]
 
 
@@ -137,7 +135,7 @@ def _batches(buffer: FlatBuffer, batch_numel: int) -> Iterator[Batch]:
         )
         if is_full:
             begin, end = places[first], places[position - 1]
-            yield Batch(range(first, position), buffer.parts[begin.part][begin.start : _stop(end)])
+            yield Batch(slice(first, position), buffer.parts[begin.part][begin.start : _stop(end)])
             first = position
 
 
