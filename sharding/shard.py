@@ -282,7 +282,7 @@ class Shard:
         try:
             grads = [] if missing else self._gradient(pushes)
             limits = ClipLimits() if missing else limits_of(pushes[0].header)
-            is_finite = is_surely_finite([push.header for push in pushes])
+            is_finite = is_surely_finite([push.header for push in pushes], self.spec.gradients)
             total = yield cast_vote(
                 self._shard,
                 self._num_shards,
