@@ -12,7 +12,7 @@ from torch import Tensor
 from ..sharding.errors import UnsupportedParameterError
 from .flat import FlatBuffer, Place, copy_all
 
-CPU_BATCH_NUMEL = 2**19
+CPU_BATCH_NUMEL = 2**20
 """Copied and looked at in one go on a CPU: less to a call, and starting its threads takes longer than memory does."""
 
 OTHER_BATCH_NUMEL = 2**27
