@@ -55,14 +55,12 @@ class ExtentBuffers:
         stride: Of the rule's strided slots; 1 if it has none.
         tensor_of_tile: ``(len(tiles),)`` int64, on the device; ``tensor_of_tile_on_cpu`` is the same on the CPU.
         index_in_tensor: ``(len(tiles),)`` int64 on the device, the position of each tile in its tensor.
-        sinks: ``(len(tiles), 256)`` in the model's dtype, memory of workers that new parameters are written to as well.
     """
 
     def __init__(self, extent: Extent, tiles: range, rule: Rule, device: torch.device) -> None:
         self.extent = extent
         self.tiles = tiles
         self.device = device
-        self.sinks: tuple[Tensor, ...] = ()
         self._declared = {slot.name: slot for slot in (MASTER, *rule.slots)}
         self.slots = {
             name: torch.zeros(len(tiles), slot.width, dtype=slot.dtype(extent.dtype), device=device)

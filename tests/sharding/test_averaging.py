@@ -30,8 +30,8 @@ def mean_of(run: Run, gradients: list[dict[int, Tensor]]) -> list[Tensor]:
     for index, shard in enumerate(run.group.shards):
         gradient = average([push[index] for push in pushes], present, shard.buffers)
         means = [
-            grad.mean(extent.tensor_of_tile, extent.extent.dtype)
-            for grad, extent in zip(gradient, shard.buffers.extents, strict=True)
+            stretch.mean(extent.tensor_of_tile, extent.extent.dtype)
+            for (stretch,), extent in zip(gradient, shard.buffers.extents, strict=True)
         ]
         flat.append([mean.reshape(-1) for mean in means])
     return views(run.layout, [torch.cat(parts) for parts in zip(*flat, strict=True)])
