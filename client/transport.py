@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..server.messages import LoadHeader, Registration
 from ..sharding.coverage import Holdings
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
+from ..sharding.pending_save import PendingSave
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
 from ..sharding.reports import ShardStatus, StepResult
@@ -37,8 +38,14 @@ class ServiceHandle(Protocol):
     def status(self) -> dict[str, Any]:
         """Where the service stands, as plain values."""
 
-    def save(self, uri: str) -> int:
-        """Write a checkpoint; the number of steps in it."""
+    @overload
+    def save(self, uri: str, *, wait: Literal[True] = True) -> int: ...
+
+    @overload
+    def save(self, uri: str, *, wait: Literal[False]) -> PendingSave: ...
+
+    def save(self, uri: str, *, wait: bool = True) -> int | PendingSave:
+        """Write a checkpoint; the number of steps in it, or without ``wait`` what it will be."""
 
     def restore(self, uri: str) -> int:
         """Take over a checkpoint; the number of steps in it."""

@@ -1,4 +1,4 @@
-"""A shard as a Ray actor: an event loop that never blocks, and one thread for arithmetic."""
+"""A shard as a Ray actor: an event loop that never blocks, one thread for arithmetic, one that writes checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from ..sharding.checkpoint import CheckpointReader, ShardFile, read_manifest, shard_file_name, write_shard
+from ..sharding.checkpoint import CheckpointReader, write_shard
 from ..sharding.compiling import Kernel, resolve_kernel
 from ..sharding.coverage import Gradients, Part
 from ..sharding.errors import (
@@ -23,10 +23,13 @@ from ..sharding.errors import (
     StepwellError,
     TimelineError,
 )
+from ..sharding.files import remove_file
 from ..sharding.layout import dtype_from_name
+from ..sharding.manifest import ShardFile, read_manifest, shard_file_name
 from ..sharding.push import Push
 from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.shard import Shard
+from ..sharding.snapshot import Snapshot
 from ..sharding.vote import Decision
 from ..sharding.warm_up import warm_up
 from .collective import Collective, GroupStore, drive
@@ -64,6 +67,8 @@ class ShardActor:
         self._collective: Collective | None = None
         self._peers: list[Any] = []
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
+        self._snapshots: dict[str, Snapshot] = {}
         self._step: asyncio.Task[None] | None = None
         self._sequence_of_step = 0
         self._is_loading = False
@@ -188,11 +193,28 @@ class ShardActor:
         self._held_after = None
         self._start_if_complete()
 
-    async def save(self, uri: str, save_id: str) -> ShardFile:
-        """Write this shard's file of a checkpoint; the service is held meanwhile."""
-        name = shard_file_name(save_id, self._index, self._config.num_shards)
-        file: ShardFile = await self._compute(lambda: write_shard(self._whole_job().buffers, uri, name))
-        return file
+    async def snapshot(self, save_id: str) -> ShardStatus:
+        """Keep the state for :meth:`save`; the service is held meanwhile. Returns where the shard stands."""
+        snapshot: Snapshot = await self._compute(lambda: self._whole_job().snapshot())
+        self._snapshots[save_id] = snapshot
+        return snapshot.status
+
+    async def save(self, save_id: str, uri: str) -> ShardFile:
+        """Write this shard's file of a checkpoint, the state that :meth:`snapshot` kept; steps go on."""
+        if save_id not in self._snapshots:
+            raise NotRegisteredError(f"shard {self._index} has nothing kept to write to {uri}; save again")
+        loop, name = asyncio.get_running_loop(), self._file_name(save_id)
+        try:
+            return await loop.run_in_executor(self._files, write_shard, self._snapshots[save_id], uri, name)
+        finally:
+            self._snapshots.pop(save_id, None)
+
+    async def give_up_save(self, save_id: str, uri: str) -> None:
+        """Free what a save kept that another shard could not write, and remove this shard's file of it."""
+        if save_id in self._snapshots:
+            self._snapshots.pop(save_id).close("another shard could not write its part")
+        loop, name = asyncio.get_running_loop(), self._file_name(save_id)
+        await loop.run_in_executor(self._files, remove_file, uri, name)
 
     async def export(self) -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
         """Every owned piece as (param, slot, offset, values), and where the shard stands."""
@@ -282,6 +304,9 @@ class ShardActor:
     def _parameters(self, dtypes: Sequence[str], rank: int, wanted: Part) -> list[WireTensor]:
         parts = self._whole_job().parameters([dtype_from_name(name) for name in dtypes], rank, wanted)
         return [to_wire(part) for part in parts]
+
+    def _file_name(self, save_id: str) -> str:
+        return shard_file_name(save_id, self._index, self._config.num_shards)
 
     def _receive(self, request: bytes, gradient: Sequence[WireTensor], reloaded: Mapping[int, WireTensor]) -> Receipt:
         header = unpack_push(request)

@@ -34,6 +34,7 @@ from .layout import Layout
 from .members import Member, Members
 from .push import Inbox, Push, PushHeader, unpack_present
 from .reports import Receipt, ShardStatus, StepResult
+from .snapshot import Snapshot
 from .tables import Tables
 from .vote import Decision, cast_vote, count_votes, open_votes
 
@@ -79,6 +80,7 @@ class Shard:
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
         self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
         self._extension: Extension | None = None
+        self._snapshot: Snapshot | None = None
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
@@ -140,6 +142,24 @@ class Shard:
         parts = zip(masters, member.pushed if wanted == "pushed" else member.held, dtypes, strict=True)
         return [packed(master, runs).to(dtype) for master, runs, dtype in parts]
 
+    def snapshot(self) -> Snapshot:
+        """The state as it is between two steps, to be read while the steps after it are taken; ends the one before.
+
+        Raises:
+            NotRegisteredError: See :meth:`require_whole`.
+            StepAbortedError: If a step is being decided.
+        """
+        self.require_whole()
+        self._require_rest("save")
+        if self._snapshot is not None:
+            self._snapshot.close("the shard was asked for another one")
+        self._snapshot = Snapshot(self.buffers, self.spec.rule, self.status())
+        return self._snapshot
+
+    def _detach_snapshot(self, *, for_step: bool) -> None:
+        if self._snapshot is not None:
+            self._snapshot.detach(for_step=for_step)
+
     # What changes it between steps
 
     def admit(self, rank: int, incarnation: str, holdings: Holdings | None = None) -> None:
@@ -185,8 +205,8 @@ class Shard:
         """
         if self._lost is None and timeline <= self.timeline:
             raise TimelineError(f"expected a timeline after {self.timeline}, got {timeline}")
-        if self._deciding is not None:
-            raise StepAbortedError(f"step {self.sequence + 1} is being decided; load when it is done")
+        self._require_rest("load")
+        self._detach_snapshot(for_step=False)
         self._lost = f"shard {self._shard} was interrupted while it loaded a state"
         self._inbox = Inbox(self.spec.world_size)
         self.buffers.load(source)
@@ -297,6 +317,7 @@ class Shard:
             )
             result = self._decide(total, limits)
             if result.decision is Decision.COMMIT:
+                self._detach_snapshot(for_step=not any(push.reloaded for push in pushes))
                 moving = True
                 grad_norm = result.grad_norm
                 gradient = limited(gradient, limits.max_value, limits.coefficient(grad_norm), self.buffers)
@@ -394,6 +415,10 @@ class Shard:
         """
         if self._lost is not None:
             raise NotRegisteredError(f"{self._lost}; register the job, or restore its last checkpoint")
+
+    def _require_rest(self, wanted: str) -> None:
+        if self._deciding is not None:
+            raise StepAbortedError(f"step {self.sequence + 1} is being decided; {wanted} when it is done")
 
     def _require_sequence(self, timeline: int, sequence: int) -> None:
         self.require_whole()
