@@ -20,11 +20,15 @@ class Place:
     Attributes:
         param: Parameter index.
         offset: Where the run begins in the flattened parameter.
+        part: Which of the buffer's parts it lies in.
+        start: Where it begins there.
         view: ``(numel,)`` of the buffer.
     """
 
     param: int
     offset: int
+    part: int
+    start: int
     view: Tensor
 
 
@@ -36,10 +40,12 @@ class FlatBuffer:
         coverage: Where the rank's part lies in it; None for everything.
         device: Where the buffer lives.
         part: Which of the rank's two coverages it is.
-        parts: Memory to use, of at least the sizes needed and all zero; None allocates it.
+        parts: Memory to use, of at least the sizes needed and with zeros as padding; None allocates it.
+        dtype: What to hold, where there is no memory to use; None takes each extent's wire dtype.
+        in_place: Whether a model's parameters may be views of the buffer, see :class:`ParameterViews`.
 
     Attributes:
-        parts: Per extent ``(coverage.numel(extent),)`` in the extent's wire dtype.
+        parts: Per extent ``(coverage.numel(extent),)``.
         places: Every run of every parameter, in order.
     """
 
@@ -51,13 +57,15 @@ class FlatBuffer:
         coverage: Coverage | None = None,
         part: Part = "held",
         parts: Sequence[Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        in_place: bool = False,
     ) -> None:
-        self.part = part
+        self.part, self.in_place = part, in_place
         self._coverage = Coverage.whole(layout) if coverage is None else coverage
         if parts is None:
             sizes = (self._coverage.numel(index) for index in range(len(layout.extents)))
-            dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
-            parts = [torch.zeros(n, dtype=dtype, device=device) for n, dtype in zip(sizes, dtypes, strict=True)]
+            dtypes = (dtype or wire_dtype(layout, extent) for extent in layout.extents)
+            parts = [torch.zeros(n, dtype=each, device=device) for n, each in zip(sizes, dtypes, strict=True)]
         self.parts = [each[: self._coverage.numel(index)] for index, each in enumerate(parts)]
         self._shard_parts: dict[tuple[int, int], list[Tensor]] = {}
         self.places = tuple(
@@ -91,5 +99,5 @@ def _places(layout: Layout, extent: Extent, packed: Tensor, coverage: Coverage, 
         runs, where = coverage.within(index, start, start + layout.params[param].numel)
         taken = where.start
         for first, last in runs.tolist():
-            yield Place(param, first, packed[taken : taken + last - first])
+            yield Place(param, first, index, taken, packed[taken : taken + last - first])
             taken += last - first

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..server.config import default_kernel
 from ..server.messages import LoadHeader, Registration, pack_job, source_of
+from ..sharding.buffers import MASTER
 from ..sharding.checkpoint import CheckpointReader, write_shard
 from ..sharding.compiling import KernelChoice, resolve_kernel
 from ..sharding.coverage import Holdings
@@ -200,6 +201,13 @@ class InProcessTransport(Transport):
         """See :class:`Transport`."""
         self._layout, self._rank = layout, rank
 
+    def masters(self) -> Sequence[Tensor] | None:
+        """See :class:`Transport`; several shards have a part each."""
+        group = self.service.group
+        if len(group.shards) > 1 or group.spec.world_size > 1:
+            return None
+        return [extent.slots[MASTER.name].view(-1) for extent in group.shards[0].buffers.extents]
+
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
         return self._load([values], header)
@@ -249,7 +257,8 @@ class InProcessTransport(Transport):
         for index, shard in enumerate(shards):
             targets = params.shard_parts(self._layout, index, len(shards))
             for target, part in zip(targets, shard.parameters(dtypes, self._rank, params.part), strict=True):
-                target.copy_(part)
+                if target.data_ptr() != part.data_ptr():  # else it is the masters themselves
+                    target.copy_(part)
 
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
         """See :class:`Transport`."""

@@ -58,6 +58,8 @@ class Transport(abc.ABC):
     """One worker's line to the shards of one service. Methods raise the errors of ``stepwell.sharding.errors``."""
 
     service: ServiceHandle
+    shares_memory = False
+    """Whether shards write what a step brings where this process reads it, so that nobody else need copy it."""
 
     @abc.abstractmethod
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
@@ -66,6 +68,13 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def attach(self, layout: Layout, rank: int) -> None:
         """Take note of the layout that the service named last."""
+
+    def masters(self) -> Sequence[Tensor] | None:
+        """Memory with all parameters in the state's dtype, per extent, that holds them anew after each step.
+
+        It is the shards' own and must not be written. None where there is no such memory in this process.
+        """
+        return None
 
     @abc.abstractmethod
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:

@@ -7,6 +7,7 @@ The mean is not written down: the passes compute it from the ranks' own memory a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..optim import TILE_NUMEL
 from .buffers import Buffers, ExtentBuffers
 from .coverage import Runs
-from .push import Push
+from .push import Push, PushHeader
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,6 +136,23 @@ def _put_together(
         _place(whole, values, its_runs, here[extent.tensor_of_tile_on_cpu])
     here = present.any(dim=0, keepdim=True).to(extent.device)
     return Stretch(range(len(extent.tiles)), (whole.view(-1, TILE_NUMEL),), here)
+
+
+def is_surely_finite(headers: Sequence[PushHeader]) -> bool:
+    """Whether what the ranks say of their gradients shows that no element of the step's gradient is inf or NaN.
+
+    A rank's element g, of magnitude a at most, is multiplied by 1/s if it has a scale s. In a dtype of 24 bits or more
+    each of these two roundings changes a value by a factor of 1 + 2^-24 at most, unless it overflows; and so does each
+    addition of the ranks' terms, whose sum is then at most B = sum of max(a, 1)/s times (1 + 2^-24)^(world_size + 2).
+    Dividing by the number of ranks makes it no larger. With B below half of float32's largest number no rank's 1/s
+    overflows (hence the 1, as inf times 0 would be NaN), and for fewer than ten million ranks no sum. What a rank has
+    of absent tensors does not enter it, and it has no NaN among what it took the maximum of.
+
+    Args:
+        headers: Those of all ranks.
+    """
+    bounds = [math.inf if each.max_abs is None else max(each.max_abs, 1.0) / each.grad_scale for each in headers]
+    return sum(bounds) < torch.finfo(torch.float32).max / 2
 
 
 def limited(gradient: Gradient, max_value: float | None, coefficient: float, buffers: Buffers) -> Gradient:

@@ -34,6 +34,7 @@ class PushHeader:
             :class:`stepwell.sharding.clipping.ClipLimits`.
         grad_scale: What this rank's gradient was multiplied by; averaging undoes it.
         found_inf: Whether this rank found inf or NaN in its gradient itself; the step is then skipped.
+        max_abs: Largest magnitude in what this rank pushes, as it found it; None: the shards look themselves.
     """
 
     timeline: int
@@ -48,6 +49,7 @@ class PushHeader:
     max_grad_value: float | None = None
     grad_scale: float = 1.0
     found_inf: bool = False
+    max_abs: float | None = None
 
     def digest(self) -> bytes:
         """Digest of the whole header, equal on all shards that hold the same push."""

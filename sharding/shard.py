@@ -27,7 +27,7 @@ from .errors import (
     StepAbortedError,
     TimelineError,
 )
-from .gradient import Gradient, assemble, average, limited
+from .gradient import Gradient, assemble, average, is_surely_finite, limited
 from .job import JobSpec
 from .kernels import Kernels
 from .layout import Layout
@@ -304,7 +304,7 @@ class Shard:
         try:
             limits = ClipLimits() if missing else limits_of(pushes[0].header)
             gradient = () if missing else self._gradient(pushes)
-            num_nonfinite, square_sums = self._look(gradient, limits)
+            num_nonfinite, square_sums = self._look(pushes, gradient, limits)
             total = yield cast_vote(
                 self._shard,
                 self._num_shards,
@@ -330,10 +330,11 @@ class Shard:
                 self._lost = f"shard {self._shard} was interrupted within step {self.sequence + 1}"
             self._deciding = None
 
-    def _look(self, gradient: Gradient, limits: ClipLimits) -> tuple[int, Tensor]:
+    def _look(self, pushes: Sequence[Push], gradient: Gradient, limits: ClipLimits) -> tuple[int, Tensor]:
         """How many tiles of the gradient hold inf or NaN, and with a limit its sums of squares; none of none."""
         table = self._tables.squares
-        if not gradient:
+        is_known = is_surely_finite([push.header for push in pushes])
+        if not gradient or (is_known and not limits.is_set):
             return 0, table.empty(1)[0]
         gradient = limited(gradient, limits.max_value, 1.0, self.buffers)
         return self._kernels.look(self.buffers, gradient, table, for_norm=limits.is_set)
