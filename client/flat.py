@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,14 @@ from torch import Tensor
 from ..optim import TILE_NUMEL
 from ..sharding.coverage import Coverage, Part
 from ..sharding.layout import Extent, Layout, dtype_from_name
+
+Allocate = Callable[[Sequence[tuple[int, torch.dtype]], torch.device], list[Tensor]]
+"""Gives flat tensors, all zero, of these numbers of elements and dtypes on a device."""
+
+
+def allocate_zeros(sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor]:
+    """Memory of this process alone."""
+    return [torch.zeros(numel, dtype=dtype, device=device) for numel, dtype in sizes]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,6 +45,7 @@ class FlatBuffer:
         device: Where the buffer lives.
         part: Which of the rank's two coverages it is.
         parts: Memory to use, of at least the sizes needed and all zero; None allocates it.
+        allocate: How.
 
     Attributes:
         parts: Per extent ``(coverage.numel(extent),)`` in the extent's wire dtype.
@@ -51,13 +60,14 @@ class FlatBuffer:
         coverage: Coverage | None = None,
         part: Part = "held",
         parts: Sequence[Tensor] | None = None,
+        allocate: Allocate = allocate_zeros,
     ) -> None:
         self.part = part
         self._coverage = Coverage.whole(layout) if coverage is None else coverage
         if parts is None:
             sizes = (self._coverage.numel(index) for index in range(len(layout.extents)))
             dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
-            parts = [torch.zeros(n, dtype=dtype, device=device) for n, dtype in zip(sizes, dtypes, strict=True)]
+            parts = allocate(list(zip(sizes, dtypes, strict=True)), device)
         self.parts = [each[: self._coverage.numel(index)] for index, each in enumerate(parts)]
         self._shard_parts: dict[tuple[int, int], list[Tensor]] = {}
         self.places = tuple(

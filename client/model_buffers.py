@@ -13,7 +13,7 @@ from ..sharding.coverage import Holdings, Range, coverage_of, share_tiles
 from ..sharding.errors import JobMismatchError, ServiceError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
-from .flat import FlatBuffer, Place, copy_all, wire_dtype
+from .flat import Allocate, FlatBuffer, Place, allocate_zeros, copy_all, wire_dtype
 from .holdings import is_distributed, local_part, version_of
 
 SUM_TOLERANCE = 1e-5
@@ -30,6 +30,7 @@ class ModelBuffers:
         rank: This worker's rank.
         holdings: What it holds of a sharded model.
         group: Over which replicas exchange parameters, see :func:`replica_group`.
+        allocate: Where their memory comes from.
 
     Attributes:
         pushed: For gradients.
@@ -49,34 +50,53 @@ class ModelBuffers:
         *,
         holdings: Holdings | None = None,
         group: dist.ProcessGroup | None = None,
+        allocate: Allocate = allocate_zeros,
     ) -> None:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
-        self.pushed = FlatBuffer(layout, device, coverage=pushed, part="pushed")
-        self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group)
+        self._make_pushed = lambda: FlatBuffer(layout, device, coverage=pushed, part="pushed", allocate=allocate)
+        self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group, allocate)
         if self._replicas is None:
-            self.held = self.pulled = FlatBuffer(layout, device, coverage=held)
+            self.held = self.pulled = FlatBuffer(layout, device, coverage=held, allocate=allocate)
         else:
             self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
         # Once and not in every step, as each of these takes a microsecond for each parameter.
         self._is_plain = not any(map(is_distributed, self._params))
-        shapes = [local.shape for local in self._local_parts()]
-        self._sources = [(place.param, self._slice_of(place)) for place in self.pushed.places]
-        self._targets = [
-            place.view.view(shapes[place.param]) if where is None else place.view
-            for place, (_, where) in zip(self.pushed.places, self._sources, strict=True)
-        ]
+        shapes = self._shapes = [local.shape for local in self._local_parts()]
+        self._renew_pushed()
         self._held = [place.view.view(shapes[place.param]) for place in self.held.places]
         self._versions = [-1] * len(self._params)
+
+    def lend_gradients(self) -> FlatBuffer:
+        """What was gathered, for the shards, whose it is until :meth:`take_back_gradients`."""
+        self._is_lent = True
+        return self.pushed
+
+    def take_back_gradients(self) -> None:
+        """Use the memory of what was lent again: its step is decided, and no shard reads it any more."""
+        self._is_lent = False
+
+    def _renew_pushed(self) -> None:
+        """Take memory for gradients that no shard has seen; what had it before goes when no shard needs it."""
+        self.pushed, self._is_lent = self._make_pushed(), False
+        self._sources = [(place.param, self._slice_of(place)) for place in self.pushed.places]
+        self._targets = [
+            place.view.view(self._shapes[place.param]) if where is None else place.view
+            for place, (_, where) in zip(self.pushed.places, self._sources, strict=True)
+        ]
 
     def gather_gradients(self) -> list[bool]:
         """Copy this rank's part of every gradient to its place; which parameters have one.
 
+        A push that failed may lie in some shard's inbox still, so its memory is left alone.
+
         Raises:
             JobMismatchError: In the first step of replicas, if they have not the same gradients; told to all of them.
         """
+        if self._is_lent:
+            self._renew_pushed()
         grads = [None if param.grad is None else _local_gradient(param) for param in self._params]
         if self._replicas is not None:
             self._replicas.require_equal(grads)
@@ -143,13 +163,18 @@ class _Replicas:
     """The parameters of a model that every rank has whole, each rank's share in turn, all of the same size."""
 
     def __init__(
-        self, layout: Layout, spec: JobSpec, rank: int, device: torch.device, group: dist.ProcessGroup
+        self,
+        layout: Layout,
+        spec: JobSpec,
+        rank: int,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        allocate: Allocate,
     ) -> None:
         shares = [share_tiles(extent, spec.world_size) * TILE_NUMEL for extent in layout.extents]
-        self.parts = [
-            torch.zeros(share * spec.world_size, dtype=wire_dtype(layout, extent), device=device)
-            for share, extent in zip(shares, layout.extents, strict=True)
-        ]
+        dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
+        numels = (share * spec.world_size for share in shares)
+        self.parts = allocate(list(zip(numels, dtypes, strict=True)), device)
         self._shares = [
             list(torch.split(part, share)) if share else [] for part, share in zip(self.parts, shares, strict=True)
         ]

@@ -111,7 +111,13 @@ class Worker:
         self.spec, self.layout = spec, spec.layout()
         self.transport.attach(self.layout, self.rank)
         self._buffers = ModelBuffers(
-            spec, self.layout, self._params, self.rank, holdings=self._holdings, group=self._replica_group
+            spec,
+            self.layout,
+            self._params,
+            self.rank,
+            holdings=self._holdings,
+            group=self._replica_group,
+            allocate=self.transport.allocate,
         )
 
     def step(
@@ -157,7 +163,7 @@ class Worker:
         self._is_open, self._is_taking = True, False
         self._attempt += 1
         try:
-            result = self.transport.step(header, self._buffers.pushed, reloaded, self._buffers.pulled)
+            result = self.transport.step(header, self._buffers.lend_gradients(), reloaded, self._buffers.pulled)
         except (StepAbortedError, TimelineError):
             # On another timeline there is nothing to find out any more.
             self._is_open = False
@@ -270,6 +276,7 @@ class Worker:
 
     def _close_step(self, result: StepResult) -> None:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.
+        self._buffers.take_back_gradients()
         self.sequence, self.scalars = result.sequence, result.scalars
         self.num_steps += 1
         self.num_skipped_steps += result.decision is Decision.SKIP

@@ -218,7 +218,7 @@ def test_system_without_such_memory_is_told() -> None:
         allocate(SIZES)
 
 
-GROUPS = {
+GROUPS: dict[str, tuple[str, dict[str, tuple[object, int, int]], tuple[str, str, str], int]] = {
     "v2, the limit on a parent": (
         "0::/job/task\n",
         {"job": ("max", 1, 0), "": (1000, 900, 300)},
