@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -55,7 +56,9 @@ class ModelBuffers:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
-        self._make_pushed = lambda: FlatBuffer(layout, device, coverage=pushed, part="pushed", allocate=allocate)
+        self._make_pushed = functools.partial(
+            FlatBuffer, layout, device, coverage=pushed, part="pushed", allocate=allocate
+        )
         self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group, allocate)
         if self._replicas is None:
             self.held = self.pulled = FlatBuffer(layout, device, coverage=held, allocate=allocate)
