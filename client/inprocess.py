@@ -21,6 +21,7 @@ from ..sharding.buffers import MASTER
 from ..sharding.checkpoint import CheckpointReader, write_shard
 from ..sharding.compiling import KernelChoice, resolve_kernel
 from ..sharding.coverage import Holdings
+from ..sharding.delivery import Sink
 from ..sharding.errors import JobMismatchError, NotRegisteredError, StepAbortedError
 from ..sharding.files import remove_file
 from ..sharding.inprocess import ShardGroup
@@ -39,7 +40,6 @@ from ..sharding.push import Push, PushHeader
 from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.snapshot import Snapshot
-from ..sharding.vote import Decision
 from ..sharding.warm_up import warm_up
 from .flat import FlatBuffer
 from .transport import Transport, join_pieces
@@ -235,15 +235,18 @@ class InProcessTransport(Transport):
         """See :class:`Transport`."""
         shards = self.service.group.shards
         pushes = [
-            Push(header, tuple(gradient.shard_parts(self._layout, index, len(shards))), reloaded)
+            Push(
+                header,
+                tuple(gradient.shard_parts(self._layout, index, len(shards))),
+                reloaded,
+                Sink(params.part, tuple(params.shard_parts(self._layout, index, len(shards)))),
+            )
             for index in range(len(shards))
         ]
         with _uninterrupted():
             result = self.service.group.push(pushes)
         if result is None:
             raise StepAbortedError(f"step {header.sequence}: the shards hold different pushes of it; call step() again")
-        if result.decision is Decision.COMMIT:
-            self.read_parameters(params)
         return result
 
     def decided(self, timeline: int, sequence: int) -> StepResult | None:
@@ -253,12 +256,8 @@ class InProcessTransport(Transport):
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
         shards = self.service.group.shards
-        dtypes = [part.dtype for part in params.parts]
         for index, shard in enumerate(shards):
-            targets = params.shard_parts(self._layout, index, len(shards))
-            for target, part in zip(targets, shard.parameters(dtypes, self._rank, params.part), strict=True):
-                if target.data_ptr() != part.data_ptr():  # else it is the masters themselves
-                    target.copy_(part)
+            shard.deliver(self._rank, Sink(params.part, tuple(params.shard_parts(self._layout, index, len(shards)))))
 
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
         """See :class:`Transport`."""

@@ -17,7 +17,7 @@ from ..sharding.pending_save import PendingSave
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
 from ..sharding.reports import ShardStatus, StepResult
-from .flat import FlatBuffer
+from .flat import FlatBuffer, allocate_zeros
 
 Values = Mapping[tuple[int, str], Tensor]
 """Whole slots, flattened: (parameter index, slot name) to ``(numel,)``."""
@@ -76,6 +76,10 @@ class Transport(abc.ABC):
         """
         return None
 
+    def allocate(self, sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor]:
+        """Memory for this worker's buffers, see :data:`stepwell.client.flat.Allocate`. Called after :meth:`attach`."""
+        return allocate_zeros(sizes, device)
+
     @abc.abstractmethod
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """Load a state, beginning a new timeline. Called by rank 0."""
@@ -107,6 +111,9 @@ class Transport(abc.ABC):
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
     ) -> StepResult:
         """Push to every shard and wait for the decision; after a COMMIT ``params`` holds the new parameters.
+
+        Both buffers belong to the shards until this returns. If it raises, ``gradient`` does for good, as a shard may
+        hold this push still.
 
         Raises:
             RequestError: If a shard refused the push.

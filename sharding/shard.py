@@ -19,6 +19,7 @@ from .buffers import MASTER, Buffers, StateSource
 from .clipping import ClipLimits, limits_of, norm_of
 from .compiling import kernel_identity
 from .coverage import Gradients, Holdings, Part, packed
+from .delivery import Sink
 from .errors import (
     AttemptError,
     FutureRequestError,
@@ -137,9 +138,8 @@ class Shard:
         Raises:
             IncarnationError: If no worker has registered as this rank.
         """
-        member = self.members[rank]
         masters = [extent.slots[MASTER.name].view(-1) for extent in self.buffers.extents]
-        parts = zip(masters, member.pushed if wanted == "pushed" else member.held, dtypes, strict=True)
+        parts = zip(masters, self.members[rank].runs(wanted), dtypes, strict=True)
         return [packed(master, runs).to(dtype) for master, runs, dtype in parts]
 
     def snapshot(self) -> Snapshot:
@@ -160,18 +160,29 @@ class Shard:
         if self._snapshot is not None:
             self._snapshot.detach(for_step=for_step)
 
+    def deliver(self, rank: int, sink: Sink) -> None:
+        """Fill a rank's memory with the parameters as they are; raises as :meth:`receive`."""
+        runs = self.members[rank].runs(sink.part)
+        sink.require_fits(runs, rank)
+        sink.fill(runs, self.buffers)
+
     # What changes it between steps
 
-    def admit(self, rank: int, incarnation: str, holdings: Holdings | None = None) -> None:
+    def admit(self, rank: int, incarnation: str, holdings: Holdings | None = None) -> bool:
         """Let a worker's process push as ``rank``; an earlier one no longer may, and what it pushed is dropped.
 
         Args:
             rank: The rank.
             incarnation: Names its process.
             holdings: What it holds of a sharded model.
+
+        Returns:
+            Whether it is another process than before.
         """
-        if self.members.admit(rank, incarnation, holdings):
+        is_other = self.members.admit(rank, incarnation, holdings)
+        if is_other:
             self._inbox.drop(rank)
+        return is_other
 
     def prepare_extension(self, spec: JobSpec, source: StateSource) -> None:
         """Make room for parameters that are added to the job; nothing of the present state changes.
@@ -235,7 +246,7 @@ class Shard:
             RequestError: One of its subclasses, by what is off.
         """
         header = push.header
-        self._require_sender(header)
+        self.require_sender(header)
         if header.sequence == self.sequence:
             self.require_taken(header.rank, header.incarnation, header.attempt)
             return Receipt.DECIDED
@@ -371,6 +382,9 @@ class Shard:
                 self._kernels.apply(self.buffers, gradient, per_tensor, per_channel, self._tables.keys)
             self.step_count = step.step_count
         self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
+        for push, sender in zip(pushes, self._senders, strict=True):
+            if push.sink is not None:
+                push.sink.fill(sender.runs(push.sink.part), self.buffers)
         return StepResult(self.sequence + 1, Decision.COMMIT, self.scalars)
 
     def _reduce(
@@ -434,7 +448,12 @@ class Shard:
         if sequence > self.sequence + 1:
             raise FutureRequestError(f"expected step {self.sequence + 1}, got {sequence}: a step before it is missing")
 
-    def _require_sender(self, header: PushHeader) -> None:
+    def require_sender(self, header: PushHeader) -> None:
+        """Refuse a push by its header: of another rank, timeline, step or process than may push now.
+
+        Raises:
+            RequestError: One of its subclasses, by what is off.
+        """
         self.members.require_rank(header.rank)
         self._require_sequence(header.timeline, header.sequence)
         self.members.require_incarnation(header.rank, header.incarnation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-
 from typing import Any
 
 import pytest
@@ -188,9 +187,6 @@ def test_average_is_finite_where_the_ranks_show_that_it_is(ranks: list[tuple[flo
         ]
         buffers, present = run.group.shards[0].buffers, torch.ones(len(ranks), 1, dtype=torch.bool)
         (((stretch,),), (extent,)) = average(pushes, present, buffers), buffers.extents
-            average(pushes, torch.ones(len(ranks), 1, dtype=torch.bool), buffers),
-            buffers.extents,
-        )
         assert bool(torch.isfinite(stretch.mean(extent.tensor_of_tile, torch.float32)).all())
 
 
