@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from ..sharding.coverage import Coverage, Part
-from ..sharding.layout import Extent, Layout, dtype_from_name
+from ..sharding.layout import Extent, Layout, wire_dtype
+
+Allocate = Callable[[Sequence[tuple[int, torch.dtype]], torch.device], list[Tensor]]
+"""Gives flat tensors, all zero, of these numbers of elements and dtypes on a device."""
+
+
+def allocate_zeros(sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor]:
+    """Memory of this process alone."""
+    return [torch.zeros(numel, dtype=dtype, device=device) for numel, dtype in sizes]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +51,7 @@ class FlatBuffer:
         parts: Memory to use, of at least the sizes needed and with zeros as padding; None allocates it.
         dtype: What to hold, where there is no memory to use; None takes each extent's wire dtype.
         in_place: Whether a model's parameters may be views of the buffer, see :class:`ParameterViews`.
+        allocate: Where memory comes from otherwise.
 
     Attributes:
         parts: Per extent ``(coverage.numel(extent),)``.
@@ -59,13 +68,14 @@ class FlatBuffer:
         parts: Sequence[Tensor] | None = None,
         dtype: torch.dtype | None = None,
         in_place: bool = False,
+        allocate: Allocate = allocate_zeros,
     ) -> None:
         self.part, self.in_place = part, in_place
         self._coverage = Coverage.whole(layout) if coverage is None else coverage
         if parts is None:
             sizes = (self._coverage.numel(index) for index in range(len(layout.extents)))
             dtypes = (dtype or wire_dtype(layout, extent) for extent in layout.extents)
-            parts = [torch.zeros(n, dtype=each, device=device) for n, each in zip(sizes, dtypes, strict=True)]
+            parts = allocate(list(zip(sizes, dtypes, strict=True)), device)
         self.parts = [each[: self._coverage.numel(index)] for index, each in enumerate(parts)]
         self._shard_parts: dict[tuple[int, int], list[Tensor]] = {}
         self.places = tuple(
@@ -84,12 +94,6 @@ class FlatBuffer:
                 parts.append(part[where])
             self._shard_parts[shard, num_shards] = parts
         return self._shard_parts[shard, num_shards]
-
-
-def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
-    """What an extent's gradients and parameters travel in: the model's dtype if it is one, else the state's."""
-    dtypes = {layout.params[index].dtype for index in extent.params}
-    return dtype_from_name(dtypes.pop()) if len(dtypes) == 1 else extent.dtype
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -15,9 +15,9 @@ from ..optim import TILE_NUMEL
 from ..sharding.coverage import Holdings, Range, coverage_of, share_tiles
 from ..sharding.errors import JobMismatchError, ServiceError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
-from ..sharding.layout import Layout
+from ..sharding.layout import Layout, wire_dtype
 from ..sharding.push import GRADIENT_DTYPES, pack_present
-from .flat import FlatBuffer, Place, copy_all, wire_dtype
+from .flat import Allocate, FlatBuffer, Place, allocate_zeros, copy_all
 from .gathering import Gatherer, Seen
 from .holdings import is_distributed, local_part, version_of
 from .in_place import ParameterViews
@@ -80,6 +80,7 @@ class ModelBuffers:
         masters: Memory that holds all parameters after a step, see :meth:`Transport.masters`.
         in_place: Whether the model's parameters become views of ``held``, see :class:`ParameterViews`.
         options: How gradients are gathered.
+        allocate: Where their memory comes from.
 
     Attributes:
         pushed: For gradients.
@@ -102,6 +103,7 @@ class ModelBuffers:
         masters: Sequence[Tensor] | None = None,
         in_place: bool = False,
         options: GatherOptions = DEFAULT_OPTIONS,
+        allocate: Allocate = allocate_zeros,
     ) -> None:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
@@ -109,12 +111,14 @@ class ModelBuffers:
         self._is_plain = not any(map(is_distributed, self._params))
         self._shapes = [local.shape for local in self._local_parts()]
         self._make_pushed = functools.partial(
-            FlatBuffer, layout, device, coverage=pushed, part="pushed", dtype=options.dtype
+            FlatBuffer, layout, device, coverage=pushed, part="pushed", dtype=options.dtype, allocate=allocate
         )
-        self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group)
+        self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group, allocate)
         if self._replicas is None:
             memory = masters if masters is not None and all(part.device == device for part in masters) else None
-            self.held = self.pulled = FlatBuffer(layout, device, coverage=held, parts=memory, in_place=in_place)
+            self.held = self.pulled = FlatBuffer(
+                layout, device, coverage=held, parts=memory, in_place=in_place, allocate=allocate
+            )
         else:
             self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts, in_place=in_place)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
@@ -129,16 +133,18 @@ class ModelBuffers:
 
     def lend_gradients(self) -> FlatBuffer:
         """What was gathered, for the shards, whose it is until :meth:`take_back_gradients`."""
+        self._is_lent = True
         return self.pushed
 
     def take_back_gradients(self) -> None:
         """Use the memory of what was lent again: its step is decided, and no shard reads it any more."""
+        self._is_lent = False
         if self._early is not None:
             self._early.may_copy = True
 
     def _renew_pushed(self) -> None:
-        """Take memory for gradients that no shard has seen."""
-        self.pushed = self._make_pushed()
+        """Take memory for gradients that no shard has seen; what had it before goes when no shard needs it."""
+        self.pushed, self._is_lent = self._make_pushed(), False
         self._gatherer = Gatherer(
             self.pushed,
             self._shapes,
@@ -151,10 +157,14 @@ class ModelBuffers:
     def gather_gradients(self) -> Gathered:
         """Copy this rank's part of every gradient to its place. It stays there until :meth:`take_back_gradients`.
 
+        A push that failed may lie in some shard's inbox still, so its memory is left alone.
+
         Raises:
             JobMismatchError: In the first step of replicas, if they have not the same gradients; told to all of them.
             UnsupportedParameterError: If a gradient is sparse, or placed otherwise than its parameter.
         """
+        if self._is_lent:
+            self._renew_pushed()
         grads = self._gradients()
         if self._replicas is not None:
             self._replicas.require_equal(grads)
@@ -261,13 +271,18 @@ class _Replicas:
     """The parameters of a model that every rank has whole, each rank's share in turn, all of the same size."""
 
     def __init__(
-        self, layout: Layout, spec: JobSpec, rank: int, device: torch.device, group: dist.ProcessGroup
+        self,
+        layout: Layout,
+        spec: JobSpec,
+        rank: int,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        allocate: Allocate,
     ) -> None:
         shares = [share_tiles(extent, spec.world_size) * TILE_NUMEL for extent in layout.extents]
-        self.parts = [
-            torch.zeros(share * spec.world_size, dtype=wire_dtype(layout, extent), device=device)
-            for share, extent in zip(shares, layout.extents, strict=True)
-        ]
+        dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
+        numels = (share * spec.world_size for share in shares)
+        self.parts = allocate(list(zip(numels, dtypes, strict=True)), device)
         self._shares = [
             list(torch.split(part, share)) if share else [] for part, share in zip(self.parts, shares, strict=True)
         ]

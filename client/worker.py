@@ -124,6 +124,7 @@ class Worker:
             masters=self.transport.masters(),
             in_place=self.transport.shares_memory,
             options=self._options,
+            allocate=self.transport.allocate,
         )
 
     def step(
@@ -296,6 +297,7 @@ class Worker:
 
     def _close_step(self, result: StepResult) -> None:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.
+        self._buffers.take_back_gradients()
         self.sequence, self.scalars = result.sequence, result.scalars
         self.num_steps += 1
         self.num_skipped_steps += result.decision is Decision.SKIP

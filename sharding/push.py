@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .delivery import Sink
 from .errors import AttemptError, DTypeMismatchError, HyperparameterError, MessageError, ShapeMismatchError
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -68,11 +69,13 @@ class Push:
             ``(owned tiles * 256,)``. Padding is zero; elements of absent tensors may hold anything.
         reloaded: For parameters changed by hand since the last step: parameter index to the whole value from rank 0
             alone, or of a sharded model to what the rank pushes of it; flattened.
+        sink: Where the rank's parameters go if the step is a COMMIT; None if it asks for them.
     """
 
     header: PushHeader
     gradient: tuple[Tensor, ...]
     reloaded: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
+    sink: Sink | None = None
 
 
 def pack_present(present: Sequence[bool]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stepwell.optim import AdamWRule, ProdigyRule, Rule
-from stepwell.sharding import shard as shard_module
-from stepwell.sharding.averaging import LARGEST, average, count_nonfinite, is_surely_finite
 from stepwell.sharding.coverage import Gradients
+from stepwell.sharding.gradient import LARGEST, average, is_surely_finite
+from stepwell.sharding.kernels import Kernels
 from stepwell.sharding.push import PushHeader, pack_present
 from stepwell.sharding.vote import Decision
 from tests.zoo import Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, views
@@ -34,8 +35,12 @@ def mean_of(run: Run, gradients: list[dict[int, Tensor]]) -> list[Tensor]:
     present = torch.tensor([[i in part for i in range(NUM_TENSORS)] for part in gradients])
     flat: list[list[Tensor]] = []
     for index, shard in enumerate(run.group.shards):
-        parts = average([push[index] for push in pushes], present, shard.buffers)
-        flat.append([part.reshape(-1) for part in parts])
+        gradient = average([push[index] for push in pushes], present, shard.buffers)
+        means = [
+            stretch.mean(extent.tensor_of_tile, extent.extent.dtype)
+            for (stretch,), extent in zip(gradient, shard.buffers.extents, strict=True)
+        ]
+        flat.append([mean.reshape(-1) for mean in means])
     return views(run.layout, [torch.cat(parts) for parts in zip(*flat, strict=True)])
 
 
@@ -138,14 +143,6 @@ def test_gradient_of_a_single_worker_is_not_written() -> None:
     assert_same_tensors(push.gradient, before)
 
 
-def test_nonfinite_elements_are_counted() -> None:
-    fine = torch.full((3, 256), 3e38)
-    assert count_nonfinite([fine, torch.zeros(0, 256)]) == 0
-    bad = fine.clone()
-    bad[0, 5], bad[2, 255], bad[1, 1] = torch.nan, torch.inf, -torch.inf
-    assert count_nonfinite([fine, bad]) == 3
-
-
 # What the ranks say of their gradients
 
 
@@ -198,8 +195,9 @@ def test_average_is_finite_where_the_ranks_show_that_it_is(ranks: list[tuple[flo
             run.pushes(rank, gradients={0: value}, grad_scale=scale)[0]
             for rank, (value, (_, scale)) in enumerate(zip(values, ranks, strict=True))
         ]
-        (mean,) = average(pushes, torch.ones(len(ranks), 1, dtype=torch.bool), run.group.shards[0].buffers)
-        assert bool(torch.isfinite(mean).all())
+        buffers, present = run.group.shards[0].buffers, torch.ones(len(ranks), 1, dtype=torch.bool)
+        (((stretch,),), (extent,)) = average(pushes, present, buffers), buffers.extents
+        assert bool(torch.isfinite(stretch.mean(extent.tensor_of_tile, torch.float32)).all())
 
 
 @pytest.mark.parametrize("max_abs", [[100.0, 100.0], [100.0, None], [0.6 * LARGEST, 100.0]])
@@ -208,17 +206,19 @@ def test_shards_look_where_the_ranks_do_not_show_that_all_is_finite(
 ) -> None:
     looked = []
 
-    def note(grads: list[Tensor]) -> int:
-        looked.append(len(grads))
-        return count_nonfinite(grads)
+    look = Kernels.look
 
-    monkeypatch.setattr(shard_module, "count_nonfinite", note)
+    def note(self: Kernels, *args: Any, **options: Any) -> tuple[int, Tensor]:
+        looked.append(1)
+        return look(self, *args, **options)
+
+    monkeypatch.setattr(Kernels, "look", note)
     run = Run(Problem(TENSORS), AdamWRule(), world_size=2, num_shards=2)
     for rank in range(2):
         result = run.group.push(run.pushes(rank, gradients=grads_of(rank), max_abs=max_abs[rank]))
     assert result is not None
     assert result.decision is Decision.COMMIT
-    assert looked == ([] if max_abs == [100.0, 100.0] else [2, 2])
+    assert looked == ([] if max_abs == [100.0, 100.0] else [1, 1])
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
