@@ -78,7 +78,8 @@ class ModelBuffers:
         holdings: What it holds of a sharded model.
         group: Over which replicas exchange parameters, see :func:`replica_group`.
         masters: Memory that holds all parameters after a step, see :meth:`Transport.masters`.
-        in_place: Whether the model's parameters become views of ``held``, see :class:`ParameterViews`.
+        in_place: Whether the model's parameters become views of ``held``, if that is on the CPU; see
+            :class:`ParameterViews`.
         options: How gradients are gathered.
         allocate: Where their memory comes from.
 
@@ -108,6 +109,7 @@ class ModelBuffers:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
+        in_place = in_place and device.type == "cpu"
         self._is_plain = not any(map(is_distributed, self._params))
         self._shapes = [local.shape for local in self._local_parts()]
         self._make_pushed = functools.partial(
