@@ -106,9 +106,7 @@ class Snapshot:
             self._copy(unit)
         begin, copied = stream.tell() if can_rewrite else 0, self._copy_of(unit)
         size_bytes = self._write_rows(stream, unit, shared if copied is None else copied)
-        with self._lock:
-            self._shared.pop(unit, None)
-            copied_since = self._copies.pop(unit, None)
+        copied_since = self._let_go(unit)
         if copied is None and copied_since is not None:
             stream.seek(begin)
             self._write_rows(stream, unit, copied_since)
@@ -134,9 +132,19 @@ class Snapshot:
 
     def _copy_of(self, unit: Unit) -> Tensor | None:
         with self._lock:
-            if self._closed is not None:
-                raise CheckpointError(f"the snapshot is closed: {self._closed}; save again")
+            self._require_open()
             return self._copies.get(unit)
+
+    def _let_go(self, unit: Unit) -> Tensor | None:
+        """Note that a unit was written; its copy, if there is one."""
+        with self._lock:
+            self._require_open()  # else the unit may have been changed without a copy
+            self._shared.pop(unit, None)
+            return self._copies.pop(unit, None)
+
+    def _require_open(self) -> None:
+        if self._closed is not None:
+            raise CheckpointError(f"the snapshot is closed: {self._closed}; save again")
 
     def _rows(self, unit: Unit) -> Tensor:
         slot, extent = self._slots[unit[0]]

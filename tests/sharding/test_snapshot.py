@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pytest
 import torch
 
-from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, StableAdamRule
+from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, SGDRule, StableAdamRule
 from stepwell.sharding import snapshot as snapshot_module
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.checkpoint import CheckpointReader, write_shard
@@ -33,6 +33,9 @@ from tests.zoo import (
     small,
     state_source,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 RULES: dict[str, Rule] = {
     "Prodigy": ProdigyRule(d0=1e-3),
@@ -238,6 +241,19 @@ def test_step_without_memory_for_the_save_is_taken_and_the_save_fails(monkeypatc
             save.writing[0].result(timeout=LIMIT_S)
         save.writing[1].result(timeout=LIMIT_S)
     assert_same_state(run.state(), trained(RULES["Prodigy"]).steps(7, schedule=constant).state())
+
+
+def test_snapshot_that_is_closed_while_its_last_unit_is_written_is_not_taken_for_whole() -> None:
+    """A step that had no memory for a copy has changed that unit by now."""
+    snapshot = Run(Problem((ZooTensor((512,)),)), SGDRule(lr=0.1)).group.shards[0].snapshot()
+
+    class Closing(io.BytesIO):
+        def write(self, data: Buffer) -> int:
+            snapshot.close("there is no memory")
+            return super().write(data)
+
+    with pytest.raises(CheckpointError, match="the snapshot is closed: there is no memory; save again"):
+        snapshot.write(Closing())
 
 
 def test_next_snapshot_ends_the_one_before() -> None:
