@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import signal
 import threading
@@ -14,9 +15,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..server.config import default_kernel
 from ..server.messages import LoadHeader, Registration, pack_job, source_of
+from ..sharding.buffers import MASTER
 from ..sharding.checkpoint import CheckpointReader, write_shard
+from ..sharding.compiling import KernelChoice, resolve_kernel
 from ..sharding.coverage import Holdings
+from ..sharding.delivery import Sink
 from ..sharding.errors import JobMismatchError, NotRegisteredError, StepAbortedError
 from ..sharding.files import remove_file
 from ..sharding.inprocess import ShardGroup
@@ -35,7 +40,7 @@ from ..sharding.push import Push, PushHeader
 from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.snapshot import Snapshot
-from ..sharding.vote import Decision
+from ..sharding.warm_up import warm_up
 from .flat import FlatBuffer
 from .transport import Transport, join_pieces
 
@@ -46,17 +51,22 @@ class InProcessService:
     Args:
         num_shards: Shards; more than one is of use in tests alone.
         device: Where they live.
+        kernel: How kernels run, see :func:`stepwell.launch`.
 
     Raises:
-        ValueError: If ``num_shards`` is less than 1.
+        ValueError: If ``num_shards`` is less than 1, or ``kernel`` is unknown.
+        KernelError: If kernels are to be compiled and there is no compiler.
     """
 
     name = "inprocess"
 
-    def __init__(self, *, num_shards: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self, *, num_shards: int = 1, device: torch.device | None = None, kernel: KernelChoice | None = None
+    ) -> None:
         if num_shards < 1:
             raise ValueError(f"num_shards: expected at least 1, got {num_shards}")
-        self._num_shards, self._device = num_shards, device
+        self._num_shards, self._device = num_shards, device or torch.device("cpu")
+        self._kernel = resolve_kernel(default_kernel() if kernel is None else kernel, self._device)
         self._group: ShardGroup | None = None
         self._saved: SavedCheckpoint | None = None
         self._pending: PendingSave | None = None
@@ -166,6 +176,8 @@ class InProcessService:
                 f"service 'inprocess' is for a single worker, got world_size {spec.world_size}; "
                 "leave service out, or start one with `stepwell up NAME`"
             )
+        spec = dataclasses.replace(spec, kernel=self._kernel)
+        warm_up(spec, self._device)
         self._group = ShardGroup(spec, num_shards=self._num_shards, device=self._device)
         return self._group
 
@@ -188,6 +200,13 @@ class InProcessTransport(Transport):
     def attach(self, layout: Layout, rank: int) -> None:
         """See :class:`Transport`."""
         self._layout, self._rank = layout, rank
+
+    def masters(self) -> Sequence[Tensor] | None:
+        """See :class:`Transport`; several shards have a part each."""
+        group = self.service.group
+        if len(group.shards) > 1 or group.spec.world_size > 1:
+            return None
+        return [extent.slots[MASTER.name].view(-1) for extent in group.shards[0].buffers.extents]
 
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
@@ -216,15 +235,18 @@ class InProcessTransport(Transport):
         """See :class:`Transport`."""
         shards = self.service.group.shards
         pushes = [
-            Push(header, tuple(gradient.shard_parts(self._layout, index, len(shards))), reloaded)
+            Push(
+                header,
+                tuple(gradient.shard_parts(self._layout, index, len(shards))),
+                reloaded,
+                Sink(params.part, tuple(params.shard_parts(self._layout, index, len(shards)))),
+            )
             for index in range(len(shards))
         ]
         with _uninterrupted():
             result = self.service.group.push(pushes)
         if result is None:
             raise StepAbortedError(f"step {header.sequence}: the shards hold different pushes of it; call step() again")
-        if result.decision is Decision.COMMIT:
-            self.read_parameters(params)
         return result
 
     def decided(self, timeline: int, sequence: int) -> StepResult | None:
@@ -234,11 +256,8 @@ class InProcessTransport(Transport):
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
         shards = self.service.group.shards
-        dtypes = [part.dtype for part in params.parts]
         for index, shard in enumerate(shards):
-            targets = params.shard_parts(self._layout, index, len(shards))
-            for target, part in zip(targets, shard.parameters(dtypes, self._rank, params.part), strict=True):
-                target.copy_(part)
+            shard.deliver(self._rank, Sink(params.part, tuple(params.shard_parts(self._layout, index, len(shards)))))
 
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
         """See :class:`Transport`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -32,6 +33,35 @@ def wait_for(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
     except (RayTaskError, RayActorError, GetTimeoutError) as error:
         raise translate(error, timeout_s=timeout_s, what=what) from None
     return results
+
+
+def wait_for_all(
+    refs: Sequence[Any], *, refusal: Callable[[Any], StepwellError | None], timeout_s: float, what: str
+) -> list[Any]:
+    """As :func:`wait_for`, but the first reply that is a refusal is raised at once and the other calls are cancelled.
+
+    Args:
+        refs: Ray object references.
+        refusal: The error in a reply, if it is a refusal.
+        timeout_s: Limit for all of them together.
+        what: Names the wait in messages.
+    """
+    deadline, left, replies = time.monotonic() + timeout_s, list(refs), {}
+    try:
+        while left:
+            ready, left = ray.wait(left, timeout=max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                raise translate(GetTimeoutError(), timeout_s=timeout_s, what=what)
+            for ref in ready:
+                replies[ref] = wait_for([ref], timeout_s=timeout_s, what=what)[0]
+                error = refusal(replies[ref])
+                if error is not None:
+                    raise error
+    except StepwellError:
+        for ref in left:
+            ray.cancel(ref)
+        raise
+    return [replies[ref] for ref in refs]
 
 
 async def gather(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:

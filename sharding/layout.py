@@ -27,6 +27,7 @@ WANTED_BLOCKS = 64
 _MODEL_DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+DTYPE_NAMES = tuple(_MODEL_DTYPES)
 
 
 def dtype_from_name(name: str) -> torch.dtype:
@@ -205,6 +206,12 @@ class Layout:
     def group_of_tensor(self) -> torch.Tensor:
         """``(num_tensors,)`` int64."""
         return torch.tensor([param.group for param in self.params], dtype=torch.int64)
+
+
+def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
+    """What an extent's gradients and parameters travel in: the model's dtype if it is one, else the state's."""
+    dtypes = {layout.params[index].dtype for index in extent.params}
+    return dtype_from_name(dtypes.pop()) if len(dtypes) == 1 else extent.dtype
 
 
 def _power_of_two_at_most(value: int) -> int:
