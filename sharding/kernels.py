@@ -53,6 +53,7 @@ class Kernels:
         self.rule, self.kernel = rule, kernel
         self._has_channels = isinstance(rule, ReducingRule) and rule.scope is Scope.CHANNEL
         self._sums = rule.sums if isinstance(rule, ReducingRule) else ()
+        self._is_one_pass = isinstance(rule, ReducingRule) and rule.is_one_pass
         self._num_threads = torch.get_num_threads()
 
     def prepare(self, gradient: Gradient, buffers: Buffers) -> Gradient:
@@ -108,7 +109,7 @@ class Kernels:
         """
         partials = table.empty(len(self._sums))
         by_extent = [_rounded(c, extent) for extent in buffers.extents]
-        for piece in self._pieces(buffers, gradient, sinks):
+        for piece in self._pieces(buffers, gradient, sinks if self._is_one_pass else ()):
             table.fold(partials, piece.index, piece.first_tile, self._run(local_pass, piece, by_extent[piece.index]))
         return partials
 

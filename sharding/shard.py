@@ -19,7 +19,7 @@ from .buffers import MASTER, Buffers, StateSource
 from .clipping import ClipLimits, limits_of, norm_of
 from .compiling import kernel_identity
 from .coverage import Gradients, Holdings, Part, packed
-from .delivery import Sink
+from .delivery import Delivery, Sink
 from .errors import (
     AttemptError,
     FutureRequestError,
@@ -373,28 +373,33 @@ class Shard:
             scalars=self.spec.rule.write_scalars(self.scalars, header.scalars or {}),
             key_state=self.buffers.key_state.values,
         )
-        combined, totals = yield from self._reduce(step, gradient)
+        asked = [
+            (push.sink, each.runs(push.sink.part))
+            for push, each in zip(pushes, self._senders, strict=True)
+            if push.sink
+        ]
+        delivery = Delivery(asked, self.buffers)
+        combined, totals = yield from self._reduce(step, gradient, delivery)
         rule = self.spec.rule
         if combined.moves:
             if not (isinstance(rule, ReducingRule) and rule.is_one_pass):
                 per_tensor = rule.apply_coefficients(step, combined, totals)
                 per_channel = rule.channel_coefficients(step, combined, totals)
-                self._kernels.apply(self.buffers, gradient, per_tensor, per_channel, self._tables.keys)
+                keys = self._tables.keys
+                self._kernels.apply(self.buffers, gradient, per_tensor, per_channel, keys, delivery.direct)
             self.step_count = step.step_count
         self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
-        for push, sender in zip(pushes, self._senders, strict=True):
-            if push.sink is not None:
-                push.sink.fill(sender.runs(push.sink.part), self.buffers)
+        delivery.finish(is_begun=combined.moves)
         return StepResult(self.sequence + 1, Decision.COMMIT, self.scalars)
 
     def _reduce(
-        self, step: StepInputs, gradient: Gradient
+        self, step: StepInputs, gradient: Gradient, delivery: Delivery
     ) -> Generator[Tensor, Tensor, tuple[Combined, Mapping[str, Tensor]]]:
         """The local pass and its reduction, if the rule has any; scalars and key state after the step."""
         rule, totals = self.spec.rule, dict[str, Tensor]()
         if isinstance(rule, ReducingRule):
-            table = self._tables.sums
-            partials = yield self._kernels.local(self.buffers, gradient, rule.local_coefficients(step), table)
+            table, c = self._tables.sums, rule.local_coefficients(step)
+            partials = yield self._kernels.local(self.buffers, gradient, c, table, delivery.direct)
             totals = table.totals(rule.sums, partials)
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
