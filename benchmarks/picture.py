@@ -36,6 +36,9 @@ def draw(rows: Sequence[Row], verdicts: Sequence[Verdict], path: Path) -> None:
 
 def _draw_goals(axes: Axes, verdicts: Sequence[Verdict]) -> None:
     """How good each figure is, 1 being its goal."""
+    axes.set_title("Goals: left of 1 they are missed", loc="left", fontsize=10)
+    if not verdicts:
+        return
     labels, values, colours = [], [], []
     for verdict in reversed(verdicts):
         assert verdict.value is not None
@@ -47,7 +50,6 @@ def _draw_goals(axes: Axes, verdicts: Sequence[Verdict]) -> None:
     axes.axvline(1.0, color=LINE, linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel("of the goal")
-    axes.set_title("Goals: left of 1 they are missed", loc="left", fontsize=10)
     axes.tick_params(axis="y", labelsize=7)
 
 
@@ -64,14 +66,18 @@ def _draw_steps(axes: Axes, rows: Sequence[Row]) -> None:
                 axes.barh(place - 0.2, row.theirs, height=0.38, color=THEIRS)
                 labels.append(f"{size}: {ours.partition(', 2')[0]}")
     axes.set_yticks([-place for place in range(len(labels))], labels, fontsize=7)
-    axes.set_xscale("log")
+    if labels:
+        axes.set_xscale("log")
     axes.set_xlabel("ns per parameter")
     axes.set_title("A step, 2 shards (blue); prodigyopt, fused AdamW (grey)", loc="left", fontsize=10)
 
 
 def _draw_growth(axes: Axes, rows: Sequence[Row], axis: str) -> None:
     """Time per parameter as something grows."""
+    axes.set_title(f"Growth with {axis}", loc="left", fontsize=10)
     points = sorted((row.x, row.ours, row.theirs) for row in rows if row.x is not None and row.theirs is not None)
+    if not points:
+        return  # nothing was measured, and nothing has no logarithm
     xs = [x for x, _, _ in points]
     axes.plot(xs, [ours for _, ours, _ in points], color=OURS, marker="o", label="Prodigy, the service")
     axes.plot(xs, [theirs for _, _, theirs in points], color=THEIRS, marker="o", label="torch AdamW, fused")
@@ -82,6 +88,4 @@ def _draw_growth(axes: Axes, rows: Sequence[Row], axis: str) -> None:
         axes.set_xticks(xs)
     axes.set_xlabel(axis)
     axes.set_ylabel("ns per parameter")
-    axes.set_title(f"Growth with {axis}", loc="left", fontsize=10)
-    if points:
-        axes.legend(fontsize=7)
+    axes.legend(fontsize=7)

@@ -17,10 +17,21 @@ from harness import Row, cores
 from picture import draw
 
 
-def write(folder: Path, rows: Sequence[Row], failures: Sequence[str], *, quick: bool, taken_s: float) -> None:
-    """Write ``TABLE.md``, ``results.json`` and ``results.png`` into ``folder``."""
+def write(
+    folder: Path, rows: Sequence[Row], failures: Sequence[str], *, quick: bool, taken_s: float, load_before: float
+) -> None:
+    """Write ``TABLE.md``, ``results.json`` and ``results.png``.
+
+    Args:
+        folder: Where to.
+        rows: All rows, those of a section one after the other.
+        failures: What went wrong, a sentence each.
+        quick: Whether these are no figures.
+        taken_s: Seconds that all of it took.
+        load_before: The machine's load average before the run: what others were doing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    verdicts, about = judge(rows), _about(quick=quick, taken_s=taken_s)
+    verdicts, about = judge(rows), {**_about(), "quick": quick, "taken_s": taken_s, "load_before": load_before}
     (folder / "TABLE.md").write_text(_page(rows, verdicts, failures, about))
     results = {
         "about": about,
@@ -57,7 +68,7 @@ def _page(rows: Sequence[Row], verdicts: Sequence[Verdict], failures: Sequence[s
     parts = [
         "# Benchmarks",
         f"Written by `make bench` on {about['date']}: {about['cores']} cores ({about['cpu']}), "
-        f"torch {about['torch']}, {about['taken_s']:.0f} s in all.\n",
+        f"torch {about['torch']}, {about['taken_s']:.0f} s in all, load {about['load_before']:.1f} before.\n",
         *(["**With --quick: these are no figures.**\n"] if about["quick"] else []),
         "Contestants took turns, finely interleaved in one run. A ratio is the median over rounds of our time over "
         "theirs in the same round, with its quartiles; below 1 we are faster. GB/s are the bytes that must move over "
@@ -106,7 +117,7 @@ def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _about(*, quick: bool, taken_s: float) -> dict[str, Any]:
+def _about() -> dict[str, Any]:
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -114,6 +125,4 @@ def _about(*, quick: bool, taken_s: float) -> dict[str, Any]:
         "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "quick": quick,
-        "taken_s": taken_s,
     }

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from harness import Row, tell
 
 FOLDER = Path(__file__).parent
+INTERRUPTED = 130
 LIMIT_S = 900.0
 END_TIMEOUT_S = 30.0
 
@@ -33,6 +35,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder for the results")
     parser.add_argument("--rows-of", metavar="TOPIC", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else nobody would end the topic that runs
+    try:
+        _main(parser, arguments)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _main(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.rows_of is not None:
         _write_rows(arguments.rows_of, arguments.quick, arguments.out)
         return
@@ -45,7 +55,7 @@ def main() -> None:
 
 def _run_all(topics: Sequence[str], quick: bool, out: Path) -> bool:
     """Run topics and write what they found; whether all went well."""
-    rows, failures, begin = list[Row](), list[str](), time.monotonic()
+    rows, failures, begin, load_before = list[Row](), list[str](), time.monotonic(), os.getloadavg()[0]
     for topic in topics:
         begun = time.monotonic()
         print(f"== {topic}", file=sys.stderr, flush=True)
@@ -60,7 +70,7 @@ def _run_all(topics: Sequence[str], quick: bool, out: Path) -> bool:
     from goals import judge
     from report import goals_table, write
 
-    write(out, rows, failures, quick=quick, taken_s=time.monotonic() - begin)
+    write(out, rows, failures, quick=quick, taken_s=time.monotonic() - begin, load_before=load_before)
     print(goals_table(judge(rows)))
     print(f"\n{len(rows)} rows in {out / 'TABLE.md'}")
     return not failures
