@@ -51,7 +51,7 @@ def take_snapshot(worker: Worker, service: InProcessService) -> Snapshot:
 def revive(snapshot: Snapshot, params: Sequence[Tensor]) -> Worker:
     """A worker with an in-process service of its own, that stands where the snapshot was taken."""
     device = params[0].device if params else torch.device("cpu")
-    service = InProcessService(num_shards=snapshot.num_shards, device=device)
+    service = InProcessService(num_shards=snapshot.num_shards, device=device, kernel=snapshot.spec.kernel)
     worker = Worker(InProcessTransport(service), snapshot.spec, params, rank=0)
     worker.load(snapshot.values, snapshot.header)
     worker.mark_changed(snapshot.changed)

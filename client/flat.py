@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from ..sharding.coverage import Coverage, Part
-from ..sharding.layout import Extent, Layout, dtype_from_name
+from ..sharding.layout import Extent, Layout, wire_dtype
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,12 +76,6 @@ class FlatBuffer:
                 parts.append(part[where])
             self._shard_parts[shard, num_shards] = parts
         return self._shard_parts[shard, num_shards]
-
-
-def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
-    """What an extent's gradients and parameters travel in: the model's dtype if it is one, else the state's."""
-    dtypes = {layout.params[index].dtype for index in extent.params}
-    return dtype_from_name(dtypes.pop()) if len(dtypes) == 1 else extent.dtype
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

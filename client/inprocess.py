@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..server.config import default_kernel
 from ..server.messages import LoadHeader, Registration, pack_job, source_of
 from ..sharding.checkpoint import (
     CheckpointReader,
@@ -23,6 +25,7 @@ from ..sharding.checkpoint import (
     write_manifest,
     write_shard,
 )
+from ..sharding.compiling import KernelChoice, resolve_kernel
 from ..sharding.coverage import Holdings
 from ..sharding.errors import JobMismatchError, NotRegisteredError, StepAbortedError
 from ..sharding.inprocess import ShardGroup
@@ -33,6 +36,7 @@ from ..sharding.push import Push, PushHeader
 from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.vote import Decision
+from ..sharding.warm_up import warm_up
 from .flat import FlatBuffer
 from .transport import Transport, join_pieces
 
@@ -43,17 +47,22 @@ class InProcessService:
     Args:
         num_shards: Shards; more than one is of use in tests alone.
         device: Where they live.
+        kernel: How kernels run, see :func:`stepwell.launch`.
 
     Raises:
-        ValueError: If ``num_shards`` is less than 1.
+        ValueError: If ``num_shards`` is less than 1, or ``kernel`` is unknown.
+        KernelError: If kernels are to be compiled and there is no compiler.
     """
 
     name = "inprocess"
 
-    def __init__(self, *, num_shards: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self, *, num_shards: int = 1, device: torch.device | None = None, kernel: KernelChoice | None = None
+    ) -> None:
         if num_shards < 1:
             raise ValueError(f"num_shards: expected at least 1, got {num_shards}")
-        self._num_shards, self._device = num_shards, device
+        self._num_shards, self._device = num_shards, device or torch.device("cpu")
+        self._kernel = resolve_kernel(default_kernel() if kernel is None else kernel, self._device)
         self._group: ShardGroup | None = None
         self._saved: SavedCheckpoint | None = None
 
@@ -129,6 +138,8 @@ class InProcessService:
                 f"service 'inprocess' is for a single worker, got world_size {spec.world_size}; "
                 "leave service out, or start one with `stepwell up NAME`"
             )
+        spec = dataclasses.replace(spec, kernel=self._kernel)
+        warm_up(spec, self._device)
         self._group = ShardGroup(spec, num_shards=self._num_shards, device=self._device)
         return self._group
 

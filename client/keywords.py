@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 from torch import Tensor
 
 from ..optim import Rule
+from ..sharding.compiling import KernelChoice
 from ..sharding.coverage import Gradients
 from .groups import WeightDecayMask
 from .inprocess import InProcessService
@@ -27,6 +28,7 @@ class ServiceOptions(TypedDict, total=False):
     rank: int | None
     world_size: int | None
     num_shards: int | None
+    kernel: KernelChoice | None
     gradients: Gradients | None
     on_nonfinite: Literal["skip", "raise"]
     max_grad_norm: float | None

@@ -12,8 +12,8 @@ from ..optim import TILE_NUMEL
 from ..sharding.coverage import Holdings, Range, coverage_of, share_tiles
 from ..sharding.errors import JobMismatchError, ServiceError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
-from ..sharding.layout import Layout
-from .flat import FlatBuffer, Place, copy_all, wire_dtype
+from ..sharding.layout import Layout, wire_dtype
+from .flat import FlatBuffer, Place, copy_all
 from .holdings import is_distributed, local_part, version_of
 
 SUM_TOLERANCE = 1e-5

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..optim import Rule
 from ..sharding.clipping import ClipLimits
+from ..sharding.compiling import KernelChoice
 from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
@@ -79,6 +80,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
             for one worker and ``"embedded"`` for several.
         rank, world_size: This worker and how many there are; None takes torch.distributed's if it is initialised.
         num_shards: Shards of an in-process (default 1) or embedded service (default one per worker).
+        kernel: How kernels of an in-process or embedded service run: ``"compiled"``, ``"eager"`` or ``"auto"``, see
+            :func:`stepwell.launch`. None: ``$STEPWELL_KERNEL``, else ``"auto"``.
         gradients: What a rank's gradients mean. ``"local"``: its own; the service averages them over the ranks that
             have one. ``"replicated"``: equal on all ranks, as DDP leaves them; each rank pushes a share.
             ``"sharded"``: the part that this rank holds of an averaged gradient, as FSDP2 leaves it; each rank pushes
@@ -123,6 +126,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         rank: int | None = None,
         world_size: int | None = None,
         num_shards: int | None = None,
+        kernel: KernelChoice | None = None,
         gradients: Gradients | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         max_grad_norm: float | None = None,
@@ -146,7 +150,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         spec, params, holdings = self._describe_job()
         device = params[0].device if params else torch.device("cpu")
         transport = resolve_service(
-            service, rank=rank, world_size=self._world_size, num_shards=num_shards, device=device
+            service, rank=rank, world_size=self._world_size, num_shards=num_shards, kernel=kernel, device=device
         )
         self._worker = Worker(transport, spec, params, rank, holdings)
         self._show_service()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..sharding.checkpoint import build_manifest, check_restorable, read_manifest, write_manifest
+from ..sharding.compiling import Kernel
 from ..sharding.coverage import require_exact_cover
 from ..sharding.errors import (
     CoverageError,
@@ -49,6 +50,7 @@ class Coordinator:
         self._config = config
         self._shards: list[Any] = []
         self._generation = 0
+        self._kernel: Kernel = "eager"
         self._spec: JobSpec | None = None
         self._timeline = 0
         self._loaded = asyncio.Event()
@@ -63,6 +65,8 @@ class Coordinator:
     async def start(self, shards: Sequence[Any]) -> None:
         """Take the shards and form their group; called once, by the launcher."""
         self._shards = list(shards)
+        kernels = await self._all("kernel", what="the shards to look for a compiler")
+        self._kernel = "eager" if "eager" in kernels else "compiled"
         await self._form_group()
 
     async def describe(self) -> tuple[ServiceConfig, list[Any]]:
@@ -80,7 +84,7 @@ class Coordinator:
             CoverageError: If the ranks leave a gap, or overlap.
             UnknownRankError: If the rank is not below the world size.
         """
-        spec = dataclasses.replace(unpack_job(job), chunk_numel=self._config.chunk_numel)
+        spec = self._as_served(unpack_job(job))
         if not 0 <= rank < spec.world_size:
             raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
         async with self._changing:
@@ -175,7 +179,7 @@ class Coordinator:
         async with self._changing:
             manifest = await asyncio.to_thread(read_manifest, uri)
             if self._spec is None:
-                await self._lay_out(dataclasses.replace(manifest.spec, chunk_numel=self._config.chunk_numel))
+                await self._lay_out(self._as_served(manifest.spec))
             else:
                 check_restorable(manifest, self._spec, uri)
             try:
@@ -305,6 +309,10 @@ class Coordinator:
             await self._lay_out(dataclasses.replace(spec, batches=theirs.batches))
             for rank in self._workers:
                 await self._admit(rank)
+
+    def _as_served(self, spec: JobSpec) -> JobSpec:
+        """A job with what the service decides about it."""
+        return dataclasses.replace(spec, chunk_numel=self._config.chunk_numel, kernel=self._kernel)
 
     async def _lay_out(self, spec: JobSpec) -> None:
         await self._all("register", pack_job(spec), what="the shards to allocate their buffers")

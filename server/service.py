@@ -10,10 +10,11 @@ import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..sharding.compiling import KernelChoice
 from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoundError, StepwellError
 from . import cluster
 from .calls import wait_for
-from .config import NAMESPACE, Placement, ServiceConfig
+from .config import NAMESPACE, Placement, ServiceConfig, default_kernel
 from .coordinator import FORMING_TIMEOUT_S, STATE_TIMEOUT_S, Coordinator
 from .shard_actor import ShardActor
 
@@ -130,6 +131,7 @@ def launch(
     num_cpus_per_shard: float = 1,
     placement: Placement = "SPREAD",
     chunk_numel: int | None = None,
+    kernel: KernelChoice | None = None,
     restore: str | None = None,
     worker_timeout_s: float = 1800.0,
     placement_timeout_s: float = 60.0,
@@ -144,6 +146,9 @@ def launch(
         num_cpus_per_shard: CPUs of each.
         placement: Ray's placement strategy for them.
         chunk_numel: Elements in a chunk, a power of two; None chooses by the model's size. Never touches the result.
+        kernel: How kernels run: ``"compiled"`` (once for each rule and machine, some seconds), ``"eager"``, which is
+            several times slower, or ``"auto"``: compiled where there is a compiler. The bits depend on it; the job and
+            its checkpoints record it. None: ``$STEPWELL_KERNEL``, else ``"auto"``.
         restore: A checkpoint to begin with.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long to wait for room in the cluster.
@@ -161,6 +166,7 @@ def launch(
         num_cpus_per_shard=num_cpus_per_shard,
         placement=placement,
         chunk_numel=chunk_numel,
+        kernel=default_kernel() if kernel is None else kernel,
         detached=name is not None,
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from ..sharding.checkpoint import CheckpointReader, ShardFile, read_manifest, shard_file_name, write_shard
+from ..sharding.compiling import Kernel, resolve_kernel
 from ..sharding.coverage import Gradients, Part
 from ..sharding.errors import (
     NotRegisteredError,
@@ -27,6 +28,7 @@ from ..sharding.push import Push
 from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
+from ..sharding.warm_up import warm_up
 from .collective import Collective, GroupStore, drive
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .messages import (
@@ -109,13 +111,21 @@ class ShardActor:
 
     # The job and its state; called by the coordinator
 
+    async def kernel(self) -> Kernel:
+        """How passes can run here."""
+        kernel: Kernel = await self._compute(lambda: resolve_kernel(self._config.kernel, self._device))
+        return kernel
+
     async def register(self, job: bytes) -> None:
-        """Lay out a job and allocate its buffers."""
+        """Lay out a job, allocate its buffers and compile its kernels."""
         spec = unpack_job(job)
         self._shard = None  # else there would be memory for two
-        self._shard = await self._compute(
-            lambda: Shard(spec, shard=self._index, num_shards=self._config.num_shards, device=self._device)
-        )
+
+        def lay_out() -> Shard:
+            warm_up(spec, self._device)
+            return Shard(spec, shard=self._index, num_shards=self._config.num_shards, device=self._device)
+
+        self._shard = await self._compute(lay_out)
 
     async def admit(self, rank: int, incarnation: str, holdings: bytes) -> None:
         """Let a worker's process push as ``rank``."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 import torch
 from torch import Tensor
 
-from ..optim import MASTER_PARAM, TILE_NUMEL, Rule, Slot, Tiles
+from ..optim import MASTER_PARAM, TILE_NUMEL, Rule, Slot, strided
 from .coverage import Runs
 from .keys import Keys, KeyState
 from .layout import Extent, Layout, Piece
@@ -50,29 +50,37 @@ class ExtentBuffers:
     Attributes:
         extent: The extent.
         tiles: The tiles that the shard owns.
+        device: Where they live.
         slots: Slot name to ``(len(tiles), width)`` in the slot's dtype; ``master_param`` among them.
-        tensor_of_tile: ``(len(tiles),)`` int64 on the CPU.
+        stride: Of the rule's strided slots; 1 if it has none.
+        tensor_of_tile: ``(len(tiles),)`` int64, on the device; ``tensor_of_tile_on_cpu`` is the same on the CPU.
+        index_in_tensor: ``(len(tiles),)`` int64 on the device, the position of each tile in its tensor.
+        sinks: ``(len(tiles), 256)`` in the model's dtype, memory of workers that new parameters are written to as well.
     """
 
     def __init__(self, extent: Extent, tiles: range, rule: Rule, device: torch.device) -> None:
         self.extent = extent
         self.tiles = tiles
+        self.device = device
+        self.sinks: tuple[Tensor, ...] = ()
         self._declared = {slot.name: slot for slot in (MASTER, *rule.slots)}
         self.slots = {
             name: torch.zeros(len(tiles), slot.width, dtype=slot.dtype(extent.dtype), device=device)
             for name, slot in self._declared.items()
         }
         owned = slice(tiles.start, tiles.stop)
-        self.tensor_of_tile = torch.from_numpy(extent.tensor_of_tile[owned])
+        self.tensor_of_tile_on_cpu = torch.from_numpy(extent.tensor_of_tile[owned])
+        self.tensor_of_tile = self.tensor_of_tile_on_cpu.to(device)
         self._valid_numel = torch.from_numpy(extent.valid_numel[owned])
         self._index_in_tensor = torch.from_numpy(extent.index_in_tensor[owned])
+        self.index_in_tensor = self._index_in_tensor.to(device)
         tail_rows = torch.nonzero(self._valid_numel < TILE_NUMEL)
         columns = torch.arange(TILE_NUMEL)
         is_padding = columns >= self._valid_numel[tail_rows]
         self._padding = (tail_rows * TILE_NUMEL + columns)[is_padding]
         strides = {slot.stride for slot in rule.slots if slot.stride > 1}
         assert len(strides) <= 1, "a rule has one stride"
-        self._stride = next(iter(strides), 1)
+        self.stride = next(iter(strides), 1)
 
     @property
     def numel(self) -> int:
@@ -93,23 +101,6 @@ class ExtentBuffers:
     def size_bytes(self) -> int:
         """Bytes of all buffers."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.slots.values())
-
-    def view(self, rows: slice, grad: Tensor) -> Tiles:
-        """The tiles of ``rows`` (relative to the owned ones), as a pass reads them."""
-        slots = {name: buffer[rows].to(self.extent.dtype) for name, buffer in self.slots.items() if name != MASTER.name}
-        param = self.slots[MASTER.name][rows]
-        if self._stride == 1:
-            return Tiles(param, grad[rows], slots)
-        first = (-self._index_in_tensor[rows] * TILE_NUMEL) % self._stride
-        index = first[:, None] + torch.arange(-(-TILE_NUMEL // self._stride)) * self._stride
-        valid = index < TILE_NUMEL
-        index = torch.where(valid, index, 0)
-        return Tiles(param, grad[rows], slots, index.to(param.device), valid.to(param.device))
-
-    def store(self, rows: slice, slots: dict[str, Tensor]) -> None:
-        """Write what a pass returned, rounded to the slots' dtypes."""
-        for name, values in slots.items():
-            self.slots[name][rows].copy_(values)
 
     def pieces(self, slot: str) -> Iterator[Piece]:
         """The owned parts of every tensor's ``slot``."""
@@ -220,8 +211,9 @@ class Buffers:
 
     def copy_param(self, slot: Slot, buffers: ExtentBuffers, rows: range) -> None:
         """Set rows of a slot to the (strided) parameters."""
-        tiles = buffers.view(slice(rows.start, rows.stop), buffers.slots[MASTER.name])
-        values = tiles.sliced(tiles.param) if slot.stride > 1 else tiles.param
+        where = slice(rows.start, rows.stop)
+        param = buffers.slots[MASTER.name][where]
+        values = param if slot.stride == 1 else strided(buffers.index_in_tensor[where], slot.stride).of(param)
         buffers.slots[slot.name][rows.start : rows.stop].copy_(values)
 
     def reload(self, param: int, value: Tensor, never_stepped: bool, *, offset: int = 0) -> None:

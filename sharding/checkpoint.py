@@ -123,7 +123,8 @@ class Manifest:
                     f"{uri}: expected a checkpoint of format {FORMAT_VERSION} or older, got {fields['version']}; "
                     "read it with a newer Stepwell"
                 )
-            spec = JobSpec.from_dict(fields["job"])
+            # Before kernels were compiled, checkpoints did not say that theirs were not.
+            spec = JobSpec.from_dict({"kernel": "eager", **fields["job"]})
             spec.rule.check_scalars(fields["scalars"], spec.num_groups)
             return cls(
                 spec=spec,

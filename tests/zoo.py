@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stepwell.optim import TILE_NUMEL, Rule
 from stepwell.sharding.buffers import MASTER, StateSource
+from stepwell.sharding.compiling import Kernel
 from stepwell.sharding.inprocess import ShardGroup
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout, ParamSpec, dtype_from_name
@@ -280,6 +281,7 @@ class Run:
         wire_dtype: What the gradients are pushed in; None for the state's dtype.
         source: The state to begin with; None for the problem's initial parameters.
         rank_0: Fields of the headers of rank 0, in each of its pushes.
+        kernel: How passes run.
     """
 
     def __init__(
@@ -294,10 +296,11 @@ class Run:
         wire_dtype: torch.dtype | None = None,
         source: StateSource | None = None,
         rank_0: Mapping[str, object] | None = None,
+        kernel: Kernel = "eager",
     ) -> None:
         self.problem, self.rule, self.world_size, self.wire_dtype = problem, rule, world_size, wire_dtype
         self.rank_0 = dict(rank_0 or {})
-        spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, chunk_numel)
+        spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, chunk_numel, kernel=kernel)
         self.group = ShardGroup(spec, num_shards=num_shards)
         self.group.load(source or initial_state(problem), timeline=1)
         for rank in range(world_size):

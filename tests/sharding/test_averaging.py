@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stepwell.optim import AdamWRule, ProdigyRule, Rule
-from stepwell.sharding.averaging import average, count_nonfinite
+from stepwell.sharding.gradient import average
 from stepwell.sharding.push import pack_present
 from stepwell.sharding.vote import Decision
 from tests.zoo import Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, views
@@ -28,8 +28,12 @@ def mean_of(run: Run, gradients: list[dict[int, Tensor]]) -> list[Tensor]:
     present = torch.tensor([[i in part for i in range(NUM_TENSORS)] for part in gradients])
     flat: list[list[Tensor]] = []
     for index, shard in enumerate(run.group.shards):
-        parts = average([push[index] for push in pushes], present, shard.buffers)
-        flat.append([part.reshape(-1) for part in parts])
+        gradient = average([push[index] for push in pushes], present, shard.buffers)
+        means = [
+            grad.mean(extent.tensor_of_tile, extent.extent.dtype)
+            for grad, extent in zip(gradient, shard.buffers.extents, strict=True)
+        ]
+        flat.append([mean.reshape(-1) for mean in means])
     return views(run.layout, [torch.cat(parts) for parts in zip(*flat, strict=True)])
 
 
@@ -130,11 +134,3 @@ def test_gradient_of_a_single_worker_is_not_written() -> None:
     before = [part.clone() for part in push.gradient]
     run.group.push([push])
     assert_same_tensors(push.gradient, before)
-
-
-def test_nonfinite_elements_are_counted() -> None:
-    fine = torch.full((3, 256), 3e38)
-    assert count_nonfinite([fine, torch.zeros(0, 256)]) == 0
-    bad = fine.clone()
-    bad[0, 5], bad[2, 255], bad[1, 1] = torch.nan, torch.inf, -torch.inf
-    assert count_nonfinite([fine, bad]) == 3
