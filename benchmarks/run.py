@@ -23,7 +23,7 @@ from harness import Row, tell
 
 FOLDER = Path(__file__).parent
 INTERRUPTED = 130
-LIMIT_S = 900.0
+LIMIT_S = 1200.0
 END_TIMEOUT_S = 30.0
 
 
