@@ -26,7 +26,7 @@ from contestants import (
     service_of,
     yardsticks,
 )
-from harness import Contestant, Race, Row, Spread, available_bytes, cores, main, race, tell
+from harness import Contestant, Race, Row, Spread, cores, left_out, main, race, tell
 from ranks import run_ranks, timed_together
 
 import stepwell
@@ -59,12 +59,11 @@ def rows(quick: bool) -> list[Row]:
 
 def by_parameters(numels: list[int], budget_s: float) -> list[Row]:
     """The step over models of growing size, two shards."""
-    needed, free = NEEDED_PER_PARAM * sum(numels), available_bytes()
-    if needed > free:
-        tell(f"left out: {numels} parameters need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are available")
-        return []
-    tell(f"growth: {', '.join(f'{numel / MILLION:g} M' for numel in numels)} parameters")
     names = {f"{numel / MILLION:g} M parameters": (numel, 2) for numel in numels}
+    needed_bytes = NEEDED_PER_PARAM * sum(numels)
+    if rows := left_out(", ".join(names), needed_bytes, section="growth with parameters"):
+        return rows
+    tell(f"growth: {', '.join(names)}")
     return _race_services(names, budget_s, axis="parameters", xs=[float(numel) for numel in numels])
 
 

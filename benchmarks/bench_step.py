@@ -38,12 +38,15 @@ from contestants import (
     service_of,
     yardsticks,
 )
-from harness import Contestant, Race, Row, available_bytes, cores, main, race, tell
+from harness import Contestant, Race, Row, cores, left_out, main, race, tell
 
 import stepwell
 
 PRODIGYOPT, PYTORCH_OPTIMIZER, FOREACH = "prodigyopt", "pytorch_optimizer's Prodigy", "torch AdamW, foreach"
 BACKWARD = "the backward alone"
+
+YARDSTICKS_MEMORY, THEIR_MEMORY, OUR_MEMORY = 16, 20, 40
+"""Bytes of memory per parameter: gradients and fused AdamW; another's parameters and state; ours, with buffers."""
 
 THEIRS: dict[str, tuple[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], int]] = {
     PRODIGYOPT: (functools.partial(prodigyopt.Prodigy, growth_rate=GROWTH_RATE), STEP_BYTES["Prodigy"]),
@@ -163,13 +166,13 @@ def rows(quick: bool) -> list[Row]:
 
 def given(size: Size, field: Field, *, is_first: bool) -> list[Row]:
     """The steps alone, over gradients that lie there."""
-    workload = Workload(size.shapes)
-    if not has_room(size, field, workload.numel):
-        return []
+    section, workload = f"step, {size.name}, gradient given", Workload(size.shapes)
+    names = ", ".join(entry.name for entry in field.entries)
+    if rows := left_out(names, needed_bytes(field, workload.numel), section=section):
+        return rows
     with optimizers(workload, field, with_grads=True) as entered:
         contestants = [Contestant(name, optimizer.step, num) for name, (optimizer, _, num) in entered.items()]
         found = race(contestants, yardsticks=yardsticks(workload), budget_s=size.budget_s)
-    section = f"step, {size.name}, gradient given"
     result = found.machine(section) if is_first else []
     result += [
         found.row(
@@ -190,9 +193,10 @@ def given(size: Size, field: Field, *, is_first: bool) -> list[Row]:
 
 def behind(size: Size, field: Field) -> list[Row]:
     """Training steps, beyond what their backward takes."""
-    workload = Workload(size.shapes)
-    if not has_room(size, field, workload.numel):
-        return []
+    section, workload = f"step, {size.name}, behind a backward", Workload(size.shapes)
+    names = ", ".join(entry.name for entry in field.entries)
+    if rows := left_out(names, needed_bytes(field, workload.numel), section=section):
+        return rows
     with optimizers(workload, field, with_grads=False) as entered:
         contestants = [
             Contestant(name, behind_backward(workload, params, optimizer), num)
@@ -206,7 +210,7 @@ def behind(size: Size, field: Field) -> list[Row]:
             other,
             scale=1e9 / workload.numel,
             beyond=BACKWARD,
-            section=f"step, {size.name}, behind a backward",
+            section=section,
             key=f"step/{size.name}/behind/{entry.name}/{other}",
         )
         for entry, other in pairs(field, found)
@@ -258,13 +262,9 @@ def optimizers(workload: Workload, field: Field, *, with_grads: bool) -> Iterato
         yield entered
 
 
-def has_room(size: Size, field: Field, numel: int) -> bool:
-    """Whether memory has room for everybody's parameters, state and buffers; says so where it has not."""
-    per_param = 16 + 20 * len(field.theirs) + 40 * len(field.entries)
-    needed, free = per_param * numel, available_bytes()
-    if needed > free:
-        tell(f"left out, {size.name}: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are available")
-    return needed <= free
+def needed_bytes(field: Field, numel: int) -> int:
+    """Memory for everybody's parameters, state and buffers, and for what is on its way to shards."""
+    return (YARDSTICKS_MEMORY + THEIR_MEMORY * len(field.theirs) + OUR_MEMORY * len(field.entries)) * numel
 
 
 if __name__ == "__main__":

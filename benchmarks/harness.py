@@ -271,6 +271,23 @@ def available_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
+def left_out(name: str, needed_bytes: int, *, section: str) -> list[Row]:
+    """A row that says so where memory has no room for a race; none where it has."""
+    free = available_bytes()
+    if needed_bytes <= free:
+        return []
+    tell(f"left out: {name} needs {needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are available")
+    row = Row(
+        name=f"left out: {name}",
+        ours=needed_bytes / 2**30,
+        theirs=free / 2**30,
+        unit="GiB needed",
+        against="available",
+        section=section,
+    )
+    return [row]
+
+
 def tell(message: str) -> None:
     """Say on stderr how far a benchmark is."""
     print(f"  {message}", file=sys.stderr, flush=True)

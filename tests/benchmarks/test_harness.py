@@ -9,7 +9,7 @@ import pytest
 import torch
 from contestants import Workload, layered, lora
 from goals import Goal, judge
-from harness import Contestant, Race, Row, race
+from harness import Contestant, Race, Row, available_bytes, left_out, race
 from report import write
 
 
@@ -93,6 +93,13 @@ def test_judge_says_by_how_much_a_goal_is_missed(
 def test_row_keeps_what_it_has_no_field_for() -> None:
     row = Row.from_dict({"name": "save", "ours": 1.0, "theirs": 2.0, "ratio": 0.5, "unit": "s", "folder": "/tmp"})
     assert (row.name, row.ratio, row.note) == ("save", 0.5, "folder /tmp")
+
+
+def test_left_out_says_what_memory_lacks() -> None:
+    assert left_out("a", 1, section="s") == []
+    row = left_out("a", 2 * available_bytes(), section="s")[0]
+    assert row.theirs is not None
+    assert row.ours > row.theirs > 0
 
 
 def test_report_writes_page_json_and_picture(tmp_path: Path) -> None:
