@@ -70,8 +70,8 @@ def _page(rows: Sequence[Row], verdicts: Sequence[Verdict], failures: Sequence[s
         f"Written by `make bench` on {about['date']}: {about['cores']} cores ({about['cpu']}), "
         f"torch {about['torch']}, {about['taken_s']:.0f} s in all, load {about['load_before']:.1f} before.\n",
         *(["**With --quick: these are no figures.**\n"] if about["quick"] else []),
-        f"Who steps in one process has {about['cores']} threads; a service's shards have as many together, at least one "
-        "each; of several ranks each has its share.\n",
+        f"Who steps in one process has {about['cores']} threads; a service's shards have as many together, one at "
+        "least each; of several ranks each has its share.\n",
         "Contestants took turns, finely interleaved in one run. A ratio is the median over rounds of our time over "
         "theirs in the same round, with its quartiles; below 1 we are faster. GB/s are the bytes that must move over "
         "the median time; the last column sets them against those of torch's fused AdamW right before, in the same "
