@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder for the results")
     parser.add_argument("--rows-of", metavar="TOPIC", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else nobody would end the topic that runs
+    # Whoever starts this may have them ignored or left to end this process alone; the topic that runs has to end too.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         _main(parser, arguments)
     except KeyboardInterrupt:
