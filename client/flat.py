@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,14 @@ from torch import Tensor
 from ..optim import TILE_NUMEL
 from ..sharding.coverage import Coverage, Part
 from ..sharding.layout import Extent, Layout, wire_dtype
+
+Allocate = Callable[[Sequence[tuple[int, torch.dtype]], torch.device], list[Tensor]]
+"""Gives flat tensors, all zero, of these numbers of elements and dtypes on a device."""
+
+
+def allocate_zeros(sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor]:
+    """Memory of this process alone."""
+    return [torch.zeros(numel, dtype=dtype, device=device) for numel, dtype in sizes]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,11 +28,15 @@ class Place:
     Attributes:
         param: Parameter index.
         offset: Where the run begins in the flattened parameter.
+        part: Which of the buffer's parts it lies in.
+        start: Where it begins there.
         view: ``(numel,)`` of the buffer.
     """
 
     param: int
     offset: int
+    part: int
+    start: int
     view: Tensor
 
 
@@ -36,10 +48,13 @@ class FlatBuffer:
         coverage: Where the rank's part lies in it; None for everything.
         device: Where the buffer lives.
         part: Which of the rank's two coverages it is.
-        parts: Memory to use, of at least the sizes needed and all zero; None allocates it.
+        parts: Memory to use, of at least the sizes needed and with zeros as padding; None allocates it.
+        dtype: What to hold, where there is no memory to use; None takes each extent's wire dtype.
+        in_place: Whether a model's parameters may be views of the buffer, see :class:`ParameterViews`.
+        allocate: Where memory comes from otherwise.
 
     Attributes:
-        parts: Per extent ``(coverage.numel(extent),)`` in the extent's wire dtype.
+        parts: Per extent ``(coverage.numel(extent),)``.
         places: Every run of every parameter, in order.
     """
 
@@ -51,13 +66,16 @@ class FlatBuffer:
         coverage: Coverage | None = None,
         part: Part = "held",
         parts: Sequence[Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        in_place: bool = False,
+        allocate: Allocate = allocate_zeros,
     ) -> None:
-        self.part = part
+        self.part, self.in_place = part, in_place
         self._coverage = Coverage.whole(layout) if coverage is None else coverage
         if parts is None:
             sizes = (self._coverage.numel(index) for index in range(len(layout.extents)))
-            dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
-            parts = [torch.zeros(n, dtype=dtype, device=device) for n, dtype in zip(sizes, dtypes, strict=True)]
+            dtypes = (dtype or wire_dtype(layout, extent) for extent in layout.extents)
+            parts = allocate(list(zip(sizes, dtypes, strict=True)), device)
         self.parts = [each[: self._coverage.numel(index)] for index, each in enumerate(parts)]
         self._shard_parts: dict[tuple[int, int], list[Tensor]] = {}
         self.places = tuple(
@@ -91,5 +109,5 @@ def _places(layout: Layout, extent: Extent, packed: Tensor, coverage: Coverage, 
         runs, where = coverage.within(index, start, start + layout.params[param].numel)
         taken = where.start
         for first, last in runs.tolist():
-            yield Place(param, first, packed[taken : taken + last - first])
+            yield Place(param, first, index, taken, packed[taken : taken + last - first])
             taken += last - first

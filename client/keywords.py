@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..optim import Rule
@@ -36,6 +37,8 @@ class ServiceOptions(TypedDict, total=False):
     weight_decay_mask: WeightDecayMask | None
     state_dict_form: Literal["torch", "reference"]
     checkpoint_uri: str | None
+    overlap: bool
+    gradient_dtype: torch.dtype | None
 
 
 def make_rule(rule: Callable[..., R], **fields: object) -> R:

@@ -1,37 +1,49 @@
-"""Shards as Ray actors, reached from any node of the cluster through Ray's object store, with flat numpy arrays."""
+"""Shards as Ray actors, reached from any node of the cluster.
+
+A step is one call to each shard. Gradients and parameters lie in memory that worker and shard both have mapped, where
+they are on one node; else they travel through Ray's object store, as flat numpy arrays.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+import torch
 from torch import Tensor
 
-from ..server.calls import wait_for
+from ..server.calls import wait_for, wait_for_all
 from ..server.config import COLLECTIVE_MARGIN_S
 from ..server.messages import (
+    Exchange,
     LoadHeader,
     Registration,
+    Target,
     from_wire,
+    pack_exchange,
     pack_holdings,
     pack_job,
     pack_push,
+    pack_target,
     to_wire,
     values_to_wire,
 )
 from ..server.service import Service
 from ..sharding.coverage import Holdings
-from ..sharding.errors import ServiceError, ShardLostError, StepwellError
+from ..sharding.errors import SegmentError, ServiceError, ShardLostError, StepwellError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, dtype_name
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
 from ..sharding.reports import ShardStatus, StepResult
+from ..sharding.segments import Placement, allocate
 from ..sharding.vote import Decision
-from .flat import FlatBuffer
+from .flat import FlatBuffer, allocate_zeros
+from .node_memory import NodeMemory
 from .transport import Transport, join_pieces
 
 STATE_TIMEOUT_S = 1800.0
@@ -50,6 +62,8 @@ class ObjectStoreTransport(Transport):
         self.service: Service = service
         self._owned, self._is_closed = owned, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
+        self._memory = NodeMemory()
+        self._placements: weakref.WeakKeyDictionary[FlatBuffer, list[Placement | None]] = weakref.WeakKeyDictionary()
 
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """See :class:`Transport`."""
@@ -61,6 +75,15 @@ class ObjectStoreTransport(Transport):
     def attach(self, layout: Layout, rank: int) -> None:
         """See :class:`Transport`."""
         self._layout, self._rank = layout, rank
+
+    def allocate(self, sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor]:
+        """See :class:`Transport`; shared with the shards of this node.
+
+        Raises:
+            SegmentError: If there is not enough memory.
+        """
+        shared = self._memory.allocate(sizes, device)
+        return allocate_zeros(sizes, device) if shared is None else shared
 
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
@@ -88,38 +111,19 @@ class ObjectStoreTransport(Transport):
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
     ) -> StepResult:
         """See :class:`Transport`."""
-        shards, request = self.service.shards, pack_push(header)
+        push, calls = pack_push(header), []
         changed = {index: to_wire(value) for index, value in reloaded.items()}
-        dtypes = [dtype_name(part.dtype) for part in params.parts]
-        pushes, pulls = [], []
-        for index, shard in enumerate(shards):
-            parts = gradient.shard_parts(self._layout, index, len(shards))
-            pushes.append(shard.push.remote(request, [to_wire(part) for part in parts], changed))
-            pulls.append(
-                shard.pull.remote(
-                    header.timeline,
-                    header.sequence,
-                    header.rank,
-                    header.incarnation,
-                    header.attempt,
-                    dtypes,
-                    params.part,
-                    self._step_timeout_s,
-                )
-            )
-        try:
-            _require_none(
-                wait_for(
-                    pushes, timeout_s=STATE_TIMEOUT_S, what=f"the shards to take the push of step {header.sequence}"
-                )
-            )
-        except StepwellError:
-            for pull in pulls:
-                ray.cancel(pull)
-            raise
-        replies = self._wait(pulls, what=f"step {header.sequence}")
-        _require_none([reply for reply, _ in replies])
-        _require_none([reply.error for reply, _ in replies])
+        for index, shard in enumerate(self.service.shards):
+            place, target = self._placement(gradient, index), self._target(params, index)
+            request = pack_exchange(Exchange(push, place, target, self._step_timeout_s))
+            parts = [] if place is not None else map(to_wire, self._parts(gradient, index))
+            # Nothing but the request in the common case: each argument more costs Ray time.
+            calls.append(shard.exchange.remote(request, *([list(parts), changed] if parts or changed else [])))
+        what = f"step {header.sequence}"
+        replies = wait_for_all(calls, refusal=_refusal, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
+        for reply, _ in replies:
+            if reply.error is not None:
+                raise reply.error
         result: StepResult = replies[0][0]
         if result.decision is Decision.COMMIT:
             self._fill(params, [parts for _, parts in replies])
@@ -147,8 +151,10 @@ class ObjectStoreTransport(Transport):
 
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
-        dtypes = [dtype_name(part.dtype) for part in params.parts]
-        calls = [shard.parameters.remote(dtypes, self._rank, params.part) for shard in self.service.shards]
+        calls = [
+            shard.parameters.remote(self._rank, pack_target(self._target(params, index)))
+            for index, shard in enumerate(self.service.shards)
+        ]
         self._fill(params, self._wait(calls, what="the parameters"))
 
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
@@ -171,20 +177,52 @@ class ObjectStoreTransport(Transport):
                 self._ask("wait_until_left", others, LEAVE_TIMEOUT_S, what="the other ranks")
             else:
                 self._ask("leave", rank, what="the coordinator")
+                calls = [shard.forget.remote(rank) for shard in self.service.shards]
+                wait_for(calls, timeout_s=LEAVE_TIMEOUT_S, what="the shards to forget this worker")
         if self._owned:
             self.service.shutdown()
 
     def _fill(self, params: FlatBuffer, replies: Sequence[Sequence[Any]]) -> None:
+        """Take what shards sent; those that write to this worker's memory have sent nothing."""
         for index, parts in enumerate(replies):
-            targets = params.shard_parts(self._layout, index, len(replies))
-            for target, wire in zip(targets, parts, strict=True):
-                target.copy_(from_wire(wire))
+            if self._placement(params, index) is None:
+                for target, wire in zip(self._parts(params, index), parts, strict=True):
+                    target.copy_(from_wire(wire))
+
+    def _parts(self, buffer: FlatBuffer, shard: int) -> list[Tensor]:
+        return buffer.shard_parts(self._layout, shard, len(self.service.shards))
+
+    def _placement(self, buffer: FlatBuffer, shard: int) -> Placement | None:
+        """Where a shard finds its part of a buffer; None if it has to travel."""
+        if not self._memory.is_near[shard]:
+            return None
+        if buffer not in self._placements:
+            shards = range(len(self.service.shards))
+            self._placements[buffer] = [self._memory.placement(self._parts(buffer, index)) for index in shards]
+        return self._placements[buffer][shard]
+
+    def _target(self, params: FlatBuffer, shard: int) -> Target:
+        dtypes = tuple(dtype_name(part.dtype) for part in params.parts)
+        return Target(params.part, dtypes, self._placement(params, shard))
+
+    def _look_around(self) -> None:
+        """Find out which shards can map this process's memory; a restarted one may be on another node."""
+        try:
+            segment, _ = allocate([])
+        except SegmentError as error:
+            self._memory.note([str(error)] * len(self.service.shards))
+            return
+        node: str = ray.get_runtime_context().get_node_id()
+        probe = pack_target(Target("held", (), Placement(segment.address, ())))
+        calls = [shard.reach.remote(node, probe) for shard in self.service.shards]
+        self._memory.note(self._wait(calls, what="the shards to look for shared memory"))
 
     def _wait(self, calls: Sequence[Any], *, what: str) -> list[Any]:
         return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
 
     def _ask_where(self, method: str, *args: Any, what: str) -> Registration:
         registration: Registration = self._ask(method, *args, what=what)
+        self._look_around()
         return registration
 
     def _ask(self, method: str, *args: Any, what: str) -> Any:
@@ -199,8 +237,6 @@ def _put(values: PieceValues) -> list[Any]:
     return [ray.put(values_to_wire(values))] if values else []
 
 
-def _require_none(replies: Sequence[Any]) -> None:
-    """Raise the first error among the shards' replies."""
-    for reply in replies:
-        if isinstance(reply, StepwellError):
-            raise reply
+def _refusal(reply: tuple[StepResult | StepwellError, Any]) -> StepwellError | None:
+    """Why a shard refused a push, if it did."""
+    return reply[0] if isinstance(reply[0], StepwellError) else None

@@ -59,6 +59,7 @@ class Slot:
         flat: Whether the reference's state dict keeps it flattened, not in the parameter's shape.
         kept_in: ``"state"`` for the state dtype, or ``"bfloat16"``: a pass reads it as the state dtype all the same,
             and what it returns is rounded.
+        constant: No pass returns it: it changes with the parameter's registration, or by hand, alone.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Slot:
     stride: int = 1
     flat: bool = False
     kept_in: Literal["state", "bfloat16"] = "state"
+    constant: bool = False
 
     @property
     def width(self) -> int:

@@ -6,12 +6,12 @@ It is on no step's path and holds nothing that the shards do not know: a step ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..sharding.checkpoint import build_manifest, check_restorable, read_manifest, write_manifest
 from ..sharding.compiling import Kernel
 from ..sharding.coverage import require_exact_cover
 from ..sharding.errors import (
@@ -20,9 +20,11 @@ from ..sharding.errors import (
     ServiceError,
     ServiceTimeoutError,
     ShardLostError,
+    StepwellError,
     UnknownRankError,
 )
 from ..sharding.job import JobSpec
+from ..sharding.manifest import build_manifest, check_restorable, read_manifest, write_manifest
 from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
 from .calls import gather
@@ -61,6 +63,9 @@ class Coordinator:
         self._starting = Rendezvous(self._load_parts, what="all ranks to hand in their parameters")
         self._extending = Rendezvous(self._extend, what="all ranks to add a parameter group")
         self._changing = asyncio.Lock()
+        self._saving, self._written = asyncio.Lock(), asyncio.Event()
+        self._written.set()
+        self._saves: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, shards: Sequence[Any]) -> None:
         """Take the shards and form their group; called once, by the launcher."""
@@ -194,24 +199,34 @@ class Coordinator:
             self._loaded.set()
             return await self._registration()
 
-    async def save(self, uri: str) -> int:
-        """Write a checkpoint between two steps; returns the number of steps in it.
+    async def begin_save(self, uri: str) -> tuple[str, int]:
+        """Keep the state as it is between two steps, and begin to write it while steps go on.
 
-        Ranks that ask for the same one, between the same two steps, get it written once.
+        Saves are written one after the other: this waits for the one before. Ranks that ask for the same one, between
+        the same two steps, get it written once.
+
+        Returns:
+            A name for :meth:`end_save`, and the number of steps in the checkpoint.
         """
-        async with self._changing:
-            spec = self._require_spec()
-            try:
-                status = await self._settle()
-                if self._saved is not None and await asyncio.to_thread(self._saved.serves, uri, spec, status):
-                    return status.step
-                files = await self._all("save", uri, uuid.uuid4().hex[:12], what=f"the shards to write {uri}")
-                manifest = build_manifest(spec, files, status)
-                await asyncio.to_thread(write_manifest, uri, manifest)
-                self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, spec, status)
-            finally:
-                await self._all("release", what="the shards to go on")
-        return status.step
+        async with self._saving:
+            await self._written.wait()
+            async with self._changing:
+                spec, save_id = self._require_spec(), uuid.uuid4().hex[:12]
+                try:
+                    status = await self._settle()
+                    if self._saved is None or not await asyncio.to_thread(self._saved.serves, uri, spec, status):
+                        await self._all("snapshot", save_id, what="the shards to keep their state")
+                        self._written.clear()
+                        self._saves[save_id] = asyncio.create_task(self._write(save_id, uri, spec, status))
+                finally:
+                    await self._all("release", what="the shards to go on")
+            return save_id, status.step
+
+    async def end_save(self, save_id: str) -> None:
+        """Wait until the checkpoint is complete; to be called once."""
+        save = self._saves.pop(save_id, None)
+        if save is not None:  # else a checkpoint that was there already served
+            await save
 
     async def status(self) -> tuple[ServiceConfig, JobSpec | None, int, list[ShardStatus | None]]:
         """Settings, job, generation and every shard's status."""
@@ -232,6 +247,22 @@ class Coordinator:
         return True
 
     # Within
+
+    async def _write(self, save_id: str, uri: str, spec: JobSpec, status: ShardStatus) -> None:
+        """Have the shards write what they keep for a save, then the manifest."""
+        is_complete = False
+        try:
+            files = await self._all("save", save_id, uri, what=f"the shards to write {uri}")
+            manifest = build_manifest(spec, files, status)
+            async with self._changing:  # a restore of the checkpoint that this one replaces may be reading its files
+                await asyncio.to_thread(write_manifest, uri, manifest)
+            is_complete = True
+            self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, spec, status)
+        finally:
+            if not is_complete:
+                with contextlib.suppress(StepwellError):  # what made the save fail is the news
+                    await self._all("give_up_save", save_id, uri, what="the shards to give the save up")
+            self._written.set()
 
     async def _await_ranks(self) -> None:
         """Wait until all ranks are here: each of them loads, and one that came after would wait for another load."""

@@ -11,7 +11,7 @@ import math
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..sharding.buffers import StateSource
-from ..sharding.coverage import Holdings
+from ..sharding.coverage import Holdings, Part
 from ..sharding.errors import (
     DTypeMismatchError,
     MessageError,
@@ -29,9 +29,10 @@ from ..sharding.errors import (
     UnsupportedParameterError,
 )
 from ..sharding.job import JobSpec
-from ..sharding.layout import ParamSpec, dtype_from_name, dtype_name
+from ..sharding.layout import DTYPE_NAMES, ParamSpec, dtype_from_name, dtype_name
 from ..sharding.pieces import HeldPieces, PieceValues
 from ..sharding.push import PushHeader
+from ..sharding.segments import TOKEN_BYTES, Address, Placement, Span
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 2**28
@@ -74,6 +75,38 @@ class LoadHeader:
     skipped_steps: int = 0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """Where a rank's parameters go.
+
+    Attributes:
+        part: Which of the rank's two coverages.
+        dtypes: Per extent, the wire's dtype by name.
+        placement: Memory of the worker's for them, per extent; None for the reply.
+    """
+
+    part: Part
+    dtypes: tuple[str, ...]
+    placement: Placement | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exchange:
+    """A push and what its sender wants for it, but for the tensors that travel beside it.
+
+    Attributes:
+        push: The push's header, packed: it is the same for every shard.
+        gradient: Memory of the worker's that the gradient lies in, per extent; None if it travels.
+        target: Where the parameters go.
+        timeout_s: How long the sender waits for the step to be decided.
+    """
+
+    push: bytes
+    gradient: Placement | None
+    target: Target
+    timeout_s: float
+
+
 def pack_push(header: PushHeader) -> bytes:
     """A push's header as bytes."""
     fields = {field.name: getattr(header, field.name) for field in dataclasses.fields(header)}
@@ -102,7 +135,36 @@ def unpack_push(data: bytes) -> PushHeader:
         max_grad_value=_field(fields, "max_grad_value", lambda value: value is None or _is_positive(value)),
         grad_scale=_field(fields, "grad_scale", lambda value: _is_positive(value) and _is_finite(value)),
         found_inf=_field(fields, "found_inf", lambda value: isinstance(value, bool)),
+        max_abs=_field(fields, "max_abs", lambda value: value is None or (_is_finite(value) and value >= 0)),
     )
+
+
+def pack_exchange(exchange: Exchange) -> bytes:
+    """What goes to one shard as bytes."""
+    gradient, target = _placement_fields(exchange.gradient), _target_fields(exchange.target)
+    fields = {"push": exchange.push, "gradient": gradient, "target": target, "timeout_s": exchange.timeout_s}
+    return _pack("exchange", fields)
+
+
+def unpack_exchange(data: bytes) -> Exchange:
+    """The reverse of :func:`pack_exchange`; raises as :func:`unpack_push`."""
+    fields = _unpack("exchange", data)
+    return Exchange(
+        push=_field(fields, "push", lambda value: isinstance(value, bytes)),
+        gradient=_placement(fields, "gradient"),
+        target=_target(_field(fields, "target", _is_fields)),
+        timeout_s=_field(fields, "timeout_s", lambda value: _is_positive(value) and _is_finite(value)),
+    )
+
+
+def pack_target(target: Target) -> bytes:
+    """A request for parameters as bytes."""
+    return _pack("target", _target_fields(target))
+
+
+def unpack_target(data: bytes) -> Target:
+    """The reverse of :func:`pack_target`; raises as :func:`unpack_push`."""
+    return _target(_unpack("target", data))
 
 
 def pack_job(spec: JobSpec) -> bytes:
@@ -120,6 +182,7 @@ def unpack_job(data: bytes) -> JobSpec:
     _field(fields, "world_size", _is_count)
     _field(fields, "chunk_numel", lambda value: value is None or _is_count(value))
     _field(fields, "gradients", lambda value: isinstance(value, str))
+    _field(fields, "kernel", lambda value: isinstance(value, str))
     _field(fields, "batches", lambda value: isinstance(value, list) and all(map(_is_count, value)))
     return JobSpec.from_dict(fields)
 
@@ -219,6 +282,63 @@ def _field(fields: Mapping[str, Any], name: str, is_valid: Callable[[Any], bool]
     if not is_valid(fields[name]):
         raise MessageError(f"field {name!r}: got {_describe(fields[name])}, which it cannot be")
     return fields[name]
+
+
+def _target_fields(target: Target) -> dict[str, Any]:
+    return {"part": target.part, "dtypes": target.dtypes, "placement": _placement_fields(target.placement)}
+
+
+def _target(fields: Mapping[str, Any]) -> Target:
+    return Target(
+        part=_field(fields, "part", _is_part),
+        dtypes=tuple(_field(fields, "dtypes", lambda value: isinstance(value, list) and all(map(_is_dtype, value)))),
+        placement=_placement(fields, "placement"),
+    )
+
+
+def _placement_fields(placement: Placement | None) -> list[Any] | None:
+    if placement is None:
+        return None
+    address = placement.address
+    spans = [(span.offset, span.numel, dtype_name(span.dtype)) for span in placement.spans]
+    return [address.pid, address.fd, address.size_bytes, address.token, spans]
+
+
+def _placement(fields: Mapping[str, Any], name: str) -> Placement | None:
+    packed = _field(fields, name, lambda value: value is None or _is_placement(value))
+    if packed is None:
+        return None
+    *address, spans = packed
+    return Placement(
+        Address(*address), tuple(Span(offset, numel, dtype_from_name(dtype)) for offset, numel, dtype in spans)
+    )
+
+
+def _is_placement(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 5:
+        return False
+    pid, fd, size_bytes, token, spans = value
+    is_address = all(map(_is_count, (pid, fd, size_bytes))) and isinstance(token, bytes) and len(token) == TOKEN_BYTES
+    return is_address and isinstance(spans, list) and all(map(_is_span, spans))
+
+
+def _is_span(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    offset, numel, dtype = value
+    return _is_count(offset) and _is_count(numel) and _is_dtype(dtype)
+
+
+def _is_dtype(value: object) -> bool:
+    return value in DTYPE_NAMES
+
+
+def _is_part(value: object) -> bool:
+    return value in get_args(Part)
+
+
+def _is_fields(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def _is_count(value: object) -> bool:

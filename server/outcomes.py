@@ -33,16 +33,13 @@ class Outcomes:
         running = self._of_step
         return running if running is not None and not running.done() else self.next
 
-    def promise(self, rank: int, key: PushKey) -> None:
-        """Note that a push was taken in for the next step; a repeat is told what the first one is."""
+    def promise(self, rank: int, key: PushKey) -> asyncio.Future[Outcome]:
+        """Of a push that was taken in for the next step; a repeat is told what the first one is."""
         known, outcome = self._of_push.get(rank, (None, None))
         if outcome is None or outcome.done() or known != key:
-            self._of_push[rank] = key, self.next
-
-    def of_push(self, rank: int, key: PushKey) -> asyncio.Future[Outcome] | None:
-        """Of the last push of a rank, if it is this one."""
-        known, outcome = self._of_push.get(rank, (None, None))
-        return outcome if known == key else None
+            outcome = self.next
+            self._of_push[rank] = key, outcome
+        return outcome
 
     def begin(self) -> asyncio.Future[Outcome]:
         """The next step is under way now; whoever runs it sets what is returned."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Set
 
 import torch
@@ -17,8 +18,8 @@ from .layout import Extent, Layout, Piece
 MASTER = Slot(MASTER_PARAM, "param")
 """The fp32 (fp64) parameters themselves, kept and written like any slot."""
 
-Reader = Callable[[int, str, int, int], Tensor]
-"""Gives ``numel`` elements of a slot from ``offset``: ``(param, slot, offset, numel) -> (numel,)``."""
+Reader = Callable[[int, str, int, Tensor], None]
+"""Fills a tensor with elements of a slot from ``offset`` on: ``(param, slot, offset, out)``, ``out`` ``(numel,)``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class StateSource:
     """A whole state of a job, wherever it comes from: a worker's first parameters, a state dict, a checkpoint.
 
     Attributes:
-        read: Gives elements of a slot.
+        read: Reads elements of a slot, straight into the memory where they belong.
         available: The (param, slot) pairs that it has.
         step_counts: Steps of each tensor so far, by parameter index; 0 where absent.
         scalars: The rule's scalars; empty for their initial values.
@@ -55,14 +56,12 @@ class ExtentBuffers:
         stride: Of the rule's strided slots; 1 if it has none.
         tensor_of_tile: ``(len(tiles),)`` int64, on the device; ``tensor_of_tile_on_cpu`` is the same on the CPU.
         index_in_tensor: ``(len(tiles),)`` int64 on the device, the position of each tile in its tensor.
-        sinks: ``(len(tiles), 256)`` in the model's dtype, memory of workers that new parameters are written to as well.
     """
 
     def __init__(self, extent: Extent, tiles: range, rule: Rule, device: torch.device) -> None:
         self.extent = extent
         self.tiles = tiles
         self.device = device
-        self.sinks: tuple[Tensor, ...] = ()
         self._declared = {slot.name: slot for slot in (MASTER, *rule.slots)}
         self.slots = {
             name: torch.zeros(len(tiles), slot.width, dtype=slot.dtype(extent.dtype), device=device)
@@ -113,24 +112,48 @@ class ExtentBuffers:
 
     def write(self, slot: str, piece: Piece, values: Tensor) -> None:
         """Copy a piece in; ``values`` is ``(piece.numel,)`` of any floating dtype."""
+        self.fill(slot, piece, lambda out: out.copy_(values))
+
+    def fill(self, slot: str, piece: Piece, read: Callable[[Tensor], object]) -> None:
+        """Have ``read`` fill a piece, ``(piece.numel,)``, in place unless the slot is strided."""
         rows, mask = self._cells(slot, piece)
-        values = values.to(rows)
         if mask is None:
-            rows.view(-1)[: piece.numel].copy_(values)
+            read(rows.view(-1)[: piece.numel])
         else:
+            values = rows.new_empty(piece.numel)
+            read(values)
             rows[mask] = values
+
+    def without_padding(self, slot: str, rows: slice, values: Tensor) -> Iterator[Tensor]:
+        """The elements that are no padding, flat, in runs one after the other.
+
+        Args:
+            slot: The slot.
+            rows: Which of its rows (relative to the owned ones).
+            values: ``(len(rows), slot.width)`` on the CPU, what they hold.
+        """
+        if self._declared[slot].stride > 1:
+            yield values[self._filled(slot, rows)]
+            return
+        flat, begin, valid = values.view(-1), 0, self._valid_numel[rows]
+        for row in torch.nonzero(valid < TILE_NUMEL).view(-1).tolist():
+            yield flat[begin : row * TILE_NUMEL + int(valid[row])]
+            begin = (row + 1) * TILE_NUMEL
+        yield flat[begin:]
 
     def _cells(self, slot: str, piece: Piece) -> tuple[Tensor, Tensor | None]:
         """The rows that hold a piece, and which of their elements are it; None if they are simply the first ones."""
         local = slice(piece.first_tile - self.tiles.start, piece.last_tile - self.tiles.start)
         rows = self.slots[slot][local]
-        stride = self._declared[slot].stride
-        if stride == 1:
-            return rows, None
-        start = self._index_in_tensor[local] * TILE_NUMEL
-        stop = start + self._valid_numel[local]
-        counts = -(-stop // stride) + (-start // stride)
-        return rows, (torch.arange(rows.shape[1]) < counts[:, None]).to(rows.device)
+        return rows, None if self._declared[slot].stride == 1 else self._filled(slot, local).to(rows.device)
+
+    def _filled(self, slot: str, rows: slice) -> Tensor:
+        """Which elements of a strided slot's rows are no padding, ``(len(rows), slot.width)`` bool, on the CPU."""
+        declared = self._declared[slot]
+        start = self._index_in_tensor[rows] * TILE_NUMEL
+        stop = start + self._valid_numel[rows]
+        counts = -(-stop // declared.stride) + (-start // declared.stride)
+        return torch.arange(declared.width) < counts[:, None]
 
 
 class Buffers:
@@ -168,6 +191,12 @@ class Buffers:
         both.key_state = added.key_state.continuing(self.key_state)
         both._exports_keys_of = sorted({*self._exports_keys_of, *added._exports_keys_of})
         return both
+
+    def with_key_state_kept(self) -> Buffers:
+        """These buffers, memory and all, whose key state no step replaces."""
+        kept = copy.copy(self)
+        kept.key_state = copy.copy(self.key_state)
+        return kept
 
     @property
     def size_bytes(self) -> int:
@@ -207,7 +236,7 @@ class Buffers:
         for buffers in self.extents:
             for piece in buffers.pieces(slot):
                 if (piece.param, slot) in source.available:
-                    buffers.write(slot, piece, source.read(piece.param, slot, piece.offset, piece.numel))
+                    buffers.fill(slot, piece, functools.partial(source.read, piece.param, slot, piece.offset))
 
     def copy_param(self, slot: Slot, buffers: ExtentBuffers, rows: range) -> None:
         """Set rows of a slot to the (strided) parameters."""

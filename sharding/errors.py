@@ -28,6 +28,7 @@ StepwellError
      ├─ ServiceExistsError
      ├─ PlacementError           the cluster has no room for the shards
      ├─ ServiceTimeoutError      a wait ran out; the message names it
+     ├─ SegmentError             memory that a worker and a shard share cannot be had, or not be reached
      └─ ShardLostError           a shard died and its state with it
 
 Each message says what was expected, what came and what to do. An error carries its message alone, so that it crosses
@@ -151,6 +152,10 @@ class PlacementError(ServiceError):
 
 class ServiceTimeoutError(ServiceError):
     """A wait ran out."""
+
+
+class SegmentError(ServiceError):
+    """Memory that a worker and a shard of one node share cannot be had, or not be reached."""
 
 
 class ShardLostError(ServiceError):

@@ -7,7 +7,8 @@ The mean is not written down: the passes compute it from the ranks' own memory a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ from torch import Tensor
 from ..optim import TILE_NUMEL
 from .buffers import Buffers, ExtentBuffers
 from .coverage import Runs
-from .push import Push
+from .push import Push, PushHeader
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ExtentGradient:
-    """One extent's part of a step's gradient. Where a term is None it would change nothing.
+class Stretch:
+    """A step's gradient in a run of one extent's tiles. Where a term is None it would change nothing.
 
     Attributes:
+        tiles: The run, counted from the shard's first tile.
         parts: ``(tiles, 256)`` in the wire's dtype, one from each rank that is averaged over; never written.
         here: ``(ranks, num_tensors)`` bool, which tensors each rank has; what lies in the place of others counts as 0.
         gains: ``(ranks,)`` state dtype, what undoes each rank's scale.
@@ -31,6 +33,7 @@ class ExtentGradient:
         coefficient: ``()`` state dtype, what scales the norm down.
     """
 
+    tiles: range
     parts: tuple[Tensor, ...]
     here: Tensor | None = None
     gains: Tensor | None = None
@@ -38,9 +41,10 @@ class ExtentGradient:
     max_value: Tensor | None = None
     coefficient: Tensor | None = None
 
-    def of(self, rows: slice) -> ExtentGradient:
-        """The tiles of ``rows``."""
-        return dataclasses.replace(self, parts=tuple(part[rows] for part in self.parts))
+    def of(self, tiles: range) -> Stretch:
+        """The same in some of these tiles."""
+        rows = slice(tiles.start - self.tiles.start, tiles.stop - self.tiles.start)
+        return dataclasses.replace(self, tiles=tiles, parts=tuple(part[rows] for part in self.parts))
 
     def mean(self, tensor_of_tile: Tensor, dtype: torch.dtype) -> Tensor:
         """The mean over the ranks that have a tensor, added in rank order, ``(tiles, 256)`` in the state dtype."""
@@ -62,8 +66,8 @@ class ExtentGradient:
         return mean if self.coefficient is None else mean * self.coefficient
 
 
-Gradient = tuple[ExtentGradient, ...]
-"""A step's gradient, extent by extent."""
+Gradient = tuple[tuple[Stretch, ...], ...]
+"""A step's gradient, extent by extent: the stretches of each are all its tiles, in order."""
 
 
 def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> Gradient:
@@ -76,7 +80,7 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> Gradie
     """
     scales = [push.header.grad_scale for push in pushes]
     return tuple(
-        _average_extent([push.gradient[index] for push in pushes], scales, present, extent)
+        (_mean([push.gradient[index] for push in pushes], scales, present, range(len(extent.tiles)), extent),)
         for index, extent in enumerate(buffers.extents)
     )
 
@@ -84,7 +88,7 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> Gradie
 def assemble(pushes: Sequence[Push], present: Tensor, buffers: Buffers, runs: Sequence[Sequence[Runs]]) -> Gradient:
     """Put the ranks' parts of a gradient that is reduced already side by side; no two ranks push the same element.
 
-    Each rank's scale is undone, in the state dtype.
+    What is of whole tiles stays in the memory that it was pushed in; else it is copied, each rank's scale undone.
 
     Args:
         pushes: All ranks' pushes, in rank order.
@@ -92,20 +96,63 @@ def assemble(pushes: Sequence[Push], present: Tensor, buffers: Buffers, runs: Se
         buffers: The shard's memory, for its tiles and device; not changed.
         runs: Per rank and extent, where what it pushes lies, counted from the shard's first tile.
 
-    Returns:
-        One part per extent in the state dtype, zero where a tensor is absent and in padding.
     """
-    grads = []
+    gradient = []
     for index, extent in enumerate(buffers.extents):
-        whole = torch.zeros(extent.numel, dtype=extent.extent.dtype, device=extent.device)
-        for push, its_runs, here in zip(pushes, runs, present, strict=True):
-            values, scale = push.gradient[index].to(extent.device), push.header.grad_scale
-            if scale != 1.0:
-                values = values.to(extent.extent.dtype) * (1.0 / scale)
-            _place(whole, values, its_runs[index], here[extent.tensor_of_tile_on_cpu])
-        here = present.any(dim=0, keepdim=True).to(extent.device)
-        grads.append(ExtentGradient((whole.view(-1, TILE_NUMEL),), here))
-    return tuple(grads)
+        its_runs = [each[index] for each in runs]
+        if _are_whole_tiles(its_runs, extent):
+            gradient.append(_side_by_side(pushes, index, present, its_runs, extent))
+        else:
+            gradient.append((_put_together(pushes, index, present, its_runs, extent),))
+    return tuple(gradient)
+
+
+def _are_whole_tiles(runs: Sequence[Runs], extent: ExtentBuffers) -> bool:
+    """Whether the ranks' runs are of whole tiles, one for each rank at most, and follow each other in rank order."""
+    edges = [edge for each in runs for edge in each.reshape(-1).tolist()]
+    follow = edges[::2] == [0, *edges[1:-1:2]] and edges[-1:] == [extent.numel]
+    return follow and all(len(each) <= 1 for each in runs) and not any(edge % TILE_NUMEL for edge in edges)
+
+
+def _side_by_side(
+    pushes: Sequence[Push], index: int, present: Tensor, runs: Sequence[Runs], extent: ExtentBuffers
+) -> tuple[Stretch, ...]:
+    stretches = []
+    for rank, (push, its_runs) in enumerate(zip(pushes, runs, strict=True)):
+        for start, stop in its_runs.tolist():
+            tiles, scale = range(start // TILE_NUMEL, stop // TILE_NUMEL), push.header.grad_scale
+            stretches.append(_mean([push.gradient[index]], [scale], present[rank : rank + 1], tiles, extent))
+    return tuple(stretches)
+
+
+def _put_together(
+    pushes: Sequence[Push], index: int, present: Tensor, runs: Sequence[Runs], extent: ExtentBuffers
+) -> Stretch:
+    whole = torch.zeros(extent.numel, dtype=extent.extent.dtype, device=extent.device)
+    for push, its_runs, here in zip(pushes, runs, present, strict=True):
+        values, scale = push.gradient[index].to(extent.device), push.header.grad_scale
+        if scale != 1.0:
+            values = values.to(extent.extent.dtype) * (1.0 / scale)
+        _place(whole, values, its_runs, here[extent.tensor_of_tile_on_cpu])
+    here = present.any(dim=0, keepdim=True).to(extent.device)
+    return Stretch(range(len(extent.tiles)), (whole.view(-1, TILE_NUMEL),), here)
+
+
+def is_surely_finite(headers: Sequence[PushHeader]) -> bool:
+    """Whether what the ranks say of their gradients shows that no element of the step's gradient is inf or NaN.
+
+    A rank's element g, of magnitude a at most, is multiplied by 1/s if it has a scale s. In a dtype of 24 bits or more
+    each of these two roundings changes a value by a factor of 1 + 2^-24 at most, unless it overflows; and so does each
+    addition of the ranks' terms, whose sum is then at most B = sum of max(a, 1)/s times (1 + 2^-24)^(world_size + 2).
+    Dividing by the number of ranks makes it no larger. With B below half of float32's largest number no rank's 1/s
+    overflows (hence the 1, as inf times 0 would be NaN), and for fewer than ten million ranks no sum. What a rank has
+    of absent tensors does not enter it, and it has no NaN among what it took the maximum of.
+
+    Args:
+        headers: Those of all ranks.
+    """
+    bounds = [math.inf if each.max_abs is None else max(each.max_abs, 1.0) / each.grad_scale for each in headers]
+    return sum(bounds) < torch.finfo(torch.float32).max / 2
 
 
 def limited(gradient: Gradient, max_value: float | None, coefficient: float, buffers: Buffers) -> Gradient:
@@ -115,54 +162,54 @@ def limited(gradient: Gradient, max_value: float | None, coefficient: float, buf
         is_needed = value is not None and value != trivial
         return torch.tensor(value, dtype=extent.extent.dtype, device=extent.device) if is_needed else None
 
-    return tuple(
-        dataclasses.replace(
-            grad, max_value=term(max_value, torch.inf, extent), coefficient=term(coefficient, 1.0, extent)
-        )
-        for grad, extent in zip(gradient, buffers.extents, strict=True)
-    )
+    def observed(stretches: tuple[Stretch, ...], extent: ExtentBuffers) -> tuple[Stretch, ...]:
+        value, scale = term(max_value, torch.inf, extent), term(coefficient, 1.0, extent)
+        return tuple(dataclasses.replace(each, max_value=value, coefficient=scale) for each in stretches)
+
+    return tuple(observed(*each) for each in zip(gradient, buffers.extents, strict=True))
 
 
-def with_all_terms(grad: ExtentGradient, dtype: torch.dtype) -> ExtentGradient:
+def with_all_terms(stretch: Stretch, dtype: torch.dtype) -> Stretch:
     """The same gradient with no term left out, so that what is compiled for one step fits every other."""
-    device, ranks = grad.parts[0].device, len(grad.parts)
+    device, ranks = stretch.parts[0].device, len(stretch.parts)
 
     def one(value: float) -> Tensor:
         return torch.tensor(value, dtype=dtype, device=device)
 
     return dataclasses.replace(
-        grad,
-        gains=torch.ones(ranks, dtype=dtype, device=device) if grad.gains is None else grad.gains,
-        max_value=one(torch.inf) if grad.max_value is None else grad.max_value,
-        coefficient=one(1.0) if grad.coefficient is None else grad.coefficient,
+        stretch,
+        gains=torch.ones(ranks, dtype=dtype, device=device) if stretch.gains is None else stretch.gains,
+        max_value=one(torch.inf) if stretch.max_value is None else stretch.max_value,
+        coefficient=one(1.0) if stretch.coefficient is None else stretch.coefficient,
     )
 
 
-def written_out(grad: ExtentGradient, extent: ExtentBuffers, pieces: Sequence[slice]) -> ExtentGradient:
+def written_out(stretch: Stretch, extent: ExtentBuffers, pieces: Iterable[range]) -> Stretch:
     """The same gradient with its mean computed, in pieces that stay in cache; limits stay to be observed."""
-    assert grad.here is not None, "computed once"
-    parts = grad.parts
-    is_read_as_it_is = len(parts) == 1 and grad.gains is None and bool(grad.here[0, list(extent.extent.params)].all())
-    if not is_read_as_it_is:
-        whole = torch.empty(len(extent.tiles), TILE_NUMEL, dtype=extent.extent.dtype, device=extent.device)
-        for rows in pieces:
-            whole[rows] = grad.of(rows).mean(extent.tensor_of_tile[rows], extent.extent.dtype)
-        parts = (whole,)
-    return ExtentGradient(parts, max_value=grad.max_value, coefficient=grad.coefficient)
+    assert stretch.here is not None, "computed once"
+    parts = stretch.parts
+    is_whole = len(parts) == 1 and bool(stretch.here[0, list(extent.extent.params)].all())
+    if not is_whole or stretch.gains is not None:
+        written = torch.empty(len(stretch.tiles), TILE_NUMEL, dtype=extent.extent.dtype, device=extent.device)
+        for tiles in pieces:
+            rows = slice(tiles.start - stretch.tiles.start, tiles.stop - stretch.tiles.start)
+            tensors = extent.tensor_of_tile[tiles.start : tiles.stop]
+            written[rows] = stretch.of(tiles).mean(tensors, extent.extent.dtype)
+        parts = (written,)
+    return Stretch(stretch.tiles, parts, max_value=stretch.max_value, coefficient=stretch.coefficient)
 
 
-def _average_extent(
-    parts: Sequence[Tensor], scales: Sequence[float], present: Tensor, extent: ExtentBuffers
-) -> ExtentGradient:
+def _mean(
+    parts: Sequence[Tensor], scales: Sequence[float], present: Tensor, tiles: range, extent: ExtentBuffers
+) -> Stretch:
     dtype, device = extent.extent.dtype, extent.device
     inverse = torch.tensor([1.0 / scale for scale in scales], dtype=torch.float64)
-    gains = None if all(scale == 1.0 for scale in scales) else inverse.to(device, dtype)
-    counts = present.sum(dim=0).clamp_min(1).to(device, dtype) if len(parts) > 1 else None
-    return ExtentGradient(
+    return Stretch(
+        tiles,
         tuple(part.to(device).view(-1, TILE_NUMEL) for part in parts),
         here=present.to(device),
-        gains=gains,
-        counts=counts,
+        gains=None if all(scale == 1.0 for scale in scales) else inverse.to(device, dtype),
+        counts=present.sum(dim=0).clamp_min(1).to(device, dtype) if len(parts) > 1 else None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .buffers import Buffers, ExtentBuffers
 from .channels import ChannelMap
 from .compiled import run_compiled
 from .compiling import Kernel
-from .gradient import Gradient, with_all_terms, written_out
+from .gradient import Gradient, Stretch, with_all_terms, written_out
 from .keys import Keys
 from .partials import SumTable
 from .passes import Pass, Rows, apply_pass, local_pass, look_pass
@@ -37,6 +37,10 @@ MAX_PARTS = 8
 """More ranks' gradients than that are averaged in a pass of their own; each would be read again by every pass."""
 
 
+Sinks = Sequence[Sequence[tuple[range, Tensor]]]
+"""Per extent: tiles, counted from the shard's first, and ``(tiles, 256)`` memory in the model's dtype."""
+
+
 class Kernels:
     """The passes of one rule.
 
@@ -49,21 +53,23 @@ class Kernels:
         self.rule, self.kernel = rule, kernel
         self._has_channels = isinstance(rule, ReducingRule) and rule.scope is Scope.CHANNEL
         self._sums = rule.sums if isinstance(rule, ReducingRule) else ()
+        self._is_one_pass = isinstance(rule, ReducingRule) and rule.is_one_pass
         self._num_threads = torch.get_num_threads()
 
     def prepare(self, gradient: Gradient, buffers: Buffers) -> Gradient:
         """The gradient as this kind of kernel reads it best, with the same bits."""
-        is_compiled = self.kernel == "compiled"
-        if is_compiled and all(len(grad.parts) <= MAX_PARTS for grad in gradient):
-            return gradient
-        means = [
-            written_out(grad, extent, cut(len(extent.tiles), PIECE_TILES))
-            for grad, extent in zip(gradient, buffers.extents, strict=True)
-        ]
-        if is_compiled:
-            present = (torch.ones_like(grad.here[:1]) for grad in gradient if grad.here is not None)
-            means = [dataclasses.replace(mean, here=here) for mean, here in zip(means, present, strict=True)]
-        return tuple(means)
+        return tuple(
+            tuple(self._prepared(stretch, extent) for stretch in stretches)
+            for stretches, extent in zip(gradient, buffers.extents, strict=True)
+        )
+
+    def _prepared(self, stretch: Stretch, extent: ExtentBuffers) -> Stretch:
+        if self.kernel == "compiled" and len(stretch.parts) <= MAX_PARTS:
+            return stretch
+        written = written_out(stretch, extent, cut(stretch.tiles, PIECE_TILES))
+        if self.kernel == "eager" or stretch.here is None:
+            return written
+        return dataclasses.replace(written, here=torch.ones_like(stretch.here[:1]))
 
     def look(self, buffers: Buffers, gradient: Gradient, table: SumTable, *, for_norm: bool) -> tuple[int, Tensor]:
         """See whether a gradient is finite, and take its squares, after its elements were clipped.
@@ -78,15 +84,17 @@ class Kernels:
             How many tiles hold inf or NaN; ``(num_segments,)`` float64, 0 where the shard owns nothing.
         """
         squares, num_bad = table.empty(1), 0
-        for index, extent, rows, piece in self._pieces(buffers, gradient):
-            sums, *its_squares = self._run(look_pass, extent, piece, {}, for_norm)
+        for piece in self._pieces(buffers, gradient):
+            sums, *its_squares = self._run(look_pass, piece, {}, for_norm)
             if not bool(torch.isfinite(sums.sum())):
-                num_bad += _count_nonfinite_tiles(piece, extent.extent.dtype)
+                num_bad += _count_nonfinite_tiles(piece)
             if its_squares:
-                table.fold(squares, index, extent.tiles.start + rows.start, its_squares)
+                table.fold(squares, piece.index, piece.first_tile, its_squares)
         return num_bad, squares[0]
 
-    def local(self, buffers: Buffers, gradient: Gradient, c: Mapping[str, Tensor], table: SumTable) -> Tensor:
+    def local(
+        self, buffers: Buffers, gradient: Gradient, c: Mapping[str, Tensor], table: SumTable, sinks: Sinks = ()
+    ) -> Tensor:
         """First pass over everything the shard owns.
 
         Args:
@@ -94,15 +102,15 @@ class Kernels:
             gradient: The step's.
             c: Coefficients per tensor, ``(num_tensors,)`` float64.
             table: Where partials go.
+            sinks: Where new parameters go as well, with a rule of one pass.
 
         Returns:
             ``(len(rule.sums), num_segments)`` float64, 0 where the shard owns nothing.
         """
         partials = table.empty(len(self._sums))
         by_extent = [_rounded(c, extent) for extent in buffers.extents]
-        for index, extent, rows, piece in self._pieces(buffers, gradient):
-            sums = self._run(local_pass, extent, piece, by_extent[index])
-            table.fold(partials, index, extent.tiles.start + rows.start, sums)
+        for piece in self._pieces(buffers, gradient, sinks if self._is_one_pass else ()):
+            table.fold(partials, piece.index, piece.first_tile, self._run(local_pass, piece, by_extent[piece.index]))
         return partials
 
     def apply(
@@ -112,6 +120,7 @@ class Kernels:
         c: Mapping[str, Tensor],
         per_channel: Mapping[str, Tensor],
         keys: Keys,
+        sinks: Sinks = (),
     ) -> None:
         """Second pass over everything the shard owns; parameters and slots change.
 
@@ -122,37 +131,57 @@ class Kernels:
             per_channel: Coefficients per channel, ``(num_channels + 1,)`` float64, the last one for elements outside
                 any channel.
             keys: The channels.
+            sinks: Where new parameters go as well.
         """
         by_extent = [_rounded(c, extent) for extent in buffers.extents]
         spread = [_ChannelCoefficients(per_channel, extent, keys) for extent in buffers.extents]
-        for index, extent, rows, piece in self._pieces(buffers, gradient):
-            self._run(apply_pass, extent, piece, by_extent[index], spread[index].of(rows))
+        for piece in self._pieces(buffers, gradient, sinks):
+            self._run(apply_pass, piece, by_extent[piece.index], spread[piece.index].of(piece.tiles))
 
-    def _pieces(self, buffers: Buffers, gradient: Gradient) -> Iterator[tuple[int, ExtentBuffers, slice, Rows]]:
+    def _pieces(self, buffers: Buffers, gradient: Gradient, sinks: Sinks = ()) -> Iterator[_Piece]:
         is_compiled = self.kernel == "compiled"
-        piece_tiles = (
-            (CHANNEL_PIECE_TILES if self._has_channels else COMPILED_PIECE_TILES) if is_compiled else PIECE_TILES
-        )
-        for index, (extent, grad) in enumerate(zip(buffers.extents, gradient, strict=True)):
-            whole = with_all_terms(grad, extent.extent.dtype) if is_compiled else grad
-            for rows in cut(len(extent.tiles), piece_tiles):
-                yield (
-                    index,
-                    extent,
-                    rows,
-                    Rows(
-                        {name: values[rows] for name, values in extent.slots.items()},
-                        whole.of(rows),
-                        extent.tensor_of_tile[rows],
-                        extent.index_in_tensor[rows],
-                        tuple(sink[rows] for sink in extent.sinks),
-                    ),
-                )
+        compiled_tiles = CHANNEL_PIECE_TILES if self._has_channels else COMPILED_PIECE_TILES
+        piece_tiles = compiled_tiles if is_compiled else PIECE_TILES
+        for index, (extent, stretches) in enumerate(zip(buffers.extents, gradient, strict=True)):
+            its_sinks = sinks[index] if sinks else ()
+            edges = {edge for tiles, _ in its_sinks for edge in (tiles.start, tiles.stop)}
+            for stretch in stretches:
+                whole = with_all_terms(stretch, extent.extent.dtype) if is_compiled else stretch
+                for tiles in cut(stretch.tiles, piece_tiles, edges):
+                    yield _Piece(index, extent, tiles, whole.of(tiles), _parts(its_sinks, tiles))
 
-    def _run(self, function: Pass, extent: ExtentBuffers, rows: Rows, *args: Any) -> list[Tensor]:
+    def _run(self, function: Pass, piece: _Piece, *args: Any) -> list[Tensor]:
+        stride, rows = piece.extent.stride, piece.rows()
         if self.kernel == "eager":
-            return function(self.rule, extent.stride, rows, *args)
-        return run_compiled(function, self.rule, extent.stride, rows, *args, num_threads=self._num_threads)
+            return function(self.rule, stride, rows, *args)
+        return run_compiled(function, self.rule, stride, rows, *args, num_threads=self._num_threads)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Piece:
+    """The tiles of one call, counted from the shard's first one of an extent."""
+
+    index: int
+    extent: ExtentBuffers
+    tiles: range
+    gradient: Stretch
+    sinks: tuple[Tensor, ...]
+
+    @property
+    def first_tile(self) -> int:
+        """Counted in the extent."""
+        return self.extent.tiles.start + self.tiles.start
+
+    def rows(self) -> Rows:
+        """What a pass is given."""
+        where = slice(self.tiles.start, self.tiles.stop)
+        return Rows(
+            {name: values[where] for name, values in self.extent.slots.items()},
+            self.gradient,
+            self.extent.tensor_of_tile[where],
+            self.extent.index_in_tensor[where],
+            self.sinks,
+        )
 
 
 class _ChannelCoefficients:
@@ -163,19 +192,29 @@ class _ChannelCoefficients:
         self._channels = ChannelMap(extent.extent, keys)
         self._first_tile = extent.tiles.start
 
-    def of(self, rows: slice) -> Coefficients:
-        """Name to ``(tiles, 256)`` for the tiles of ``rows``."""
+    def of(self, tiles: range) -> Coefficients:
+        """Name to ``(tiles, 256)`` for some of the shard's tiles."""
         if not self._values:
             return {}
-        tiles = slice(self._first_tile + rows.start, self._first_tile + rows.stop)
-        spread = self._channels.spread(torch.stack(list(self._values.values())), tiles)
+        where = slice(self._first_tile + tiles.start, self._first_tile + tiles.stop)
+        spread = self._channels.spread(torch.stack(list(self._values.values())), where)
         return dict(zip(self._values, spread, strict=True))
 
 
-def cut(num_tiles: int, piece_tiles: int) -> list[slice]:
-    """Pieces of ``num_tiles``."""
-    edges = [*range(0, num_tiles, piece_tiles), num_tiles]
-    return [slice(*edge) for edge in itertools.pairwise(edges)]
+def cut(tiles: range, piece_tiles: int, edges: Iterable[int] = ()) -> list[range]:
+    """Pieces of ``tiles``, none of which reaches over an edge."""
+    within = {edge for edge in edges if tiles.start < edge < tiles.stop}
+    bounds = sorted({*range(tiles.start, tiles.stop, piece_tiles), tiles.stop, *within})
+    return [range(*each) for each in itertools.pairwise(bounds)]
+
+
+def _parts(sinks: Iterable[tuple[range, Tensor]], tiles: range) -> tuple[Tensor, ...]:
+    """What sinks have of a piece, which reaches over the edge of none."""
+    return tuple(
+        sink[tiles.start - its_tiles.start : tiles.stop - its_tiles.start]
+        for its_tiles, sink in sinks
+        if its_tiles.start <= tiles.start and tiles.stop <= its_tiles.stop
+    )
 
 
 def _rounded(coefficients: Mapping[str, Tensor], extent: ExtentBuffers) -> dict[str, Tensor]:
@@ -186,7 +225,8 @@ def _rounded(coefficients: Mapping[str, Tensor], extent: ExtentBuffers) -> dict[
     return dict(zip(coefficients, stacked.unbind(), strict=True))
 
 
-def _count_nonfinite_tiles(rows: Rows, dtype: torch.dtype) -> int:
+def _count_nonfinite_tiles(piece: _Piece) -> int:
     """Tiles with inf or NaN; none where finite values merely add up to more than there is."""
-    mean = rows.gradient.mean(rows.tensor_of_tile, dtype)
+    rows = piece.rows()
+    mean = rows.gradient.mean(rows.tensor_of_tile, piece.extent.extent.dtype)
     return int((~torch.isfinite(mean)).any(dim=1).sum())

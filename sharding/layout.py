@@ -27,6 +27,7 @@ WANTED_BLOCKS = 64
 _MODEL_DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+DTYPE_NAMES = tuple(_MODEL_DTYPES)
 
 
 def dtype_from_name(name: str) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..optim import TILE_NUMEL
 from .buffers import Buffers
 from .clipping import check_clipping
-from .coverage import Coverage, Holdings, Range, Runs, coverage_of
+from .coverage import Coverage, Holdings, Part, Range, Runs, coverage_of
 from .errors import HyperparameterError, IncarnationError, MessageError, UnknownRankError
 from .job import JobSpec
 from .layout import Layout, ParamSpec
@@ -34,6 +34,10 @@ class Member:
     pushed: Sequence[Runs]
     held: Sequence[Runs]
     padding: Sequence[Tensor]
+
+    def runs(self, part: Part) -> Sequence[Runs]:
+        """One of the two."""
+        return self.pushed if part == "pushed" else self.held
 
     def reloaded_range(self, index: int, param: ParamSpec) -> Range:
         """The part of a parameter that it sends when it was changed by hand."""
@@ -108,6 +112,8 @@ class Members:
         check_clipping(header)
         unpack_present(header.present, len(self._spec.params))
         self._check_gradient(push)
+        if push.sink is not None:
+            push.sink.require_fits(self[header.rank].runs(push.sink.part), header.rank)
         self._check_reloaded(push)
         if header.rank != 0 and header.scalars:
             raise MessageError(f"scalars: expected from rank 0 alone, got some from rank {header.rank}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..optim import Coefficients, ReducingRule, Rule, Tiles, strided
 from ..optim.rule import tile_sum
 from .buffers import MASTER
-from .gradient import ExtentGradient
+from .gradient import Stretch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Rows:
     """
 
     slots: Mapping[str, Tensor]
-    gradient: ExtentGradient
+    gradient: Stretch
     tensor_of_tile: Tensor
     index_in_tensor: Tensor
     sinks: tuple[Tensor, ...] = ()

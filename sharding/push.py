@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .delivery import Sink
 from .errors import AttemptError, DTypeMismatchError, HyperparameterError, MessageError, ShapeMismatchError
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,6 +35,7 @@ class PushHeader:
             :class:`stepwell.sharding.clipping.ClipLimits`.
         grad_scale: What this rank's gradient was multiplied by; averaging undoes it.
         found_inf: Whether this rank found inf or NaN in its gradient itself; the step is then skipped.
+        max_abs: Largest magnitude in what this rank pushes, as it found it; None: the shards look themselves.
     """
 
     timeline: int
@@ -48,6 +50,7 @@ class PushHeader:
     max_grad_value: float | None = None
     grad_scale: float = 1.0
     found_inf: bool = False
+    max_abs: float | None = None
 
     def digest(self) -> bytes:
         """Digest of the whole header, equal on all shards that hold the same push."""
@@ -65,11 +68,13 @@ class Push:
             ``(owned tiles * 256,)``. Padding is zero; elements of absent tensors may hold anything.
         reloaded: For parameters changed by hand since the last step: parameter index to the whole value from rank 0
             alone, or of a sharded model to what the rank pushes of it; flattened.
+        sink: Where the rank's parameters go if the step is a COMMIT; None if it asks for them.
     """
 
     header: PushHeader
     gradient: tuple[Tensor, ...]
     reloaded: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
+    sink: Sink | None = None
 
 
 def pack_present(present: Sequence[bool]) -> bytes:

@@ -19,6 +19,7 @@ from .buffers import MASTER, Buffers, StateSource
 from .clipping import ClipLimits, limits_of, norm_of
 from .compiling import kernel_identity
 from .coverage import Gradients, Holdings, Part, packed
+from .delivery import Delivery, Sink
 from .errors import (
     AttemptError,
     FutureRequestError,
@@ -27,13 +28,14 @@ from .errors import (
     StepAbortedError,
     TimelineError,
 )
-from .gradient import Gradient, assemble, average, limited
+from .gradient import Gradient, assemble, average, is_surely_finite, limited
 from .job import JobSpec
 from .kernels import Kernels
 from .layout import Layout
 from .members import Member, Members
 from .push import Inbox, Push, PushHeader, unpack_present
 from .reports import Receipt, ShardStatus, StepResult
+from .snapshot import Snapshot
 from .tables import Tables
 from .vote import Decision, cast_vote, count_votes, open_votes
 
@@ -79,6 +81,7 @@ class Shard:
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
         self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
         self._extension: Extension | None = None
+        self._snapshot: Snapshot | None = None
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
@@ -135,23 +138,51 @@ class Shard:
         Raises:
             IncarnationError: If no worker has registered as this rank.
         """
-        member = self.members[rank]
         masters = [extent.slots[MASTER.name].view(-1) for extent in self.buffers.extents]
-        parts = zip(masters, member.pushed if wanted == "pushed" else member.held, dtypes, strict=True)
+        parts = zip(masters, self.members[rank].runs(wanted), dtypes, strict=True)
         return [packed(master, runs).to(dtype) for master, runs, dtype in parts]
+
+    def snapshot(self) -> Snapshot:
+        """The state as it is between two steps, to be read while the steps after it are taken; ends the one before.
+
+        Raises:
+            NotRegisteredError: See :meth:`require_whole`.
+            StepAbortedError: If a step is being decided.
+        """
+        self.require_whole()
+        self._require_rest("save")
+        if self._snapshot is not None:
+            self._snapshot.close("the shard was asked for another one")
+        self._snapshot = Snapshot(self.buffers, self.spec.rule, self.status())
+        return self._snapshot
+
+    def _detach_snapshot(self, *, for_step: bool) -> None:
+        if self._snapshot is not None:
+            self._snapshot.detach(for_step=for_step)
+
+    def deliver(self, rank: int, sink: Sink) -> None:
+        """Fill a rank's memory with the parameters as they are; raises as :meth:`receive`."""
+        runs = self.members[rank].runs(sink.part)
+        sink.require_fits(runs, rank)
+        sink.fill(runs, self.buffers)
 
     # What changes it between steps
 
-    def admit(self, rank: int, incarnation: str, holdings: Holdings | None = None) -> None:
+    def admit(self, rank: int, incarnation: str, holdings: Holdings | None = None) -> bool:
         """Let a worker's process push as ``rank``; an earlier one no longer may, and what it pushed is dropped.
 
         Args:
             rank: The rank.
             incarnation: Names its process.
             holdings: What it holds of a sharded model.
+
+        Returns:
+            Whether it is another process than before.
         """
-        if self.members.admit(rank, incarnation, holdings):
+        is_other = self.members.admit(rank, incarnation, holdings)
+        if is_other:
             self._inbox.drop(rank)
+        return is_other
 
     def prepare_extension(self, spec: JobSpec, source: StateSource) -> None:
         """Make room for parameters that are added to the job; nothing of the present state changes.
@@ -185,8 +216,8 @@ class Shard:
         """
         if self._lost is None and timeline <= self.timeline:
             raise TimelineError(f"expected a timeline after {self.timeline}, got {timeline}")
-        if self._deciding is not None:
-            raise StepAbortedError(f"step {self.sequence + 1} is being decided; load when it is done")
+        self._require_rest("load")
+        self._detach_snapshot(for_step=False)
         self._lost = f"shard {self._shard} was interrupted while it loaded a state"
         self._inbox = Inbox(self.spec.world_size)
         self.buffers.load(source)
@@ -215,7 +246,7 @@ class Shard:
             RequestError: One of its subclasses, by what is off.
         """
         header = push.header
-        self._require_sender(header)
+        self.require_sender(header)
         if header.sequence == self.sequence:
             self.require_taken(header.rank, header.incarnation, header.attempt)
             return Receipt.DECIDED
@@ -284,7 +315,7 @@ class Shard:
         try:
             limits = ClipLimits() if missing else limits_of(pushes[0].header)
             gradient = () if missing else self._gradient(pushes)
-            num_nonfinite, square_sums = self._look(gradient, limits)
+            num_nonfinite, square_sums = self._look(pushes, gradient, limits)
             total = yield cast_vote(
                 self._shard,
                 self._num_shards,
@@ -297,6 +328,7 @@ class Shard:
             )
             result = self._decide(total, limits)
             if result.decision is Decision.COMMIT:
+                self._detach_snapshot(for_step=not any(push.reloaded for push in pushes))
                 moving = True
                 grad_norm = result.grad_norm
                 gradient = limited(gradient, limits.max_value, limits.coefficient(grad_norm), self.buffers)
@@ -309,10 +341,11 @@ class Shard:
                 self._lost = f"shard {self._shard} was interrupted within step {self.sequence + 1}"
             self._deciding = None
 
-    def _look(self, gradient: Gradient, limits: ClipLimits) -> tuple[int, Tensor]:
+    def _look(self, pushes: Sequence[Push], gradient: Gradient, limits: ClipLimits) -> tuple[int, Tensor]:
         """How many tiles of the gradient hold inf or NaN, and with a limit its sums of squares; none of none."""
         table = self._tables.squares
-        if not gradient:
+        is_known = is_surely_finite([push.header for push in pushes])
+        if not gradient or (is_known and not limits.is_set):
             return 0, table.empty(1)[0]
         gradient = limited(gradient, limits.max_value, 1.0, self.buffers)
         return self._kernels.look(self.buffers, gradient, table, for_norm=limits.is_set)
@@ -340,25 +373,33 @@ class Shard:
             scalars=self.spec.rule.write_scalars(self.scalars, header.scalars or {}),
             key_state=self.buffers.key_state.values,
         )
-        combined, totals = yield from self._reduce(step, gradient)
+        asked = [
+            (push.sink, each.runs(push.sink.part))
+            for push, each in zip(pushes, self._senders, strict=True)
+            if push.sink
+        ]
+        delivery = Delivery(asked, self.buffers)
+        combined, totals = yield from self._reduce(step, gradient, delivery)
         rule = self.spec.rule
         if combined.moves:
             if not (isinstance(rule, ReducingRule) and rule.is_one_pass):
                 per_tensor = rule.apply_coefficients(step, combined, totals)
                 per_channel = rule.channel_coefficients(step, combined, totals)
-                self._kernels.apply(self.buffers, gradient, per_tensor, per_channel, self._tables.keys)
+                keys = self._tables.keys
+                self._kernels.apply(self.buffers, gradient, per_tensor, per_channel, keys, delivery.direct)
             self.step_count = step.step_count
         self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
+        delivery.finish(is_begun=combined.moves)
         return StepResult(self.sequence + 1, Decision.COMMIT, self.scalars)
 
     def _reduce(
-        self, step: StepInputs, gradient: Gradient
+        self, step: StepInputs, gradient: Gradient, delivery: Delivery
     ) -> Generator[Tensor, Tensor, tuple[Combined, Mapping[str, Tensor]]]:
         """The local pass and its reduction, if the rule has any; scalars and key state after the step."""
         rule, totals = self.spec.rule, dict[str, Tensor]()
         if isinstance(rule, ReducingRule):
-            table = self._tables.sums
-            partials = yield self._kernels.local(self.buffers, gradient, rule.local_coefficients(step), table)
+            table, c = self._tables.sums, rule.local_coefficients(step)
+            partials = yield self._kernels.local(self.buffers, gradient, c, table, delivery.direct)
             totals = table.totals(rule.sums, partials)
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
@@ -395,6 +436,10 @@ class Shard:
         if self._lost is not None:
             raise NotRegisteredError(f"{self._lost}; register the job, or restore its last checkpoint")
 
+    def _require_rest(self, wanted: str) -> None:
+        if self._deciding is not None:
+            raise StepAbortedError(f"step {self.sequence + 1} is being decided; {wanted} when it is done")
+
     def _require_sequence(self, timeline: int, sequence: int) -> None:
         self.require_whole()
         if timeline != self.timeline:
@@ -408,7 +453,12 @@ class Shard:
         if sequence > self.sequence + 1:
             raise FutureRequestError(f"expected step {self.sequence + 1}, got {sequence}: a step before it is missing")
 
-    def _require_sender(self, header: PushHeader) -> None:
+    def require_sender(self, header: PushHeader) -> None:
+        """Refuse a push by its header: of another rank, timeline, step or process than may push now.
+
+        Raises:
+            RequestError: One of its subclasses, by what is off.
+        """
         self.members.require_rank(header.rank)
         self._require_sequence(header.timeline, header.sequence)
         self.members.require_incarnation(header.rank, header.incarnation)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
-from .buffers import StateSource
+from .buffers import MASTER, StateSource
 from .inprocess import ShardGroup
 from .job import JobSpec
-from .layout import ParamSpec, dtype_from_name, dtype_name, wire_dtype
+from .layout import ParamSpec, dtype_name, wire_dtype
 from .push import Push, PushHeader, pack_present
 
 STAND_IN_SHAPE = (4, 2, 8, 4)
@@ -39,8 +40,8 @@ def _stand_in(spec: JobSpec, dtype: torch.dtype) -> JobSpec:
 
 def _take_step(spec: JobSpec, dtype: torch.dtype, device: torch.device) -> None:
     group, hyper = ShardGroup(spec, device=device), spec.rule.hyper(spec.rule.defaults())
-    values = torch.ones(spec.params[0].numel, dtype=dtype_from_name(spec.params[0].dtype))
-    group.load(StateSource(lambda *_: values, frozenset({(0, "master_param")})), timeline=1)
+    group.load(StateSource(_read_ones, frozenset({(0, MASTER.name)})), timeline=1)
+    gradient = torch.ones(spec.params[0].numel, dtype=dtype)
     for rank in range(spec.world_size):
         group.admit(rank, "stand-in")
         header = PushHeader(
@@ -52,4 +53,8 @@ def _take_step(spec: JobSpec, dtype: torch.dtype, device: torch.device) -> None:
             present=pack_present([True]),
             hyper={name: [value] for name, value in hyper.items()} if rank == 0 else None,
         )
-        group.push([Push(header, (values.to(dtype),))])
+        group.push([Push(header, (gradient,))])
+
+
+def _read_ones(param: int, slot: str, offset: int, out: Tensor) -> None:
+    out.fill_(1.0)

@@ -22,6 +22,7 @@ from stepwell.sharding.compiling import Kernel
 from stepwell.sharding.inprocess import ShardGroup
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout, ParamSpec, dtype_from_name
+from stepwell.sharding.pieces import HeldPieces
 from stepwell.sharding.push import Push, PushHeader, pack_present
 from stepwell.sharding.reports import StepResult
 
@@ -412,12 +413,8 @@ def initial_state(problem: Problem) -> StateSource:
 
 def state_source(values: Mapping[tuple[int, str], Tensor], **fields: Any) -> StateSource:
     """A state to load from whole tensors, by (parameter index, slot)."""
-    flat = {key: value.reshape(-1) for key, value in values.items()}
-    return StateSource(
-        read=lambda param, slot, offset, numel: flat[param, slot][offset : offset + numel],
-        available=frozenset(flat),
-        **fields,
-    )
+    held = HeldPieces([{(param, slot, 0): value.reshape(-1) for (param, slot), value in values.items()}])
+    return StateSource(read=held.read, available=held.available, **fields)
 
 
 def views(layout: Layout, flat: Sequence[Tensor]) -> list[Tensor]:

@@ -73,8 +73,8 @@ class Service:
         return await self.coordinator.extend(pack_job(spec), rank, pack_holdings(holdings_of(spec, cut)), values)
 
     def master(self) -> torch.Tensor:
-        assert self.actor._shard is not None
-        flat = [extent.slots[MASTER.name].view(-1)[:NUMEL] for extent in self.actor._shard.buffers.extents]
+        assert self.actor._steps.shard is not None
+        flat = [extent.slots[MASTER.name].view(-1)[:NUMEL] for extent in self.actor._steps.shard.buffers.extents]
         return torch.cat(flat)
 
 
@@ -119,7 +119,7 @@ async def test_group_that_leaves_a_gap_is_refused_and_changes_nothing(service: S
         *(service.extend(rank, cut) for rank, cut in enumerate(cuts)), return_exceptions=True
     )
     assert [type(answer) for answer in answers] == [CoverageError, CoverageError]
-    assert service.actor._held_after is None
+    assert service.actor._steps._held_after is None
     assert (await service.register(0, HALVES[0], incarnation="b")).timeline == 1
     told = await asyncio.gather(*(service.extend(rank, cut) for rank, cut in enumerate(HALVES)))
     assert [one.timeline for one in told] == [2, 2]

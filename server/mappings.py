@@ -1,0 +1,63 @@
+"""The memory of workers on its node that a shard has mapped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Literal
+
+from torch import Tensor
+
+from ..sharding.errors import SegmentError
+from ..sharding.segments import Placement, Segment, open_segment
+
+Use = Literal["gradient", "parameters"]
+
+
+class Mappings:
+    """Of each rank what its last requests named; on a shard actor's event loop.
+
+    A request names the memory that it means, so that all that is kept here can be forgotten at any time. What a push
+    in an inbox lies in stays mapped by the push itself.
+    """
+
+    def __init__(self) -> None:
+        self._segments: dict[tuple[int, Use], Segment] = {}
+        self._owners: dict[int, tuple[int, int]] = {}
+
+    def tensors(self, rank: int, use: Use, placement: Placement) -> tuple[Tensor, ...]:
+        """Map what a rank names; an earlier mapping for the same use is given up.
+
+        Raises:
+            SegmentError: If it cannot be reached.
+            MessageError: If a tensor is not within it.
+        """
+        segment = self._segments.get((rank, use))
+        if segment is None or segment.address != placement.address:
+            segment = open_segment(placement.address)
+        tensors = tuple(map(segment.tensor, placement.spans))
+        self._watch(rank, placement.address.pid)
+        self._segments[rank, use] = segment
+        return tensors
+
+    def forget(self, rank: int) -> None:
+        """Give up what a rank's worker had named: it has left, or ended, or another process takes its place."""
+        for key in [key for key in self._segments if key[0] == rank]:
+            del self._segments[key]
+        _, descriptor = self._owners.pop(rank, (0, None))
+        if descriptor is not None:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+
+    def _watch(self, rank: int, pid: int) -> None:
+        """See to it that a worker's memory is given up when its process ends."""
+        if rank in self._owners:
+            if self._owners[rank][0] == pid:
+                return
+            self.forget(rank)
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise SegmentError(f"rank {rank}: its process {pid} has ended") from error
+        self._owners[rank] = pid, descriptor
+        asyncio.get_running_loop().add_reader(descriptor, self.forget, rank)

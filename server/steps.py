@@ -1,0 +1,253 @@
+"""A shard's steps: when one begins, what runs it, and who is told what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..sharding.errors import NotRegisteredError, ServiceError, ServiceTimeoutError, StepwellError, TimelineError
+from ..sharding.push import Push
+from ..sharding.reports import Receipt, ShardStatus, StepResult
+from ..sharding.shard import Shard
+from ..sharding.vote import Decision
+from .collective import Collective, drive
+from .outcomes import Outcome, Outcomes
+
+
+class Steps:
+    """Lives on a shard actor's event loop, which it never blocks; one thread of its own does the arithmetic.
+
+    Args:
+        index: The shard's index.
+        timeout_s: How long a step waits for the last rank after the first.
+
+    Attributes:
+        shard: The shard; None without a job.
+        collective: The group that it reduces in; None before the first one was formed.
+    """
+
+    def __init__(self, index: int, timeout_s: float) -> None:
+        self._index, self._timeout_s = index, timeout_s
+        self.shard: Shard | None = None
+        self.collective: Collective | None = None
+        self._peers: Sequence[Any] = ()
+        self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+        self._step: asyncio.Task[None] | None = None
+        self._sequence_of_step = 0
+        self._is_loading = False
+        self._outcomes = Outcomes()
+        self._patience: asyncio.TimerHandle | None = None
+        self._held_after: int | None = None
+        self._num_votes = 0
+        self._attended: tuple[int, int] | None = None
+
+    @property
+    def generation(self) -> int:
+        """Of the group; 0 if there is none."""
+        return 0 if self.collective is None else self.collective.generation
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._step is not None and not self._step.done()
+
+    def job(self) -> Shard:
+        """The shard.
+
+        Raises:
+            NotRegisteredError: If it holds no job.
+        """
+        if self.shard is None:
+            raise NotRegisteredError(
+                f"shard {self._index} holds no job; it may have been restarted. "
+                "Register the job, or restore its last checkpoint."
+            )
+        return self.shard
+
+    def whole_job(self) -> Shard:
+        """As :meth:`job`, for who reads slots: refuses if a step or a load was cut off in the middle of them."""
+        shard = self.job()
+        shard.require_whole()
+        return shard
+
+    def leave_group(self, peers: Sequence[Any]) -> None:
+        """Leave the group, if there is one; the next one is formed with ``peers``, handles of the other shards."""
+        if self.collective is not None:
+            self.collective.close()
+        self._num_votes, self._attended, self._peers = 0, None, peers
+
+    async def compute(self, work: Callable[[], Any]) -> Any:
+        """Do something in the thread for arithmetic, after what it is at."""
+        return await asyncio.get_running_loop().run_in_executor(self._data, work)
+
+    # One step
+
+    async def take(self, push: Push, timeout_s: float) -> StepResult:
+        """Keep a push, start the step if it is complete, and wait for what comes of it.
+
+        A repeat is told what the first one is; of a step that was taken before, at once.
+
+        Raises:
+            RequestError: If the push is refused; nothing has changed.
+            AttemptError, IncarnationError: Also if the step was taken with another push of this rank.
+            ServiceTimeoutError: If the step was not decided in time.
+            ShardLostError: If another shard was lost.
+        """
+        header, shard = push.header, self.job()
+        receipt = shard.receive(push)
+        if receipt is Receipt.DECIDED:
+            return await self._taken(push)
+        key = (header.timeline, header.sequence, header.incarnation, header.attempt)
+        outcome = self._outcomes.promise(header.rank, key)
+        if receipt is Receipt.COMPLETE:
+            self._start_if_complete()
+        else:
+            self._wait_for_missing()
+        result = await self._wait(outcome, header.sequence, timeout_s)
+        if result.decision is not Decision.ABORT:
+            self.job().require_taken(header.rank, header.incarnation, header.attempt)
+        return result
+
+    async def _taken(self, push: Push) -> StepResult:
+        """The result of the last step, for who repeats a push that it was taken with."""
+        header, shard, sink = push.header, self.job(), push.sink
+        result = shard.result(header.timeline, header.sequence)
+        assert result is not None, "it was received as decided"
+        if result.decision is Decision.COMMIT and sink is not None:
+            await self.compute(lambda: shard.deliver(header.rank, sink))
+        return result
+
+    async def decided(self, timeline: int, sequence: int, timeout_s: float) -> StepResult | None:
+        """The result of step ``sequence`` if it was taken; waits for one that is under way, for no other."""
+        if self.is_stepping:
+            await self._wait(self._outcomes.first, sequence, timeout_s)
+        return self.job().result(timeline, sequence)
+
+    def attend(self, generation: int, vote: int) -> None:
+        """Vote on a step that another shard waits in, now or when this one is free; see :meth:`ShardActor.attend`."""
+        self._attended = generation, vote
+        self._start_if_complete()
+
+    # Rest
+
+    def hold(self) -> int:
+        """Begin no step after the one that is under way; returns the step to wait for, see :meth:`settle`."""
+        sequence = 0 if self.shard is None else self.shard.sequence
+        # Not one more than `sequence`: the other thread may have counted the step before its task has ended here.
+        self._held_after = self._sequence_of_step if self.is_stepping else sequence
+        return self._held_after
+
+    async def settle(self, sequence: int, timeout_s: float) -> ShardStatus:
+        """Run steps up to ``sequence``, no further, and wait for them; returns where the shard stands then.
+
+        A step that is given up counts as done.
+        """
+        self._held_after = sequence
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        self._start_if_complete()
+        while self.whole_job().sequence < sequence or self.is_stepping:
+            left = deadline - asyncio.get_running_loop().time()
+            outcome = await self._wait(self._outcomes.first, sequence, max(left, 0.001))
+            if outcome.decision is Decision.ABORT:
+                self._held_after = self.whole_job().sequence
+                break
+        return self.whole_job().status()
+
+    def release(self) -> None:
+        """Go on with steps after a :meth:`hold`."""
+        self._held_after = None
+        self._start_if_complete()
+
+    async def load(self, load: Callable[[], None]) -> None:
+        """Take a state; no step begins before it is there."""
+        self._is_loading = True
+        try:
+            await self.compute(load)
+        finally:
+            self._is_loading = False
+            if not self.job().is_waiting:
+                self.dismiss_pushes()
+            self._start_if_complete()
+
+    def dismiss_pushes(self) -> None:
+        """Tell the senders of pushes that a new timeline has swept away."""
+        self._stop_waiting_for_missing()
+        self._outcomes.dismiss(
+            TimelineError(
+                "the service was restored or loaded before this step began. "
+                "Call refresh() on every rank to take over its parameters and step number."
+            )
+        )
+
+    # Within
+
+    async def _wait(self, outcome: asyncio.Future[Outcome], sequence: int, timeout_s: float) -> StepResult:
+        try:
+            result = await asyncio.wait_for(asyncio.shield(outcome), timeout_s)
+        except TimeoutError as error:
+            missing = self.job().missing_ranks
+            raise ServiceTimeoutError(
+                f"shard {self._index}: step {sequence} was not decided within {timeout_s:g} s; "
+                f"missing ranks: {missing or 'none, the shards are still at it'}"
+            ) from error
+        if isinstance(result, StepwellError):
+            raise result
+        return result
+
+    def _wait_for_missing(self) -> None:
+        if self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(self._timeout_s, self._give_up)
+
+    def _stop_waiting_for_missing(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        self._patience = None
+
+    def _give_up(self) -> None:
+        """Vote the step down if it still lacks a rank when its time is over."""
+        self._patience = None
+        shard = self.shard
+        if shard is not None and shard.is_waiting:
+            if self._is_free(shard):
+                self._start(shard)
+            else:
+                self._wait_for_missing()
+
+    def _start_if_complete(self) -> None:
+        shard = self.shard
+        if shard is not None and self._is_free(shard):
+            is_complete = shard.is_waiting and not shard.missing_ranks
+            if is_complete or self._attended == (self.generation, self._num_votes + 1):
+                self._start(shard)
+
+    def _is_free(self, shard: Shard) -> bool:
+        is_held = self._held_after is not None and shard.sequence >= self._held_after
+        return not (self.is_stepping or self._is_loading or is_held)
+
+    def _start(self, shard: Shard) -> None:
+        self._stop_waiting_for_missing()
+        self._num_votes += 1
+        told = self._outcomes.begin()
+        self._sequence_of_step = shard.sequence + 1
+        shard.begin()
+        self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told))
+
+    async def _run_step(self, shard: Shard, told: asyncio.Future[Outcome]) -> None:
+        loop = asyncio.get_running_loop()
+        calling = loop.call_later(self._timeout_s, self._call_peers, self.generation, self._num_votes)
+        outcome: Outcome = ServiceError(f"shard {self._index} failed in a step; its log has the traceback")
+        try:
+            outcome = await self.compute(lambda: drive(shard.step(), self.collective))
+        except ServiceError as error:
+            outcome = error
+        finally:
+            calling.cancel()
+            told.set_result(outcome)
+            # The next step's pushes may have come in already.
+            loop.call_soon(self._start_if_complete)
+
+    def _call_peers(self, generation: int, vote: int) -> None:
+        for peer in self._peers:
+            peer.attend.remote(generation, vote)
