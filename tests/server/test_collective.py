@@ -158,9 +158,7 @@ def test_all_reduce_whose_member_never_comes_is_an_error_within_the_limit() -> N
     assert not members[0].is_open
     with pytest.raises(ShardLostError, match="the group was closed"):
         members[0].all_reduce(torch.ones(2))
-    # What the first had sent is there for the second; with the next it learns that the first has left.
-    members[1].all_reduce(torch.ones(2))
-    with pytest.raises(ShardLostError, match=r"shard 0 closed its connection|reset by peer|Broken pipe"):
+    with pytest.raises(ShardLostError, match="shard 0 closed its connection"):
         members[1].all_reduce(torch.ones(2))
 
 
