@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +25,6 @@ from ..sharding.job import JobSpec
 from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
 from .calls import gather
-from .collective import KEY_BYTES
 from .config import ServiceConfig
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .rendezvous import Rendezvous
@@ -350,9 +348,11 @@ class Coordinator:
 
     async def _form_group(self) -> None:
         self._generation += 1
-        addresses = await self._all("listen", what="the shards to open a port", timeout_s=FORMING_TIMEOUT_S)
-        forming = self._generation, addresses, secrets.token_bytes(KEY_BYTES), FORMING_TIMEOUT_S, self._shards
-        await self._all("join", *forming, what="the shards to form their group")
+        opening = self._shards[0].open_store.remote(FORMING_TIMEOUT_S)
+        store = (await gather([opening], timeout_s=FORMING_TIMEOUT_S, what="shard 0 to open a store"))[0]
+        await self._all(
+            "join", self._generation, store, FORMING_TIMEOUT_S, self._shards, what="the shards to form their group"
+        )
 
     async def _await_restarts(self) -> None:
         """Wait for shards that are being started again; calls to them fail at once."""

@@ -21,7 +21,7 @@ from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.segments import open_segment
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
-from .collective import Address, Collective, Listener
+from .collective import Collective, GroupStore
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .mappings import Mappings
 from .messages import (
@@ -56,41 +56,36 @@ class ShardActor:
         self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._device = _device(config)
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
+        self._store: GroupStore | None = None
         self._steps = Steps(shard, config.worker_timeout_s)
         self._mappings = Mappings()
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     # Forming the group; called by the coordinator
 
-    async def listen(self) -> Address:
-        """Open a port for the next generation; returns where."""
-        self._listener = Listener(self._host)
-        return self._listener.address
+    async def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """Host the rendezvous of the next generation; called on shard 0 alone."""
+        self._store = GroupStore(self._host, timeout_s)
+        return self._store.address
 
     async def join(
-        self, generation: int, addresses: Sequence[Address], key: bytes, timeout_s: float, shards: Sequence[Any]
+        self, generation: int, store_address: tuple[str, int], timeout_s: float, shards: Sequence[Any]
     ) -> str:
-        """Leave the last group and form that of ``generation`` with all ``shards``; returns this incarnation.
-
-        Args:
-            generation: The group's number.
-            addresses: Where each of them listens.
-            key: What they know one another by.
-            timeout_s: Limit for all to come together.
-            shards: Their handles.
-        """
+        """Leave the last group and form that of ``generation`` with all ``shards``; returns this incarnation."""
         if generation <= self._steps.generation:
             raise ServiceError(f"expected a generation after {self._steps.generation}, got {generation}")
         self._steps.leave_group([shard for index, shard in enumerate(shards) if index != self._index])
-        self._steps.collective = await asyncio.to_thread(
-            Collective,
-            generation,
-            self._index,
-            listener=self._listener,
-            addresses=addresses,
-            key=key,
-            forming_timeout_s=timeout_s,
-            timeout_s=self._config.worker_timeout_s + COLLECTIVE_MARGIN_S,
+        self._steps.collective = await asyncio.get_running_loop().run_in_executor(
+            None,
+            lambda: Collective(
+                generation,
+                self._index,
+                self._config.num_shards,
+                host=self._host,
+                store_address=store_address,
+                forming_timeout_s=timeout_s,
+                timeout_s=self._config.worker_timeout_s + COLLECTIVE_MARGIN_S,
+            ),
         )
         return self._incarnation
 
