@@ -200,8 +200,8 @@ def tell_of_other_kernels(manifest: Manifest, kernel_identity: str, uri: str) ->
     """Say so if a checkpoint that is restored was computed by other kernels than what follows it will be."""
     if manifest.kernel_identity != kernel_identity:
         logger.warning(
-            "%s was computed by [%s], and the run goes on with [%s]: its state is the same, later steps may differ from "
-            "the run before in the last bits",
+            "%s was computed by [%s], and the run goes on with [%s]: its state is the same, but later steps may "
+            "differ from those of the run before in their last bits",
             uri,
             manifest.kernel_identity,
             kernel_identity,
