@@ -65,6 +65,11 @@ class Replicas:
             self._are_equal = True
 
     def all_gather(self, step: int) -> None:
+        """Bring every rank's share to every rank; called on all of them, once for each step.
+
+        Raises:
+            ServiceError: If that failed.
+        """
         for own, shares in zip(self.own, self._shares, strict=True):
             if shares:
                 try:
