@@ -30,7 +30,6 @@ from contestants import (
     STEP_BYTES,
     Workload,
     behind_backward,
-    is_accepted,
     layered,
     lora,
     ours,
@@ -250,10 +249,8 @@ def optimizers(workload: Workload, field: Field, *, with_grads: bool) -> Iterato
             params = workload.params(with_grads=with_grads)
             entered[name] = build(params), params, num_bytes * workload.numel
         for entry in field.entries:
-            if entry.overlap and not is_accepted("overlap"):
-                continue
             params = workload.params(with_grads=with_grads)
-            options: dict[str, Any] = {"overlap": True} if entry.overlap else {}
+            options: dict[str, Any] = {"overlap": entry.overlap}
             if entry.num_shards is not None:
                 options["service"] = stack.enter_context(service_of(entry.num_shards))
             optimizer: stepwell.ServiceOptimizer = ours(entry.rule, params, **options)
