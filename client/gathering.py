@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -17,8 +18,8 @@ CPU_BATCH_NUMEL = 2**20
 OTHER_BATCH_NUMEL = 2**27
 """The same elsewhere, where each call costs a launch and the cache is of no account."""
 
-Extremes = list[Tensor]
-"""0-dim: a least and a largest element each, NaN if there is one."""
+Seen = list[Tensor]
+"""What looks at values leave, 0-dim each: see :func:`bounds_of`, :func:`sums_of`. Not finite if one of them is not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,11 +27,11 @@ class Batch:
     """Places of a buffer that lie one after the other.
 
     Attributes:
-        places: Their positions among the buffer's.
+        places: Where they stand among the buffer's.
         memory: All of them, with the padding in between, which is zero.
     """
 
-    places: range
+    places: slice
     memory: Tensor
 
 
@@ -41,9 +42,17 @@ class Gatherer:
         buffer: The buffer.
         shapes: Per parameter, of this rank's part of its gradient.
         slices: Per place of the buffer, where it lies in that part, flattened; None for all of it.
+        is_added: Whether gradients of several ranks will be added up, so that it matters how large they are.
     """
 
-    def __init__(self, buffer: FlatBuffer, shapes: Sequence[torch.Size], slices: Sequence[slice | None]) -> None:
+    def __init__(
+        self,
+        buffer: FlatBuffer,
+        shapes: Sequence[torch.Size],
+        slices: Sequence[slice | None],
+        *,
+        is_added: bool = False,
+    ) -> None:
         # Once and not in every step, as each of these takes a microsecond for each parameter.
         self._params = [place.param for place in buffer.places]
         self._slices = None if all(where is None for where in slices) else list(slices)
@@ -53,50 +62,55 @@ class Gatherer:
         ]
         on_cpu = not buffer.parts or buffer.parts[0].device.type == "cpu"
         self._batch_numel = CPU_BATCH_NUMEL if on_cpu else OTHER_BATCH_NUMEL
+        self._look = bounds_of if is_added else sums_of
+        self._limit = None if is_added else max((torch.finfo(part.dtype).max for part in buffer.parts), default=0.0)
         self._batches = tuple(_batches(buffer, self._batch_numel))
 
-    def gather(self, grads: Sequence[Tensor | None], copied: Mapping[int, Extremes]) -> float:
+    def gather(self, grads: Sequence[Tensor | None], copied: Mapping[int, Seen]) -> float:
         """Copy gradients to their places. What parameters without one have there stays.
 
         Args:
             grads: Per parameter its gradient, if it has one.
-            copied: Places that hold their gradient already, and its extremes.
+            copied: Places that hold their gradient already, and what a look at it has left.
 
         Returns:
-            The largest magnitude in what is at the places of gradients now; inf or NaN if there is one.
+            A bound on the magnitudes that are at the places of gradients now, see :attr:`PushHeader.max_abs`; no better
+            than what the dtype allows if they are not added up. inf or NaN if there is one.
 
         Raises:
             UnsupportedParameterError: If a gradient is sparse.
         """
-        extremes = [extreme for each in copied.values() for extreme in each]
-        try:
-            with torch.no_grad():
+        seen = [look for each in copied.values() for look in each]
+        with torch.no_grad():
+            try:
                 sources = self._sources(grads)
-                is_whole = not copied and all(source is not None for source in sources)
+                for place in copied:
+                    sources[place] = None
                 for batch in self._batches:
-                    wanted: Sequence[int] = batch.places
-                    if not is_whole:
-                        wanted = [each for each in wanted if sources[each] is not None and each not in copied]
-                    extremes += self._copy_batch(batch, wanted, sources)
-        except RuntimeError:
-            _require_dense(grads)
-            raise
-        return largest_magnitude(extremes)
+                    seen += self._copy_batch(batch, sources[batch.places])
+            except RuntimeError:
+                _require_dense(grads)
+                raise
+            bound = largest(seen)
+            if not math.isfinite(bound):
+                # A sum may have overflowed.
+                return self._largest_magnitude(grads)
+            return bound if self._limit is None else self._limit
 
-    def copy(self, place: int, source: Tensor) -> Extremes:
-        """Copy one gradient, and look at it piece by piece: before it is copied, for then it is read from the cache."""
-        target, extremes = self._targets[place], Extremes()
+    def copy(self, place: int, source: Tensor) -> Seen:
+        """Copy one gradient piece by piece, and look at each piece while it is in the cache."""
+        target = self._targets[place]
         if not source.is_contiguous():
             target.copy_(source)
-            return list(torch.aminmax(target))
+            return self._look(target)
+        seen = Seen()
         pieces = torch.split(target.view(-1), self._batch_numel), torch.split(source.view(-1), self._batch_numel)
         for to, piece in zip(*pieces, strict=True):
-            # Rounding is monotonic, so that the rounded extremes are those of what is sent.
-            extremes += [extreme.to(to.dtype) for extreme in torch.aminmax(piece)]
             to.copy_(piece)
-        return extremes
+            seen += self._look(to)
+        return seen
 
-    def _sources(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def _sources(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Per place, what goes there."""
         sources = [grads[param] for param in self._params]
         if self._slices is None:
@@ -106,26 +120,48 @@ class Gatherer:
             for source, where in zip(sources, self._slices, strict=True)
         ]
 
-    def _copy_batch(self, batch: Batch, wanted: Sequence[int], sources: Sequence[Tensor | None]) -> Extremes:
-        if not wanted:
-            return []
-        chosen = [source for source in (sources[each] for each in wanted) if source is not None]
-        if len(batch.places) == 1:
+    def _copy_batch(self, batch: Batch, sources: Sequence[Tensor | None]) -> Seen:
+        chosen, targets = [source for source in sources if source is not None], self._targets[batch.places]
+        if chosen and len(sources) == 1:
             return self.copy(batch.places.start, chosen[0])
-        targets = [self._targets[each] for each in wanted]
+        if len(chosen) == len(sources):
+            copy_all(targets, chosen)
+            return self._look(batch.memory)
+        # Around a place that is left out lies what it had in another step.
+        targets = [target for target, source in zip(targets, sources, strict=True) if source is not None]
         copy_all(targets, chosen)
-        # Around a place that was left out lies what it had in another step.
-        seen = [batch.memory] if len(wanted) == len(batch.places) else targets
-        return [extreme for each in seen for extreme in torch.aminmax(each)]
+        return [look for target in targets for look in self._look(target)]
+
+    def _largest_magnitude(self, grads: Sequence[Tensor | None]) -> float:
+        places = zip(self._params, self._targets, strict=True)
+        return largest([extreme for param, to in places if grads[param] is not None for extreme in torch.aminmax(to)])
 
 
-def largest_magnitude(extremes: Extremes) -> float:
-    """The largest magnitude among extremes; NaN if one is, 0.0 if there are none."""
-    by_dtype: dict[torch.dtype, Extremes] = {}
-    for extreme in extremes:
-        by_dtype.setdefault(extreme.dtype, []).append(extreme)
-    largest = [float(torch.stack(each).abs().max()) for each in by_dtype.values()]
-    return max(largest, key=lambda value: (value != value, value), default=0.0)
+def bounds_of(values: Tensor) -> Seen:
+    """Bounds on a contiguous tensor: its magnitudes are at most the largest magnitude of these, or 1, but for rounding.
+
+    In 32 and 64 bits that is the 2-norm, which takes half as long as the extremes. A sum of squares is at least each of
+    them, whatever its order, as rounding a sum of numbers that are not negative never takes it below one of them. It
+    overflows, from magnitudes of about 1e19 on in float32.
+    """
+    if values.dtype in (torch.float32, torch.float64):
+        flat = values.view(-1)
+        return [torch.dot(flat, flat).sqrt()]
+    return list(torch.aminmax(values))
+
+
+def sums_of(values: Tensor) -> Seen:
+    """The sum, which no other look is as fast as. In float16 it would often overflow."""
+    return list(torch.aminmax(values)) if values.dtype is torch.float16 else [values.sum()]
+
+
+def largest(values: Sequence[Tensor]) -> float:
+    """The largest magnitude among 0-dim tensors; NaN if one is, 0.0 if there are none."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for value in values:
+        by_dtype.setdefault(value.dtype, []).append(value)
+    found = [float(torch.stack(each).abs().max()) for each in by_dtype.values()]
+    return max(found, key=lambda value: (value != value, value), default=0.0)
 
 
 def _batches(buffer: FlatBuffer, batch_numel: int) -> Iterator[Batch]:
@@ -137,7 +173,7 @@ def _batches(buffer: FlatBuffer, batch_numel: int) -> Iterator[Batch]:
         )
         if is_full:
             begin, end = places[first], places[position - 1]
-            yield Batch(range(first, position), buffer.parts[begin.part][begin.start : _stop(end)])
+            yield Batch(slice(first, position), buffer.parts[begin.part][begin.start : _stop(end)])
             first = position
 
 

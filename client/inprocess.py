@@ -32,6 +32,7 @@ from ..sharding.manifest import (
     check_restorable,
     read_manifest,
     shard_file_name,
+    tell_of_other_kernels,
     write_manifest,
 )
 from ..sharding.pending_save import PendingSave
@@ -116,6 +117,7 @@ class InProcessService:
             self.group.take_batches(manifest.spec.batches)
             with CheckpointReader(uri, manifest) as reader:
                 self.group.load(reader.source(), timeline=self.group.shards[0].timeline + 1)
+        tell_of_other_kernels(manifest, self.group.shards[0].status().kernel_identity, uri)
         return manifest.step
 
     def shutdown(self) -> None:

@@ -18,7 +18,7 @@ from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, wire_dtype
 from ..sharding.push import GRADIENT_DTYPES, pack_present
 from .flat import Allocate, FlatBuffer, Place, allocate_zeros, copy_all
-from .gathering import Extremes, Gatherer
+from .gathering import Gatherer, Seen
 from .holdings import is_distributed, local_part, version_of
 from .in_place import ParameterViews
 from .overlap import EarlyCopies
@@ -60,7 +60,7 @@ class Gathered:
 
     Attributes:
         present: Which parameters have a gradient, as :func:`pack_present` packs them.
-        max_abs: The largest magnitude; inf or NaN if the rank pushes one.
+        max_abs: A bound on the magnitudes, see :attr:`PushHeader.max_abs`; inf or NaN if the rank pushes one.
     """
 
     present: bytes
@@ -145,7 +145,12 @@ class ModelBuffers:
     def _renew_pushed(self) -> None:
         """Take memory for gradients that no shard has seen; what had it before goes when no shard needs it."""
         self.pushed, self._is_lent = self._make_pushed(), False
-        self._gatherer = Gatherer(self.pushed, self._shapes, [self._slice_of(place) for place in self.pushed.places])
+        self._gatherer = Gatherer(
+            self.pushed,
+            self._shapes,
+            [self._slice_of(place) for place in self.pushed.places],
+            is_added=self._spec.gradients == "local" and self._spec.world_size > 1,
+        )
         if self._early is not None:
             self._early.copy = self._gatherer.copy
 
@@ -163,7 +168,7 @@ class ModelBuffers:
         grads = self._gradients()
         if self._replicas is not None:
             self._replicas.require_equal(grads)
-        copied: Mapping[int, Extremes] = {}
+        copied: Mapping[int, Seen] = {}
         if self._early is not None:
             copied = self._early.take()
             self._early.may_copy = False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .gathering import Extremes
+from .gathering import Seen
 
 logger = logging.getLogger("stepwell")
 
@@ -30,7 +30,7 @@ class _Copied:
     param: Tensor
     grad: Tensor
     version: int
-    extremes: Extremes
+    seen: Seen
 
     @property
     def is_valid(self) -> bool:
@@ -50,7 +50,7 @@ class EarlyCopies:
         may_copy: Whether the buffer is free: the shards may read it from a push until its step is settled.
     """
 
-    def __init__(self, params: Mapping[int, Tensor], copy: Callable[[int, Tensor], Extremes]) -> None:
+    def __init__(self, params: Mapping[int, Tensor], copy: Callable[[int, Tensor], Seen]) -> None:
         self.may_copy = True
         self.copy = copy
         self._copied: dict[int, _Copied] = {}
@@ -63,13 +63,13 @@ class EarlyCopies:
                 hook = functools.partial(_on_accumulated, mine, place)
                 self._handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
-    def take(self) -> dict[int, Extremes]:
-        """The copies that are as good as ones made now: place to the gradient's extremes. All are forgotten.
+    def take(self) -> dict[int, Seen]:
+        """The copies that are as good as ones made now: place to what a look has left. All are forgotten.
 
         Else they would keep gradients alive that nobody else needs.
         """
         copied, self._copied = self._copied, {}
-        taken = {place: each.extremes for place, each in copied.items() if each.is_valid}
+        taken = {place: each.seen for place, each in copied.items() if each.is_valid}
         if copied:
             self._num_useless = 0 if taken else self._num_useless + 1
             if self._num_useless == MAX_USELESS_STEPS:

@@ -24,7 +24,13 @@ from ..sharding.errors import (
     UnknownRankError,
 )
 from ..sharding.job import JobSpec
-from ..sharding.manifest import build_manifest, check_restorable, read_manifest, write_manifest
+from ..sharding.manifest import (
+    build_manifest,
+    check_restorable,
+    read_manifest,
+    tell_of_other_kernels,
+    write_manifest,
+)
 from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
 from .calls import gather
@@ -197,6 +203,7 @@ class Coordinator:
             finally:
                 await self._all("release", what="the shards to go on")
             self._loaded.set()
+            tell_of_other_kernels(manifest, (await self._statuses())[0].kernel_identity, uri)
             return await self._registration()
 
     async def begin_save(self, uri: str) -> tuple[str, int]:
@@ -346,7 +353,12 @@ class Coordinator:
         return dataclasses.replace(spec, chunk_numel=self._config.chunk_numel, kernel=self._kernel)
 
     async def _lay_out(self, spec: JobSpec) -> None:
-        await self._all("register", pack_job(spec), what="the shards to allocate their buffers")
+        job, code = pack_job(spec), b""
+        if spec.kernel == "compiled":
+            # By one shard: those beside it would do the same at the same time, and a new one finds the code here.
+            compiling = self._shards[0].compile.remote(job)
+            code = (await gather([compiling], timeout_s=STATE_TIMEOUT_S, what="shard 0 to compile the kernels"))[0]
+        await self._all("register", job, code, what="the shards to allocate their buffers")
         self._spec = spec
 
     async def _registration(self) -> Registration:

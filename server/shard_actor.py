@@ -13,7 +13,7 @@ import ray
 import torch
 
 from ..sharding.checkpoint import CheckpointReader, write_shard
-from ..sharding.compiling import Kernel, resolve_kernel
+from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
 from ..sharding.coverage import Gradients
 from ..sharding.delivery import Sink
 from ..sharding.errors import NotRegisteredError, PlacementError, SegmentError, ServiceError, StepwellError
@@ -109,12 +109,24 @@ class ShardActor:
         kernel: Kernel = await self._steps.compute(lambda: resolve_kernel(self._config.kernel, self._device))
         return kernel
 
-    async def register(self, job: bytes) -> None:
-        """Lay out a job, allocate its buffers and compile its kernels."""
+    async def compile(self, job: bytes) -> bytes:
+        """Compile a job's kernels; returns their code, for the other shards. Called on shard 0 alone."""
+        spec = unpack_job(job)
+
+        def compile_kernels() -> bytes:
+            warm_up(spec, self._device)
+            return compiled_code()
+
+        code: bytes = await self._steps.compute(compile_kernels)
+        return code
+
+    async def register(self, job: bytes, code: bytes) -> None:
+        """Lay out a job and allocate its buffers; its kernels are compiled already, as ``code``."""
         spec = unpack_job(job)
         self._steps.shard = None  # else there would be memory for two
 
         def lay_out() -> Shard:
+            take_compiled_code(code)
             warm_up(spec, self._device)
             return Shard(spec, shard=self._index, num_shards=self._config.num_shards, device=self._device)
 

@@ -226,6 +226,8 @@ class Buffers:
         self.key_state.load(source.read, source.available)
         for slot in self._rule.slots:
             for buffers in self.extents:
+                if all((piece.param, slot.name) in source.available for piece in buffers.pieces(slot.name)):
+                    continue  # all of it is filled; padding is zero as ever
                 if slot.init == "zeros":
                     buffers.slots[slot.name].zero_()
                 else:

@@ -16,7 +16,7 @@ from .files import locate, write_file
 from .manifest import Manifest, ShardFile, TensorPiece, piece_key
 from .pieces import MissingPieceError, read_across
 from .snapshot import Snapshot
-from .tensor_file import TensorFile, byte_view, pack_header
+from .tensor_file import TensorFile, pack_header
 
 
 def write_shard(snapshot: Snapshot, uri: str, name: str) -> ShardFile:
@@ -29,14 +29,9 @@ def write_shard(snapshot: Snapshot, uri: str, name: str) -> ShardFile:
     """
     try:
         pieces = list(snapshot.pieces())
+        tensors = [(piece_key(piece.param, slot, piece.offset), dtype, piece.numel) for slot, piece, dtype in pieces]
         with write_file(uri, name) as stream:
-            size_bytes = stream.write(
-                pack_header(
-                    [(piece_key(piece.param, slot, piece.offset), dtype, piece.numel) for slot, piece, dtype in pieces]
-                )
-            )
-            for values in snapshot.read():
-                size_bytes += stream.write(byte_view(values))
+            size_bytes = stream.write(pack_header(tensors)) + snapshot.write(stream)
     except OSError as error:
         raise CheckpointError(f"{uri}: {name} cannot be written ({error})") from error
     finally:

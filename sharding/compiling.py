@@ -84,6 +84,18 @@ def compile_pass(function: _Pass, num_threads: int) -> _Pass:
     return cast(_Pass, torch.compile(own, fullgraph=True, options=options))
 
 
+def compiled_code() -> bytes:
+    """What this process has compiled or taken from torch's cache, for :func:`take_compiled_code` elsewhere."""
+    saved = torch.compiler.save_cache_artifacts()
+    return b"" if saved is None else saved[0]
+
+
+def take_compiled_code(code: bytes) -> None:
+    """Put what another process has compiled into torch's cache here. Of use on a machine of the same kind."""
+    if code:
+        torch.compiler.load_cache_artifacts(code)
+
+
 @contextmanager
 def told_if_slow(what: str) -> Iterator[None]:
     """Say what is being compiled if it takes long, as nobody expects to wait there."""

@@ -63,6 +63,8 @@ class Delivery:
         self.direct: list[list[tuple[range, Tensor]]] = [[] for _ in buffers.extents]
         for sink, runs in sinks:
             for target, extent, its_runs, direct in zip(sink.parts, buffers.extents, runs, self.direct, strict=True):
+                if target.data_ptr() == extent.slots[MASTER.name].data_ptr():
+                    continue  # the rank reads the masters themselves
                 tiles = _whole_tiles(its_runs)
                 if tiles is not None and target.device == extent.device:
                     direct.append((tiles, target.view(-1, TILE_NUMEL)))

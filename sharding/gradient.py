@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from .buffers import Buffers, ExtentBuffers
-from .coverage import Runs
+from .coverage import Gradients, Runs
 from .push import Push, PushHeader
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,21 +140,28 @@ def _put_together(
     return Stretch(range(len(extent.tiles)), (whole.view(-1, TILE_NUMEL),), here)
 
 
-def is_surely_finite(headers: Sequence[PushHeader]) -> bool:
+def is_surely_finite(headers: Sequence[PushHeader], gradients: Gradients) -> bool:
     """Whether what the ranks say of their gradients shows that no element of the step's gradient is inf or NaN.
 
-    A rank's element g, of magnitude a at most, is multiplied by 1/s if it has a scale s. In a dtype of 24 bits or more
-    each of these two roundings changes a value by a factor of 1 + 2^-24 at most, unless it overflows; and so does each
-    addition of the ranks' terms, whose sum is then at most B = sum of max(a, 1)/s times (1 + 2^-24)^(world_size + 2).
-    Dividing by the number of ranks makes it no larger. With B below half of float32's largest number no rank's 1/s
-    overflows (hence the 1, as inf times 0 would be NaN), and for fewer than ten million ranks no sum. What a rank has
-    of absent tensors does not enter it, and it has no NaN among what it took the maximum of.
+    No rank has inf or NaN, of which its ``max_abs`` a would be one; so it is about overflows. A rank's elements, of
+    magnitude max(a, 1) at most, are multiplied by 1/s if it has a scale s: that is at most b = max(a, 1)/s, but for
+    roundings, of which in 24 bits or more each changes a value by a factor of 1 + 2^-24 at most. Without a scale there
+    is none, and b need only be a float32; else it is to be below half of the largest one, L, and then 1/s does not
+    overflow either (inf times 0 would be NaN). Where ranks are added up, the sum of all b is to be below L/2: the
+    roundings of fewer than ten million additions do not double it, and a mean is no larger than the sum. What lies in
+    the places of absent tensors enters neither a nor the gradient.
 
     Args:
         headers: Those of all ranks.
+        gradients: What ranks' gradients mean.
     """
     bounds = [math.inf if each.max_abs is None else max(each.max_abs, 1.0) / each.grad_scale for each in headers]
-    return sum(bounds) < torch.finfo(torch.float32).max / 2
+    if gradients == "local" and len(headers) > 1:
+        return sum(bounds) < LARGEST / 2
+    return all(
+        bound <= LARGEST if each.grad_scale == 1.0 else bound < LARGEST / 2
+        for bound, each in zip(bounds, headers, strict=True)
+    )
 
 
 def limited(gradient: Gradient, max_value: float | None, coefficient: float, buffers: Buffers) -> Gradient:

@@ -8,6 +8,7 @@ checkpoint that was there before.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from .reports import ShardStatus
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.msgpack"
+
+logger = logging.getLogger("stepwell")
 
 
 def piece_key(param: int, slot: str, offset: int) -> str:
@@ -191,6 +194,18 @@ def check_restorable(manifest: Manifest, spec: JobSpec, uri: str) -> None:
     )
     theirs = dataclasses.replace(saved, params=params, world_size=spec.world_size, gradients=spec.gradients)
     spec.require_same(theirs, whose=f"checkpoint {uri}")
+
+
+def tell_of_other_kernels(manifest: Manifest, kernel_identity: str, uri: str) -> None:
+    """Say so if a checkpoint that is restored was computed by other kernels than what follows it will be."""
+    if manifest.kernel_identity != kernel_identity:
+        logger.warning(
+            "%s was computed by [%s], and the run goes on with [%s]: its state is the same, but later steps may "
+            "differ from those of the run before in their last bits",
+            uri,
+            manifest.kernel_identity,
+            kernel_identity,
+        )
 
 
 def build_manifest(spec: JobSpec, files: Sequence[ShardFile], status: ShardStatus) -> Manifest:

@@ -35,7 +35,8 @@ class PushHeader:
             :class:`stepwell.sharding.clipping.ClipLimits`.
         grad_scale: What this rank's gradient was multiplied by; averaging undoes it.
         found_inf: Whether this rank found inf or NaN in its gradient itself; the step is then skipped.
-        max_abs: Largest magnitude in what this rank pushes, as it found it; None: the shards look themselves.
+        max_abs: No magnitude in what this rank pushes is above this or above 1, but for a few roundings, as it found
+            itself; no tighter than its dtype if that is enough. None: the shards look.
     """
 
     timeline: int

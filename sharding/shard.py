@@ -344,7 +344,7 @@ class Shard:
     def _look(self, pushes: Sequence[Push], gradient: Gradient, limits: ClipLimits) -> tuple[int, Tensor]:
         """How many tiles of the gradient hold inf or NaN, and with a limit its sums of squares; none of none."""
         table = self._tables.squares
-        is_known = is_surely_finite([push.header for push in pushes])
+        is_known = is_surely_finite([push.header for push in pushes], self.spec.gradients)
         if not gradient or (is_known and not limits.is_set):
             return 0, table.empty(1)[0]
         gradient = limited(gradient, limits.max_value, 1.0, self.buffers)

@@ -1,9 +1,10 @@
-"""A shard's state as of one step, read by one thread while another takes the steps that follow."""
+"""A shard's state as of one step, written by one thread while another takes the steps that follow."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from .buffers import MASTER, Buffers, ExtentBuffers
 from .errors import CheckpointError
 from .layout import Piece
 from .reports import ShardStatus
+from .tensor_file import write_values
 
-UNIT_TILES = 1024
-"""Tiles of one slot that are copied at once; of float32 this is 1 MiB, which stays in cache until it is written."""
+UNIT_TILES = 4096
+"""Tiles of one slot that are written or copied at once: 4 MiB of float32."""
 
 Unit = tuple[int, int]
 """(position among the snapshot's slots, first row)."""
@@ -24,9 +26,10 @@ Unit = tuple[int, int]
 class Snapshot:
     """A shard's state as of one step.
 
-    It begins as a mere note of what to read, in the shard's own memory. Who is about to change that calls
-    :meth:`detach`, which copies what :meth:`read` has not come to, from the end backwards while ``read`` goes on from
-    the front. No thread waits for another for longer than the copy of one unit takes, whatever the file system does.
+    It begins as a mere note of what to write, in the shard's own memory. Who is about to change that calls
+    :meth:`detach`, which copies what :meth:`write` has not done, from the end backwards while ``write`` goes on from
+    the front. A unit that ``write`` is at is copied too, and written once more. No thread waits for the other for
+    longer than the copy of one unit takes, whatever the file system does.
 
     Args:
         buffers: The shard's memory.
@@ -44,7 +47,7 @@ class Snapshot:
         self._slots: list[tuple[Slot, ExtentBuffers]] = sorted(slots, key=lambda of: -_dtype(*of).itemsize)
         self._lock = threading.Lock()
         self._closed: str | None = None
-        # Both in the order of `read`; a unit is in one of them until it is read.
+        # Both in the order of `write`; a unit is in one of them until it is written.
         self._shared: dict[Unit, None] = dict.fromkeys(
             (index, first)
             for index, (_, extent) in enumerate(self._slots)
@@ -53,7 +56,7 @@ class Snapshot:
         self._copies: dict[Unit, Tensor] = {}
 
     def pieces(self) -> Iterator[tuple[str, Piece, torch.dtype]]:
-        """Slot name, piece and dtype of all that :meth:`read` gives, in its order: the wider dtypes first."""
+        """Slot name, piece and dtype of all that :meth:`write` writes, in its order: the wider dtypes first."""
         for name, piece, values in self._buffers.export_key_state():
             yield name, piece, values.dtype
         for slot, extent in self._slots:
@@ -61,27 +64,21 @@ class Snapshot:
                 if piece.numel:
                     yield slot.name, piece, _dtype(slot, extent)
 
-    def read(self) -> Iterator[Tensor]:
-        """All elements of :meth:`pieces`, flat, on the CPU; each tensor is good until the next is asked for.
+    def write(self, stream: BinaryIO) -> int:
+        """Write all elements of :meth:`pieces`, in that order; returns the bytes.
 
         Raises:
             CheckpointError: If the snapshot is closed.
+            OSError: If the stream cannot be written.
         """
-        for _, _, values in self._buffers.export_key_state():
-            yield values
-        staging = torch.empty(0, dtype=torch.uint8)
-        for index, (slot, extent) in enumerate(self._slots):
-            buffer = extent.slots[slot.name]
-            row_bytes = buffer.shape[1] * buffer.element_size()
-            if staging.numel() < UNIT_TILES * row_bytes:
-                staging = torch.empty(UNIT_TILES * row_bytes, dtype=torch.uint8, pin_memory=buffer.is_cuda)
+        size_bytes = sum(write_values(stream, values) for _, _, values in self._buffers.export_key_state())
+        for index, (_, extent) in enumerate(self._slots):
             for first in range(0, len(extent.tiles), UNIT_TILES):
-                rows = slice(first, min(first + UNIT_TILES, len(extent.tiles)))
-                staged = staging[: (rows.stop - first) * row_bytes].view(buffer.dtype).view(-1, buffer.shape[1])
-                yield from extent.without_padding(slot.name, rows, self._take((index, first), staged))
+                size_bytes += self._write_unit(stream, (index, first))
+        return size_bytes
 
     def detach(self, *, for_step: bool) -> None:
-        """Copy what is still to be read from the shard's memory, before that changes.
+        """Copy what is still to be written from the shard's memory, before that changes.
 
         Args:
             for_step: Whether it is a step that changes it, and so leaves constant slots as they are.
@@ -89,19 +86,10 @@ class Snapshot:
         with self._lock:
             units = [unit for unit in reversed(self._shared) if not (for_step and self._slots[unit[0]][0].constant)]
         for unit in units:
-            rows = self._rows(unit)
-            try:
-                copied = torch.empty_like(rows, device="cpu")
-            except RuntimeError as error:  # there is no memory for it; the step is worth more than the save
-                self.close(f"the state that a step was about to change could not be kept ({error})")
-                return
-            with self._lock:
-                if unit in self._shared:
-                    self._copies[unit] = copied.copy_(rows)
-                    del self._shared[unit]
+            self._copy(unit)
 
     def close(self, why: str) -> None:
-        """Let go of all memory; :meth:`read` raises from now on.
+        """Let go of all copies; :meth:`write` raises from now on.
 
         Args:
             why: Completes "the snapshot is closed:".
@@ -111,15 +99,52 @@ class Snapshot:
             self._shared.clear()
             self._copies.clear()
 
-    def _take(self, unit: Unit, staged: Tensor) -> Tensor:
-        """The rows of a unit, which is now read."""
+    def _write_unit(self, stream: BinaryIO, unit: Unit) -> int:
+        """Write a unit straight from the shard's memory; again, from the copy, if it was changed meanwhile."""
+        shared, can_rewrite = self._rows(unit), stream.seekable()
+        if shared.is_cuda or not can_rewrite:
+            self._copy(unit)
+        begin, copied = stream.tell() if can_rewrite else 0, self._copy_of(unit)
+        size_bytes = self._write_rows(stream, unit, shared if copied is None else copied)
+        copied_since = self._let_go(unit)
+        if copied is None and copied_since is not None:
+            stream.seek(begin)
+            self._write_rows(stream, unit, copied_since)
+        return size_bytes
+
+    def _write_rows(self, stream: BinaryIO, unit: Unit, rows: Tensor) -> int:
+        (slot, extent), first = self._slots[unit[0]], unit[1]
+        runs = extent.without_padding(slot.name, slice(first, first + len(rows)), rows)
+        return sum(write_values(stream, run) for run in runs)
+
+    def _copy(self, unit: Unit) -> None:
+        """Copy a unit unless it was copied or written before; without memory for it, close."""
+        rows = self._rows(unit)
+        try:
+            copied = torch.empty_like(rows, device="cpu")
+        except RuntimeError as error:  # a step is worth more than a save
+            self.close(f"there is no memory to keep what a step changes ({error})")
+            return
         with self._lock:
-            if self._closed is not None:
-                raise CheckpointError(f"the snapshot is closed: {self._closed}; save again")
-            if unit in self._copies:
-                return self._copies.pop(unit)
-            del self._shared[unit]
-            return staged.copy_(self._rows(unit))
+            if unit in self._shared:
+                self._copies[unit] = copied.copy_(rows)
+                del self._shared[unit]
+
+    def _copy_of(self, unit: Unit) -> Tensor | None:
+        with self._lock:
+            self._require_open()
+            return self._copies.get(unit)
+
+    def _let_go(self, unit: Unit) -> Tensor | None:
+        """Note that a unit was written; its copy, if there is one."""
+        with self._lock:
+            self._require_open()  # else the unit may have been changed without a copy
+            self._shared.pop(unit, None)
+            return self._copies.pop(unit, None)
+
+    def _require_open(self) -> None:
+        if self._closed is not None:
+            raise CheckpointError(f"the snapshot is closed: {self._closed}; save again")
 
     def _rows(self, unit: Unit) -> Tensor:
         slot, extent = self._slots[unit[0]]

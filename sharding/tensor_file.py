@@ -15,8 +15,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-ALIGNMENT = 8
-"""The tensors begin at a multiple of this, so that they are aligned when mapped into memory; spaces fill the gap."""
+ALIGNMENT = 4096
+"""The tensors begin at a multiple of this, a page, for whoever maps them into memory; spaces behind the header."""
+WRITE_BYTES = 2**20
+"""Written at once. For longer writes Linux looks for larger runs of free memory, and at times takes much longer."""
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 STAGED_BYTES = 2**22
@@ -47,6 +49,12 @@ def pack_header(tensors: Sequence[tuple[str, torch.dtype, int]]) -> bytes:
 def byte_view(values: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
     return values.view(torch.uint8).numpy().data
+
+
+def write_values(stream: BinaryIO, values: Tensor) -> int:
+    """Write the bytes of a contiguous CPU tensor, not copied; returns how many."""
+    data = byte_view(values)
+    return sum(stream.write(data[begin : begin + WRITE_BYTES]) for begin in range(0, len(data), WRITE_BYTES))
 
 
 class TensorFile:

@@ -21,10 +21,11 @@ class Gate:
     Args:
         num_before: Writes of each file that pass it at once.
         num_files: How many files are waited for by :meth:`wait_until_reached`.
+        seekable: Whether what is written can be written again, as in a local file.
     """
 
-    def __init__(self, num_before: int = 0, num_files: int = 1) -> None:
-        self._num_before, self._num_files = num_before, num_files
+    def __init__(self, num_before: int = 0, num_files: int = 1, seekable: bool = True) -> None:
+        self._num_before, self._num_files, self.seekable = num_before, num_files, seekable
         self._reached = threading.Semaphore(0)
         self._open = threading.Event()
         self.fails = False
@@ -70,7 +71,7 @@ class GatedFileSystem(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no 
                 count: int = write(data)
                 return count
 
-            file.write = gated
+            file.write, file.seekable = gated, lambda: gate.seekable
         return file
 
 
@@ -78,9 +79,9 @@ fsspec.register_implementation("gated", GatedFileSystem, clobber=True)
 
 
 @contextlib.contextmanager
-def gated(**options: int) -> Iterator[tuple[Gate, str]]:
+def gated(*, num_before: int = 0, num_files: int = 1, seekable: bool = True) -> Iterator[tuple[Gate, str]]:
     """A gate, and a folder behind it that ends with the block; the gate is open afterwards."""
-    gate = GatedFileSystem.gate = Gate(**options)
+    gate = GatedFileSystem.gate = Gate(num_before, num_files, seekable)
     uri = f"gated://{uuid.uuid4().hex}"
     try:
         yield gate, uri

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 import stepwell
 from stepwell.client import gathering
 from stepwell.client.flat import FlatBuffer
-from stepwell.client.gathering import Gatherer, largest_magnitude
+from stepwell.client.gathering import Gatherer, bounds_of, largest
 from stepwell.client.groups import param_specs
 from stepwell.client.inprocess import InProcessService, InProcessTransport
 from stepwell.sharding.errors import UnsupportedParameterError
 from stepwell.sharding.layout import Layout
-from tests.client.lines import FaultyTransport, reached_by
+from tests.client.lines import FaultyTransport, SharedShards, reached_by
+from tests.client.test_worker_ranks import Workers
 from tests.client.training import assert_equal, copies_of, drive, make_net, set_grads, values_of
 
 CPU = torch.device("cpu")
@@ -33,19 +34,28 @@ class Gathering:
     Args:
         dtype: Of the gradients.
         wire: Of the buffer; None for the same.
+        is_added: Whether other ranks' gradients are to be added.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, wire: torch.dtype | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, wire: torch.dtype | None = None, *, is_added: bool = True
+    ) -> None:
         generator = torch.Generator().manual_seed(3)
         self.grads: list[Tensor | None] = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
         params = [torch.zeros(shape, dtype=dtype) for shape in SHAPES]
         layout = Layout.build(list(param_specs([{"params": params}])))
         self.buffer = FlatBuffer(layout, CPU, dtype=wire)
         shapes = [param.shape for param in params]
-        self.gatherer = Gatherer(self.buffer, shapes, [None] * len(self.buffer.places))
+        self.gatherer = Gatherer(self.buffer, shapes, [None] * len(self.buffer.places), is_added=is_added)
 
     def gather(self) -> float:
         return self.gatherer.gather(self.grads, {})
+
+    def assert_bound(self, found: float) -> None:
+        """At least the largest magnitude, at most the norm: no place counts that has no gradient."""
+        sent = torch.cat(self.present).double()
+        rounding = 1e-5
+        assert float(sent.abs().max()) * (1 - rounding) <= found <= float(sent.norm()) * (1 + rounding)
 
     @property
     def present(self) -> list[Tensor]:
@@ -63,25 +73,33 @@ class Gathering:
 @BATCHES
 @pytest.mark.parametrize("wire", [None, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_gradient_arrives_and_the_largest_is_known(
+def test_every_gradient_arrives_and_a_bound_is_known(
     dtype: torch.dtype, wire: torch.dtype | None, batch_numel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gathering, "CPU_BATCH_NUMEL", batch_numel)
     case = Gathering(dtype, wire)
-    assert case.gather() == float(torch.cat(case.present).abs().max())
+    case.assert_bound(case.gather())
     assert_equal(case.gathered, case.present)
     total = sum(len(grad) for grad in case.present)
     assert int((case.buffer.parts[0] != 0).sum()) == total, "padding stays zero"
 
 
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_that_are_not_added_up_are_known_to_be_finite(wire: torch.dtype) -> None:
+    case = Gathering(wire=wire, is_added=False)
+    assert case.gather() == torch.finfo(wire).max
+    assert_equal(case.gathered, case.present)
+
+
 @BATCHES
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("index", [0, 1, 3, 4, 5, 7])
+@pytest.mark.parametrize("is_added", [True, False])
 def test_inf_and_nan_are_found_wherever_they_are(
-    index: int, value: float, batch_numel: int, monkeypatch: pytest.MonkeyPatch
+    is_added: bool, index: int, value: float, batch_numel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gathering, "CPU_BATCH_NUMEL", batch_numel)
-    case = Gathering()
+    case = Gathering(is_added=is_added)
     grad = case.grads[index]
     assert grad is not None
     grad.view(-1)[-1] = value
@@ -90,9 +108,12 @@ def test_inf_and_nan_are_found_wherever_they_are(
 
 
 @BATCHES
-def test_what_a_place_had_before_does_not_count(batch_numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_added", [True, False])
+def test_what_a_place_had_before_does_not_count(
+    is_added: bool, batch_numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gathering, "CPU_BATCH_NUMEL", batch_numel)
-    case = Gathering()
+    case = Gathering(is_added=is_added)
     for index, garbage in ((0, math.nan), (3, math.inf), (4, 1e30)):
         grad = case.grads[index]
         assert grad is not None
@@ -100,10 +121,13 @@ def test_what_a_place_had_before_does_not_count(batch_numel: int, monkeypatch: p
     case.gather()
     for index in (0, 3, 4):
         case.grads[index] = None
-    assert case.gather() == float(torch.cat(case.present).abs().max())
+    found = case.gather()
+    if is_added:
+        case.assert_bound(found)
+    assert math.isfinite(found)
     assert_equal(case.gathered, case.present)
     case.grads = [None] * len(SHAPES)
-    assert case.gather() == 0.0
+    assert math.isfinite(case.gather())
 
 
 def test_gradient_that_is_not_contiguous_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,12 +149,35 @@ def test_value_that_overflows_on_the_wire_counts_as_inf(batch_numel: int, monkey
     assert case.gather() == math.inf
 
 
+@BATCHES
+@pytest.mark.parametrize("value", [-1e30, 3e38])
+@pytest.mark.parametrize("is_added", [True, False])
+def test_sum_that_overflows_is_not_taken_for_inf(
+    is_added: bool, value: float, batch_numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathering, "CPU_BATCH_NUMEL", batch_numel)
+    case = Gathering(is_added=is_added)
+    assert case.grads[4] is not None
+    case.grads[4][2, 7:9] = value
+    assert math.isfinite(case.gather())
+    if is_added or value > 1e38:
+        assert case.gather() == pytest.approx(abs(value)) or batch_numel == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_small", [0, 10, 10**6])
+def test_bound_is_not_below_an_element_that_others_might_swamp(num_small: int, dtype: torch.dtype) -> None:
+    values = torch.cat((torch.tensor([3.0]), torch.full((num_small,), 1e-4))).to(dtype)
+    for order in (values, values.flip(0)):
+        assert largest(bounds_of(order)) >= 3.0 * (1 - 2**-20)
+
+
 def test_largest_of_several_dtypes_is_nan_if_one_is() -> None:
     two, five = torch.tensor(-2.0), torch.tensor(5.0, dtype=torch.float64)
-    assert largest_magnitude([]) == 0.0
-    assert largest_magnitude([two, five]) == 5.0
+    assert largest([]) == 0.0
+    assert largest([two, five]) == 5.0
     for nan in (torch.tensor(math.nan), torch.tensor(math.nan, dtype=torch.float64)):
-        assert math.isnan(largest_magnitude([two, nan, five, torch.tensor(math.inf)]))
+        assert math.isnan(largest([two, nan, five, torch.tensor(math.inf)]))
 
 
 # What the header says
@@ -149,16 +196,23 @@ def make_line(
         return copies, make(copies, **options), transport
 
 
-def test_header_says_the_largest_magnitude() -> None:
+def test_header_of_one_worker_says_that_all_is_finite() -> None:
     params, optimizer, transport = make_line()
-    for step in range(3):
-        set_grads(params, step)
-        if step == 2:
-            params[0].grad = None
-        optimizer.step()
-        largest = max(float(param.grad.abs().max()) for param in params if param.grad is not None)
-        assert transport.headers[-1].max_abs == largest
-        assert not transport.headers[-1].found_inf
+    drive(params, optimizer, range(2))
+    assert [header.max_abs for header in transport.headers] == [torch.finfo(torch.float32).max] * 2
+
+
+def test_header_of_several_says_a_bound_on_the_magnitudes() -> None:
+    workers = Workers(SharedShards(num_shards=2))
+    for step, absent in enumerate(((), ((1, 0),))):
+        workers.set_grads(step, absent)
+        workers.step()
+        for params, transport in zip(workers.params, workers.transports, strict=True):
+            sent = torch.cat([param.grad.reshape(-1) for param in params if param.grad is not None])
+            max_abs = transport.headers[-1].max_abs
+            assert max_abs is not None
+            assert float(sent.abs().max()) <= max_abs <= float(sent.norm()) * 1.001
+            assert not transport.headers[-1].found_inf
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -134,3 +134,20 @@ def test_interrupt_within_a_step_loses_nothing(num_shards: int, monkeypatch: pyt
     train(net, optimizer, range(4, 7))
     train(other, undisturbed, range(4, 7))
     assert_equal(net.parameters(), other.parameters())
+
+
+def test_restore_of_what_other_kernels_computed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    eager, compiled = (
+        stepwell.AdamW(make_net().parameters(), service=stepwell.InProcessService(kernel=kernel))
+        for kernel in ("eager", "compiled")
+    )
+    assert "eager" in eager.service.status()["kernel"]
+    assert "compiled by" in compiled.service.status()["kernel"]
+    uri = str(tmp_path)
+    eager.service.save(uri)
+    eager.service.restore(uri)
+    assert not caplog.records
+    compiled.service.restore(uri)
+    (record,) = caplog.records
+    assert f"{uri} was computed by [" in record.message
+    assert "later steps may differ" in record.message

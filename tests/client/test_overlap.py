@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import stepwell
 from stepwell.client import overlap
-from stepwell.client.gathering import Extremes, Gatherer
+from stepwell.client.gathering import Gatherer, Seen
 from stepwell.client.holdings import local_part
 from stepwell.client.inprocess import InProcessService, InProcessTransport
 from stepwell.sharding.errors import ServiceTimeoutError
@@ -45,7 +45,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     steps: list[set[int]] = []
     gather = Gatherer.gather
 
-    def note(self: Gatherer, grads: Sequence[Tensor | None], copied: dict[int, Extremes]) -> float:
+    def note(self: Gatherer, grads: Sequence[Tensor | None], copied: dict[int, Seen]) -> float:
         steps.append(set(copied))
         return gather(self, grads, copied)
 

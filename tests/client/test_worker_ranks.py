@@ -158,6 +158,25 @@ def test_newer_gradient_replaces_one_whose_push_was_not_answered(refresh: bool) 
     assert workers.transports[0].headers[-1].attempt == 1
 
 
+def test_push_that_was_not_answered_keeps_its_memory() -> None:
+    """A shard may hold it and read it yet; the worker gathers its next gradient elsewhere."""
+    workers = Workers(SharedShards(num_shards=2))
+    workers.set_grads(50)
+    workers.shared.missing = "fail"
+    held = []
+    for _ in range(3):
+        with pytest.raises(ServiceTimeoutError, match="the line broke"):
+            workers.optimizers[0].step()
+        pushes = [shard._inbox._pushes[0] for shard in workers.shared.service.group.shards]
+        parts = [part for push in pushes for part in push.gradient]
+        held.append([(part, part.clone()) for part in parts])
+        workers.set_grads(len(held))
+    for attempt in held:
+        for part, then in attempt:
+            assert torch.equal(part, then)
+    assert len({part.data_ptr() for attempt in held for part, _ in attempt}) == 6
+
+
 def test_gradient_that_comes_after_its_step_was_taken_is_the_next_steps() -> None:
     workers, undisturbed = Workers(SharedShards(num_shards=2)), Workers(SharedShards(num_shards=2))
     for each in (workers, undisturbed):

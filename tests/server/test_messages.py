@@ -16,12 +16,18 @@ from hypothesis import strategies as st
 from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule
 from stepwell.server.messages import (
     MAX_MESSAGE_BYTES,
+    Exchange,
+    Target,
     from_wire,
+    pack_exchange,
     pack_job,
     pack_push,
+    pack_target,
     to_wire,
+    unpack_exchange,
     unpack_job,
     unpack_push,
+    unpack_target,
 )
 from stepwell.sharding.errors import (
     DTypeMismatchError,
@@ -33,6 +39,7 @@ from stepwell.sharding.errors import (
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import ParamSpec
 from stepwell.sharding.push import PushHeader
+from stepwell.sharding.segments import Address, Placement, Span
 
 PUSH = PushHeader(
     timeline=3,
@@ -60,9 +67,14 @@ JOB = JobSpec(
     world_size=4,
     chunk_numel=1024,
 )
+PLACEMENT = Placement(Address(4711, 12, 8192, b"t" * 16), (Span(4096, 3, torch.bfloat16), Span(0, 0, torch.float64)))
+TARGET = Target("held", ("bfloat16", "float64"), PLACEMENT)
+EXCHANGE = Exchange(pack_push(PUSH), PLACEMENT, TARGET, 60.0)
 UNPACKERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
     "push": (pack_push(PUSH), unpack_push),
     "job": (pack_job(JOB), unpack_job),
+    "target": (pack_target(TARGET), unpack_target),
+    "exchange": (pack_exchange(EXCHANGE), unpack_exchange),
 }
 each_kind = pytest.mark.parametrize("kind", UNPACKERS)
 
@@ -82,6 +94,14 @@ def without(kind: str, name: str) -> bytes:
 @pytest.mark.parametrize("header", [PUSH, PushHeader(3, 41, 1, "77-abc", 0, b"\xc0")])
 def test_push_round_trip_is_the_same(header: PushHeader) -> None:
     assert unpack_push(pack_push(header)) == header
+
+
+@pytest.mark.parametrize("placement", [PLACEMENT, None])
+def test_exchange_round_trip_is_the_same(placement: Placement | None) -> None:
+    target = Target("pushed", ("float32",), placement)
+    exchange = dataclasses.replace(EXCHANGE, gradient=placement, target=target)
+    assert unpack_exchange(pack_exchange(exchange)) == exchange
+    assert unpack_target(pack_target(target)) == target
 
 
 @pytest.mark.parametrize("rule", [ProdigyRule(slice_p=11, beta3=0.9), AdamWRule(amsgrad=True), LAMBRule(lr=0.1)])
@@ -130,6 +150,16 @@ def test_unpack_names_a_missing_field(kind: str) -> None:
 
 COUNT_WRONG: tuple[object, ...] = (-1, 2**63, True, 1.0, "1", None, [1], {})
 TEXT_WRONG: tuple[object, ...] = (1, b"x", None, ["x"])
+SPAN = [4096, 3, "float32"]
+PLACEMENT_WRONG: tuple[object, ...] = (
+    1,
+    {},
+    [],
+    [1, 2, 8192, b"t" * 16],
+    *([-1, 2, 8192, b"t" * 16, []], [1, 2.0, 8192, b"t" * 16, []], [1, 2, True, b"t" * 16, []]),
+    *([1, 2, 8192, b"t" * 15, []], [1, 2, 8192, "t" * 16, []], [1, 2, 8192, b"t" * 16, {}]),
+    *([1, 2, 8192, b"t" * 16, [span]] for span in (SPAN[:2], [-1, 3, "float32"], [0, None, "float32"], [0, 3, "int8"])),
+)
 WRONG: list[tuple[str, str, tuple[object, ...]]] = [
     *(("push", name, COUNT_WRONG) for name in ("timeline", "sequence", "rank", "attempt")),
     ("push", "incarnation", TEXT_WRONG),
@@ -141,6 +171,12 @@ WRONG: list[tuple[str, str, tuple[object, ...]]] = [
     ("push", "grad_scale", (0.0, -1.0, float("nan"), float("inf"), "1", True, None, [1.0])),
     ("push", "found_inf", (0, 1, None, "yes")),
     ("push", "max_abs", (-1.0, float("nan"), float("inf"), "1", True, [1.0])),
+    ("target", "part", (*TEXT_WRONG, "all")),
+    ("target", "dtypes", ("float32", None, ["int8"], [None], [["float32"]], {"float32": 1})),
+    *((kind, name, PLACEMENT_WRONG) for kind, name in (("target", "placement"), ("exchange", "gradient"))),
+    ("exchange", "push", (1, "x", None, [1])),
+    ("exchange", "target", (1, None, [], {}, {"part": "held", "dtypes": []})),
+    ("exchange", "timeout_s", (0.0, -1.0, float("nan"), float("inf"), "1", True, None)),
     *(("job", name, COUNT_WRONG) for name in ("num_groups", "world_size")),
     ("job", "chunk_numel", tuple(value for value in COUNT_WRONG if value is not None)),
     ("job", "rule", (*TEXT_WRONG, "Sophia")),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stepwell.optim import AdamWRule, ProdigyRule, Rule
-from stepwell.sharding.gradient import average, is_surely_finite
+from stepwell.sharding.coverage import Gradients
+from stepwell.sharding.gradient import LARGEST, average, is_surely_finite
 from stepwell.sharding.kernels import Kernels
 from stepwell.sharding.push import PushHeader, pack_present
 from stepwell.sharding.vote import Decision
@@ -144,8 +145,6 @@ def test_gradient_of_a_single_worker_is_not_written() -> None:
 
 # What the ranks say of their gradients
 
-LARGEST = torch.finfo(torch.float32).max
-
 
 def said(max_abs: float | None, grad_scale: float = 1.0) -> PushHeader:
     return PushHeader(0, 1, 0, "", 0, b"", max_abs=max_abs, grad_scale=grad_scale)
@@ -157,17 +156,28 @@ def said(max_abs: float | None, grad_scale: float = 1.0) -> PushHeader:
         ([said(3.0)], True),
         ([said(None)], False),
         ([said(3.0), said(None)], False),
-        ([said(0.4 * LARGEST)], True),
-        ([said(0.6 * LARGEST)], False),
+        ([said(LARGEST)], True),
+        ([said(LARGEST * 1.001)], False),
+        ([said(torch.finfo(torch.float64).max)], False),
+        ([said(0.2 * LARGEST)] * 2, True),
         ([said(0.3 * LARGEST)] * 2, False),
-        ([said(0.6 * LARGEST, grad_scale=2.0)], True),
+        ([said(LARGEST, grad_scale=3.0)], True),
+        ([said(LARGEST, grad_scale=1.5)], False),
+        ([said(LARGEST, grad_scale=0.5)], False),
         ([said(1e20, grad_scale=1e-20)], False),
         ([said(0.0, grad_scale=1e-39)], False),  # 1/scale is inf in float32, and inf times 0 is NaN
         ([said(1e300, grad_scale=1e-300)], False),
     ],
 )
 def test_bound_on_the_average_is_below_half_of_the_largest_number(headers: list[PushHeader], expected: bool) -> None:
-    assert is_surely_finite(headers) is expected
+    assert is_surely_finite(headers, "local") is expected
+
+
+@pytest.mark.parametrize("gradients", ["replicated", "sharded"])
+def test_gradients_side_by_side_are_not_added_up(gradients: Gradients) -> None:
+    assert is_surely_finite([said(LARGEST)] * 3, gradients)
+    assert not is_surely_finite([said(LARGEST), said(None)], gradients)
+    assert not is_surely_finite([said(LARGEST), said(LARGEST, grad_scale=0.5)], gradients)
 
 
 MAGNITUDES = st.floats(0.0, LARGEST, width=32) | st.sampled_from([0.0, 1e-45, LARGEST, LARGEST / 2, 0.49 * LARGEST])
@@ -178,7 +188,7 @@ SCALES = st.sampled_from([1.0, 3.0, 1e-3, 1e-20, 1e-38, 1e-40, 1e20, 1e38, 1e300
 @given(st.lists(st.tuples(MAGNITUDES, SCALES), min_size=1, max_size=4))
 def test_average_is_finite_where_the_ranks_show_that_it_is(ranks: list[tuple[float, float]]) -> None:
     headers = [said(magnitude, scale) for magnitude, scale in ranks]
-    if is_surely_finite(headers):
+    if is_surely_finite(headers, "local"):
         run = Run(Problem((ZooTensor((3,)),)), AdamWRule(), world_size=len(ranks))
         values = [torch.tensor([magnitude, -magnitude, 0.0]) for magnitude, _ in ranks]
         pushes = [

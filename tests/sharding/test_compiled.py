@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +39,9 @@ MIXED = Problem(
         ZooTensor((50, 50), dtype="bfloat16"),
     )
 )
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def problem_for(rule: Rule) -> Problem:
@@ -162,6 +169,36 @@ def test_kernels_turned_off_in_mid_run_are_an_error() -> None:
         run.step()
     assert_same_state(run.state(), before)
     run.step()
+
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from torch._dynamo.utils import counters
+from stepwell.optim import AdamWRule
+from stepwell.sharding.compiling import compiled_code, take_compiled_code
+from tests.zoo import Run, small
+
+code = Path(sys.argv[1])
+if code.exists():
+    take_compiled_code(code.read_bytes())
+Run(small(), AdamWRule(), kernel="compiled").steps(2)
+code.write_bytes(compiled_code())
+print(counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_compiled_code_serves_a_process_with_an_empty_cache(tmp_path: Path) -> None:
+    """As on the machine where a lost shard is started again."""
+    missed = []
+    for name in ("first", "second"):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "code")]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert ended.returncode == 0, ended.stderr
+        missed.append(int(ended.stdout))
+    assert missed[0] > 0
+    assert missed[1] == 0
 
 
 def test_choice_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

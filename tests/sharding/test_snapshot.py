@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pytest
 import torch
 
-from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, StableAdamRule
+from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, SGDRule, StableAdamRule
 from stepwell.sharding import snapshot as snapshot_module
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.checkpoint import CheckpointReader, write_shard
@@ -32,6 +33,9 @@ from tests.zoo import (
     small,
     state_source,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 RULES: dict[str, Rule] = {
     "Prodigy": ProdigyRule(d0=1e-3),
@@ -81,10 +85,13 @@ class Save:
 
 
 @contextmanager
-def saving(run: Run, *, num_before: int = 0) -> Iterator[tuple[Gate, Save]]:
+def saving(run: Run, *, num_before: int = 0, seekable: bool = True) -> Iterator[tuple[Gate, Save]]:
     """A save whose files have come as far as the gate."""
     num_shards = len(run.group.shards)
-    with gated(num_before=num_before, num_files=num_shards) as (gate, uri), ThreadPoolExecutor(num_shards) as pool:
+    with (
+        gated(num_before=num_before, num_files=num_shards, seekable=seekable) as (gate, uri),
+        ThreadPoolExecutor(num_shards) as pool,
+    ):
         try:
             save = Save(run, uri, pool)
             gate.wait_until_reached()
@@ -93,12 +100,15 @@ def saving(run: Run, *, num_before: int = 0) -> Iterator[tuple[Gate, Save]]:
             gate.open()
 
 
+@pytest.mark.parametrize("seekable", [True, False])
 @pytest.mark.parametrize("num_before", [0, 1, 4, 9])
 @pytest.mark.parametrize("name", RULES)
-def test_save_is_of_the_step_it_was_asked_at_though_steps_overtake_it(name: str, num_before: int) -> None:
+def test_save_is_of_the_step_it_was_asked_at_though_steps_overtake_it(
+    name: str, num_before: int, seekable: bool
+) -> None:
     run, undisturbed = trained(RULES[name]), trained(RULES[name]).steps(9, schedule=constant).state()
     expected = run.state()
-    with saving(run, num_before=num_before) as (gate, save):
+    with saving(run, num_before=num_before, seekable=seekable) as (gate, save):
         run.steps(9, schedule=constant)
         gate.open()
         assert_same_state(save.state(), expected)
@@ -175,8 +185,7 @@ def test_step_copies_what_it_changes_and_a_load_the_rest() -> None:
 def test_what_is_written_is_not_copied() -> None:
     run = trained(RULES["AdamW"], num_shards=1)
     snapshot = run.group.shards[0].snapshot()
-    for _ in snapshot.read():
-        pass
+    snapshot.write(io.BytesIO())
     run.step()
     assert not snapshot._copies
 
@@ -228,10 +237,23 @@ def test_step_without_memory_for_the_save_is_taken_and_the_save_fails(monkeypatc
             run.group.shards[0]._detach_snapshot(for_step=True)
         run.steps(7, schedule=constant)
         gate.open()
-        with pytest.raises(CheckpointError, match=r"could not be kept \(not enough memory.*save again"):
+        with pytest.raises(CheckpointError, match=r"no memory to keep .*not enough memory.*save again"):
             save.writing[0].result(timeout=LIMIT_S)
         save.writing[1].result(timeout=LIMIT_S)
     assert_same_state(run.state(), trained(RULES["Prodigy"]).steps(7, schedule=constant).state())
+
+
+def test_snapshot_that_is_closed_while_its_last_unit_is_written_is_not_taken_for_whole() -> None:
+    """A step that had no memory for a copy has changed that unit by now."""
+    snapshot = Run(Problem((ZooTensor((512,)),)), SGDRule(lr=0.1)).group.shards[0].snapshot()
+
+    class Closing(io.BytesIO):
+        def write(self, data: Buffer) -> int:
+            snapshot.close("there is no memory")
+            return super().write(data)
+
+    with pytest.raises(CheckpointError, match="the snapshot is closed: there is no memory; save again"):
+        snapshot.write(Closing())
 
 
 def test_next_snapshot_ends_the_one_before() -> None:

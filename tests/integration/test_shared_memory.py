@@ -1,0 +1,100 @@
+"""The two ways of gradients and parameters, memory that both map and the object store: the same to the bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import stepwell
+from stepwell.client.object_store import ObjectStoreTransport
+from stepwell.sharding.errors import MissingRankError
+from tests.integration.conftest import Launch
+from tests.integration.training import D0, LIMIT_S, Oracle, Trainer, assert_same_training, make_workers, on_all
+from tests.zoo import Problem, assert_same_tensors, straddling
+
+NUM_STEPS = 12
+
+
+def far(*shards: int) -> Any:
+    """Within this block these shards say that they are on another node."""
+    look_around = ObjectStoreTransport._look_around
+
+    def look(self: ObjectStoreTransport) -> None:
+        look_around(self)
+        self._memory.note(
+            [f"a test of {index}" if index in shards else None for index in range(len(self.service.shards))]
+        )
+
+    return mock.patch.object(ObjectStoreTransport, "_look_around", look)
+
+
+def train(problem: Problem, **keywords: Any) -> Trainer:
+    return Trainer(problem, stepwell.Prodigy, d0=D0, **keywords).run(NUM_STEPS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("num_shards", "far_shards"), [(1, [0]), (1, []), (2, [0]), (3, []), (3, [0, 1, 2])])
+def test_either_way_gives_the_bits_of_one_process(
+    launch: Launch, dtype: str, num_shards: int, far_shards: Sequence[int]
+) -> None:
+    problem = straddling().as_dtype(dtype)
+    with far(*far_shards):
+        trained = train(problem, service=launch(num_shards))
+        assert_same_training(trained, train(problem, service="inprocess"))
+        trained.optimizer.close()
+
+
+def test_replicas_that_go_different_ways_have_the_same_parameters(launch: Launch) -> None:
+    """Each pushes a share of the one gradient, one through memory and one through the object store."""
+    service, problem = launch(2), straddling()
+
+    def work(rank: int) -> Trainer:
+        worker = Trainer(
+            problem, stepwell.Prodigy, d0=D0, service=service, rank=rank, world_size=2, gradients="replicated"
+        )
+        if rank == 1:
+            transport: Any = worker.optimizer._registered.transport
+            transport._memory.note(["a test", "a test"])
+        worker.rank, worker.world_size = 0, 1  # of the gradient
+        return worker.run(NUM_STEPS)
+
+    with ThreadPoolExecutor(2) as pool:
+        workers = list(pool.map(work, range(2), timeout=LIMIT_S))
+    expected = train(problem, service="inprocess")
+    for worker in workers:
+        assert_same_tensors(worker.params, expected.params, "parameter")
+    on_all(workers, lambda worker: worker.optimizer.close())
+
+
+def test_ways_are_told_once(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="stepwell"), far(1):
+        trained = train(straddling(), service=launch(2))
+        trained.optimizer.refresh()
+        trained.optimizer.close()
+    ways = [message for message in caplog.messages if message.startswith("gradients and parameters go by")]
+    assert ways[-1] == (
+        "gradients and parameters go by shard 0: shared memory; shard 1: the object store (a test of 1)"
+    )
+    assert len(set(ways)) == len(ways) or len(ways) <= 3
+
+
+def test_attempt_that_was_given_up_is_replaced_by_one_in_other_memory(launch: Launch) -> None:
+    workers, oracle = make_workers(launch(2, worker_timeout_s=2.0), 2), Oracle(2)
+    buffers: Any = workers[0].optimizer._registered._buffers
+    workers[0].set_gradients()
+    before = buffers.pushed.parts[0]
+    with pytest.raises(MissingRankError):
+        workers[0].optimizer.step()
+    pushed = before.clone()
+    on_all(workers, lambda worker: worker.run(2))
+    assert buffers.pushed.parts[0].data_ptr() != before.data_ptr()
+    assert torch.equal(before, pushed)
+    for worker in workers:
+        oracle.to(2).require_same(worker)
+    on_all(workers, lambda worker: worker.optimizer.close())
