@@ -119,7 +119,9 @@ def _rows_table(rows: Sequence[Row]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that count."""
+    """Two or three digits that count."""
+    if 0.0 < abs(value) < 0.1:
+        return f"{value:.2g}"
     if abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
