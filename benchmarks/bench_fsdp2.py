@@ -5,14 +5,11 @@ Not a matter of speed: every rank of prodigyopt sees its part of the sums alone,
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from pathlib import Path
-
 import prodigyopt
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from harness import Row, main, tell
+from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import stepwell
 
 BATCH = 24
+TIMEOUT_S = 120.0
 
 
 def make_net() -> nn.Sequential:
@@ -48,36 +46,37 @@ def shard(world_size: int) -> nn.Sequential:
     return net
 
 
-def run_rank(rank: int, world_size: int, num_steps: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+def run_rank(rank: int, world_size: int, num_steps: int, alone: float) -> list[Row]:
     net = shard(world_size)
     theirs = train(net, prodigyopt.Prodigy(net.parameters(), d0=1e-4), num_steps, rank, world_size)
     net = shard(world_size)
     optimizer = stepwell.Prodigy(net.parameters(), d0=1e-4)
     ours = train(net, optimizer, num_steps, rank, world_size)
-    (Path(folder) / str(rank)).write_text(f"{theirs} {ours}")
-    dist.barrier()
+    found: list[tuple[float, float]] = [(0.0, 0.0)] * world_size
+    dist.all_gather_object(found, (ours, theirs))
     optimizer.close()
-    dist.destroy_process_group()
+    return [
+        Row(
+            name=f"d on rank {each} after {num_steps} steps, beside that of one process",
+            ours=(ours / alone - 1.0) * 1e6,
+            theirs=(theirs / alone - 1.0) * 1e6,
+            unit="millionths off",
+            against="prodigyopt",
+            section=f"FSDP2, {world_size} ranks",
+            key=f"fsdp2/rank {each}",
+        )
+        for each, (ours, theirs) in enumerate(found)
+    ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=60)
-    arguments = parser.parse_args()
+def rows(quick: bool) -> list[Row]:
+    """Each rank's d after training, prodigyopt's and the service's, beside that of one process."""
+    num_steps, world_size = (8, 2) if quick else (60, 2)
+    tell(f"d under FSDP2, {world_size} ranks")
     net = make_net()
-    alone = train(net, prodigyopt.Prodigy(net.parameters(), d0=1e-4), arguments.steps)
-    with tempfile.TemporaryDirectory(prefix="stepwell-bench-") as folder:
-        mp.spawn(run_rank, (arguments.ranks, arguments.steps, folder), nprocs=arguments.ranks)
-        found = [[float(d) for d in (Path(folder) / str(rank)).read_text().split()] for rank in range(arguments.ranks)]
-    print(f"d after {arguments.steps} steps, {arguments.ranks} ranks under FSDP2; over that of one process")
-    print(f"{'prodigyopt, one process':26s} {alone:.6f}")
-    for index, name in enumerate(("prodigyopt", "stepwell.Prodigy")):
-        for rank, values in enumerate(found):
-            print(f"{name + f', rank {rank}':26s} {values[index]:.6f}  {values[index] / alone:.6f}")
+    alone = train(net, prodigyopt.Prodigy(net.parameters(), d0=1e-4), num_steps)
+    return run_ranks(run_rank, world_size, num_steps, alone, timeout_s=TIMEOUT_S)
 
 
 if __name__ == "__main__":
-    main()
+    main(rows, __doc__)

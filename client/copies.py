@@ -11,6 +11,7 @@ from torch import Tensor
 from ..server.messages import LoadHeader
 from ..sharding.job import JobSpec
 from .inprocess import InProcessService, InProcessTransport
+from .model_buffers import GatherOptions
 from .transport import Values
 from .worker import Worker
 
@@ -48,11 +49,11 @@ def take_snapshot(worker: Worker, service: InProcessService) -> Snapshot:
     return Snapshot(worker.spec, num_shards, values, header, tuple(worker.changed_by_hand()))
 
 
-def revive(snapshot: Snapshot, params: Sequence[Tensor]) -> Worker:
+def revive(snapshot: Snapshot, params: Sequence[Tensor], options: GatherOptions) -> Worker:
     """A worker with an in-process service of its own, that stands where the snapshot was taken."""
     device = params[0].device if params else torch.device("cpu")
-    service = InProcessService(num_shards=snapshot.num_shards, device=device)
-    worker = Worker(InProcessTransport(service), snapshot.spec, params, rank=0)
+    service = InProcessService(num_shards=snapshot.num_shards, device=device, kernel=snapshot.spec.kernel)
+    worker = Worker(InProcessTransport(service), snapshot.spec, params, rank=0, options=options)
     worker.load(snapshot.values, snapshot.header)
     worker.mark_changed(snapshot.changed)
     return worker

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim import TILE_NUMEL
 from ..sharding.coverage import Coverage, Part
-from ..sharding.layout import Extent, Layout, dtype_from_name
+from ..sharding.layout import Extent, Layout, wire_dtype
 
 Allocate = Callable[[Sequence[tuple[int, torch.dtype]], torch.device], list[Tensor]]
 """Gives flat tensors, all zero, of these numbers of elements and dtypes on a device."""
@@ -28,11 +28,15 @@ class Place:
     Attributes:
         param: Parameter index.
         offset: Where the run begins in the flattened parameter.
+        part: Which of the buffer's parts it lies in.
+        start: Where it begins there.
         view: ``(numel,)`` of the buffer.
     """
 
     param: int
     offset: int
+    part: int
+    start: int
     view: Tensor
 
 
@@ -44,11 +48,13 @@ class FlatBuffer:
         coverage: Where the rank's part lies in it; None for everything.
         device: Where the buffer lives.
         part: Which of the rank's two coverages it is.
-        parts: Memory to use, of at least the sizes needed and all zero; None allocates it.
-        allocate: How.
+        parts: Memory to use, of at least the sizes needed and with zeros as padding; None allocates it.
+        dtype: What to hold, where there is no memory to use; None takes each extent's wire dtype.
+        in_place: Whether a model's parameters may be views of the buffer, see :class:`ParameterViews`.
+        allocate: Where memory comes from otherwise.
 
     Attributes:
-        parts: Per extent ``(coverage.numel(extent),)`` in the extent's wire dtype.
+        parts: Per extent ``(coverage.numel(extent),)``.
         places: Every run of every parameter, in order.
     """
 
@@ -60,13 +66,15 @@ class FlatBuffer:
         coverage: Coverage | None = None,
         part: Part = "held",
         parts: Sequence[Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        in_place: bool = False,
         allocate: Allocate = allocate_zeros,
     ) -> None:
-        self.part = part
+        self.part, self.in_place = part, in_place
         self._coverage = Coverage.whole(layout) if coverage is None else coverage
         if parts is None:
             sizes = (self._coverage.numel(index) for index in range(len(layout.extents)))
-            dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
+            dtypes = (dtype or wire_dtype(layout, extent) for extent in layout.extents)
             parts = allocate(list(zip(sizes, dtypes, strict=True)), device)
         self.parts = [each[: self._coverage.numel(index)] for index, each in enumerate(parts)]
         self._shard_parts: dict[tuple[int, int], list[Tensor]] = {}
@@ -88,12 +96,6 @@ class FlatBuffer:
         return self._shard_parts[shard, num_shards]
 
 
-def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
-    """What an extent's gradients and parameters travel in: the model's dtype if it is one, else the state's."""
-    dtypes = {layout.params[index].dtype for index in extent.params}
-    return dtype_from_name(dtypes.pop()) if len(dtypes) == 1 else extent.dtype
-
-
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy many tensors, converting dtype and device."""
     if targets:
@@ -107,5 +109,5 @@ def _places(layout: Layout, extent: Extent, packed: Tensor, coverage: Coverage, 
         runs, where = coverage.within(index, start, start + layout.params[param].numel)
         taken = where.start
         for first, last in runs.tolist():
-            yield Place(param, first, packed[taken : taken + last - first])
+            yield Place(param, first, index, taken, packed[taken : taken + last - first])
             taken += last - first

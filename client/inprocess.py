@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import signal
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from ..server.config import default_kernel
 from ..server.messages import LoadHeader, Registration, pack_job, source_of
-from ..sharding.checkpoint import (
-    CheckpointReader,
+from ..sharding.buffers import MASTER
+from ..sharding.checkpoint import CheckpointReader, write_shard
+from ..sharding.compiling import KernelChoice, resolve_kernel
+from ..sharding.coverage import Holdings
+from ..sharding.delivery import Sink
+from ..sharding.errors import JobMismatchError, NotRegisteredError, StepAbortedError
+from ..sharding.files import remove_file
+from ..sharding.inprocess import ShardGroup
+from ..sharding.job import JobSpec
+from ..sharding.layout import Layout
+from ..sharding.manifest import (
     build_manifest,
     check_restorable,
     read_manifest,
     shard_file_name,
+    tell_of_other_kernels,
     write_manifest,
-    write_shard,
 )
-from ..sharding.coverage import Holdings
-from ..sharding.delivery import Sink
-from ..sharding.errors import JobMismatchError, NotRegisteredError, StepAbortedError
-from ..sharding.inprocess import ShardGroup
-from ..sharding.job import JobSpec
-from ..sharding.layout import Layout
+from ..sharding.pending_save import PendingSave
 from ..sharding.pieces import PieceValues
 from ..sharding.push import Push, PushHeader
 from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.saved import SavedCheckpoint
+from ..sharding.snapshot import Snapshot
+from ..sharding.warm_up import warm_up
 from .flat import FlatBuffer
 from .transport import Transport, join_pieces
 
@@ -43,19 +52,26 @@ class InProcessService:
     Args:
         num_shards: Shards; more than one is of use in tests alone.
         device: Where they live.
+        kernel: How kernels run, see :func:`stepwell.launch`.
 
     Raises:
-        ValueError: If ``num_shards`` is less than 1.
+        ValueError: If ``num_shards`` is less than 1, or ``kernel`` is unknown.
+        KernelError: If kernels are to be compiled and there is no compiler.
     """
 
     name = "inprocess"
 
-    def __init__(self, *, num_shards: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self, *, num_shards: int = 1, device: torch.device | None = None, kernel: KernelChoice | None = None
+    ) -> None:
         if num_shards < 1:
             raise ValueError(f"num_shards: expected at least 1, got {num_shards}")
-        self._num_shards, self._device = num_shards, device
+        self._num_shards, self._device = num_shards, device or torch.device("cpu")
+        self._kernel = resolve_kernel(default_kernel() if kernel is None else kernel, self._device)
         self._group: ShardGroup | None = None
         self._saved: SavedCheckpoint | None = None
+        self._pending: PendingSave | None = None
+        self._saving, self._replacing = threading.Lock(), threading.Lock()
 
     def status(self) -> dict[str, Any]:
         """As :meth:`stepwell.Service.status`."""
@@ -78,32 +94,65 @@ class InProcessService:
             "size_bytes": [shard.size_bytes for shard in shards],
         }
 
-    def save(self, uri: str) -> int:
+    @overload
+    def save(self, uri: str, *, wait: Literal[True] = True) -> int: ...
+
+    @overload
+    def save(self, uri: str, *, wait: Literal[False]) -> PendingSave: ...
+
+    def save(self, uri: str, *, wait: bool = True) -> int | PendingSave:
         """As :meth:`stepwell.Service.save`."""
-        save_id, shards = uuid.uuid4().hex[:12], self.group.shards
-        status = shards[0].status()
-        if self._saved is not None and self._saved.serves(uri, self.group.spec, status):
-            return status.step
-        files = [
-            write_shard(shard.buffers, uri, shard_file_name(save_id, index, len(shards)))
-            for index, shard in enumerate(shards)
-        ]
-        write_manifest(uri, build_manifest(self.group.spec, files, status))
-        self._saved = SavedCheckpoint.just_written(uri, self.group.spec, status)
-        return status.step
+        with self._saving:
+            save = self._begin_save(uri)
+        if wait:
+            return save.result()
+        save.watch(ends_with_process=True)
+        return save
 
     def restore(self, uri: str) -> int:
         """As :meth:`stepwell.Service.restore`; call ``optimizer.refresh()`` afterwards."""
-        manifest = read_manifest(uri)
-        check_restorable(manifest, self.group.spec, uri)
-        self.group.take_batches(manifest.spec.batches)
-        with CheckpointReader(uri, manifest) as reader:
-            self.group.load(reader.source(), timeline=self.group.shards[0].timeline + 1)
+        with self._replacing:
+            manifest = read_manifest(uri)
+            check_restorable(manifest, self.group.spec, uri)
+            self.group.take_batches(manifest.spec.batches)
+            with CheckpointReader(uri, manifest) as reader:
+                self.group.load(reader.source(), timeline=self.group.shards[0].timeline + 1)
+        tell_of_other_kernels(manifest, self.group.shards[0].status().kernel_identity, uri)
         return manifest.step
 
     def shutdown(self) -> None:
-        """Forget the state."""
+        """Forget the state, once a checkpoint of it that is being written is complete."""
+        if self._pending is not None:
+            self._pending.finish()
         self._group, self._saved = None, None
+
+    def _begin_save(self, uri: str) -> PendingSave:
+        if self._pending is not None:
+            self._pending.wait()
+        spec, shards = self.group.spec, self.group.shards
+        status = shards[0].status()
+        if self._saved is not None and self._saved.serves(uri, spec, status):
+            return PendingSave.complete(uri, status.step)
+        write = functools.partial(self._write, [shard.snapshot() for shard in shards], uri, spec)
+        self._pending = PendingSave.in_thread(uri, status.step, write)
+        return self._pending
+
+    def _write(self, snapshots: Sequence[Snapshot], uri: str, spec: JobSpec) -> None:
+        """Write a checkpoint of what was kept, on a thread of its own."""
+        save_id = uuid.uuid4().hex[:12]
+        names = [shard_file_name(save_id, index, len(snapshots)) for index in range(len(snapshots))]
+        is_complete = False
+        try:
+            files = [write_shard(snapshot, uri, name) for snapshot, name in zip(snapshots, names, strict=True)]
+            with self._replacing:  # a restore of the checkpoint that this one replaces may be reading its files
+                write_manifest(uri, build_manifest(spec, files, snapshots[0].status))
+            is_complete = True
+            self._saved = SavedCheckpoint.just_written(uri, spec, snapshots[0].status)
+        finally:
+            if not is_complete:
+                for snapshot, name in zip(snapshots, names, strict=True):
+                    snapshot.close("another shard could not write its part")
+                    remove_file(uri, name)
 
     @property
     def group(self) -> ShardGroup:
@@ -129,6 +178,8 @@ class InProcessService:
                 f"service 'inprocess' is for a single worker, got world_size {spec.world_size}; "
                 "leave service out, or start one with `stepwell up NAME`"
             )
+        spec = dataclasses.replace(spec, kernel=self._kernel)
+        warm_up(spec, self._device)
         self._group = ShardGroup(spec, num_shards=self._num_shards, device=self._device)
         return self._group
 
@@ -151,6 +202,13 @@ class InProcessTransport(Transport):
     def attach(self, layout: Layout, rank: int) -> None:
         """See :class:`Transport`."""
         self._layout, self._rank = layout, rank
+
+    def masters(self) -> Sequence[Tensor] | None:
+        """See :class:`Transport`; several shards have a part each."""
+        group = self.service.group
+        if len(group.shards) > 1 or group.spec.world_size > 1:
+            return None
+        return [extent.slots[MASTER.name].view(-1) for extent in group.shards[0].buffers.extents]
 
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""

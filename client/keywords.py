@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..optim import Rule
+from ..sharding.compiling import KernelChoice
 from ..sharding.coverage import Gradients
 from .groups import WeightDecayMask
 from .inprocess import InProcessService
@@ -27,6 +29,7 @@ class ServiceOptions(TypedDict, total=False):
     rank: int | None
     world_size: int | None
     num_shards: int | None
+    kernel: KernelChoice | None
     gradients: Gradients | None
     on_nonfinite: Literal["skip", "raise"]
     max_grad_norm: float | None
@@ -34,6 +37,8 @@ class ServiceOptions(TypedDict, total=False):
     weight_decay_mask: WeightDecayMask | None
     state_dict_form: Literal["torch", "reference"]
     checkpoint_uri: str | None
+    overlap: bool
+    gradient_dtype: torch.dtype | None
 
 
 def make_rule(rule: Callable[..., R], **fields: object) -> R:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -11,9 +12,24 @@ import torch
 from ..sharding.clipping import require_positive
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LossScale:
+    """What a scaler says of a step's gradients.
+
+    Attributes:
+        grad_scale: What they are multiplied by; 1.0 without a scaler.
+        found_inf: Whether it found inf or NaN.
+        is_undone: Whether ``unscale_`` has been at them. It leaves their version counters alone.
+    """
+
+    grad_scale: float
+    found_inf: bool
+    is_undone: bool
+
+
 @contextlib.contextmanager
-def attached_scale(optimizer: torch.optim.Optimizer) -> Iterator[tuple[float, bool]]:
-    """What a scaler has attached for this step: the scale, and whether it found inf or NaN; 1.0 and False without one.
+def attached_scale(optimizer: torch.optim.Optimizer) -> Iterator[LossScale]:
+    """What a scaler has attached to the optimizer for this step.
 
     The scaler removes both attributes afterwards, but not if the step fails. They must go then too: it multiplies a
     scale that it finds with its own.
@@ -26,7 +42,7 @@ def attached_scale(optimizer: torch.optim.Optimizer) -> Iterator[tuple[float, bo
     try:
         grad_scale = 1.0 if scale is None else float(scale)
         require_positive("grad_scale", grad_scale, below=math.inf)
-        yield grad_scale, bool(found_inf)
+        yield LossScale(grad_scale, bool(found_inf), is_undone=scale is None and found_inf is not None)
     except BaseException:
         attached.pop("grad_scale", None)
         attached.pop("found_inf", None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,12 +15,56 @@ from ..optim import TILE_NUMEL
 from ..sharding.coverage import Holdings, Range, coverage_of, share_tiles
 from ..sharding.errors import JobMismatchError, ServiceError, StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
-from ..sharding.layout import Layout
-from .flat import Allocate, FlatBuffer, Place, allocate_zeros, copy_all, wire_dtype
+from ..sharding.layout import Layout, wire_dtype
+from ..sharding.push import GRADIENT_DTYPES, pack_present
+from .flat import Allocate, FlatBuffer, Place, allocate_zeros, copy_all
+from .gathering import Gatherer, Seen
 from .holdings import is_distributed, local_part, version_of
+from .in_place import ParameterViews
+from .overlap import EarlyCopies
+
+logger = logging.getLogger("stepwell")
 
 SUM_TOLERANCE = 1e-5
 """Of the sum of magnitudes: how far the sums of gradients may be apart that are one but for rounding."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatherOptions:
+    """How a rank's gradients are gathered; see :class:`stepwell.ServiceOptimizer`.
+
+    Attributes:
+        overlap: Within backward.
+        dtype: What they are sent in; None takes the model's.
+
+    Raises:
+        ValueError: If shards do not take gradients in this dtype.
+    """
+
+    overlap: bool = False
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in GRADIENT_DTYPES:
+            raise ValueError(
+                f"gradient_dtype: expected one of {', '.join(map(str, GRADIENT_DTYPES))} or None, got {self.dtype!r}"
+            )
+
+
+DEFAULT_OPTIONS = GatherOptions()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gathered:
+    """What a rank is about to push.
+
+    Attributes:
+        present: Which parameters have a gradient, as :func:`pack_present` packs them.
+        max_abs: A bound on the magnitudes, see :attr:`PushHeader.max_abs`; inf or NaN if the rank pushes one.
+    """
+
+    present: bytes
+    max_abs: float
 
 
 class ModelBuffers:
@@ -31,6 +77,9 @@ class ModelBuffers:
         rank: This worker's rank.
         holdings: What it holds of a sharded model.
         group: Over which replicas exchange parameters, see :func:`replica_group`.
+        masters: Memory that holds all parameters after a step, see :meth:`Transport.masters`.
+        in_place: Whether the model's parameters become views of ``held``, see :class:`ParameterViews`.
+        options: How gradients are gathered.
         allocate: Where their memory comes from.
 
     Attributes:
@@ -51,25 +100,35 @@ class ModelBuffers:
         *,
         holdings: Holdings | None = None,
         group: dist.ProcessGroup | None = None,
+        masters: Sequence[Tensor] | None = None,
+        in_place: bool = False,
+        options: GatherOptions = DEFAULT_OPTIONS,
         allocate: Allocate = allocate_zeros,
     ) -> None:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
+        self._is_plain = not any(map(is_distributed, self._params))
+        self._shapes = [local.shape for local in self._local_parts()]
         self._make_pushed = functools.partial(
-            FlatBuffer, layout, device, coverage=pushed, part="pushed", allocate=allocate
+            FlatBuffer, layout, device, coverage=pushed, part="pushed", dtype=options.dtype, allocate=allocate
         )
         self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group, allocate)
         if self._replicas is None:
-            self.held = self.pulled = FlatBuffer(layout, device, coverage=held, allocate=allocate)
+            memory = masters if masters is not None and all(part.device == device for part in masters) else None
+            self.held = self.pulled = FlatBuffer(
+                layout, device, coverage=held, parts=memory, in_place=in_place, allocate=allocate
+            )
         else:
-            self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
+            self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts, in_place=in_place)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
-        # Once and not in every step, as each of these takes a microsecond for each parameter.
-        self._is_plain = not any(map(is_distributed, self._params))
-        shapes = self._shapes = [local.shape for local in self._local_parts()]
+        self._early: EarlyCopies | None = None
         self._renew_pushed()
-        self._held = [place.view.view(shapes[place.param]) for place in self.held.places]
+        if options.overlap:
+            self._early = self._copy_early()
+        self._present: tuple[list[bool], bytes] = [], b""
+        self._views = ParameterViews(self.held, self._params) if self.held.in_place else None
+        self._copied = self._to_copy()
         self._versions = [-1] * len(self._params)
 
     def lend_gradients(self) -> FlatBuffer:
@@ -80,37 +139,49 @@ class ModelBuffers:
     def take_back_gradients(self) -> None:
         """Use the memory of what was lent again: its step is decided, and no shard reads it any more."""
         self._is_lent = False
+        if self._early is not None:
+            self._early.may_copy = True
 
     def _renew_pushed(self) -> None:
         """Take memory for gradients that no shard has seen; what had it before goes when no shard needs it."""
         self.pushed, self._is_lent = self._make_pushed(), False
-        self._sources = [(place.param, self._slice_of(place)) for place in self.pushed.places]
-        self._targets = [
-            place.view.view(self._shapes[place.param]) if where is None else place.view
-            for place, (_, where) in zip(self.pushed.places, self._sources, strict=True)
-        ]
+        self._gatherer = Gatherer(
+            self.pushed,
+            self._shapes,
+            [self._slice_of(place) for place in self.pushed.places],
+            is_added=self._spec.gradients == "local" and self._spec.world_size > 1,
+        )
+        if self._early is not None:
+            self._early.copy = self._gatherer.copy
 
-    def gather_gradients(self) -> list[bool]:
-        """Copy this rank's part of every gradient to its place; which parameters have one.
+    def gather_gradients(self) -> Gathered:
+        """Copy this rank's part of every gradient to its place. It stays there until :meth:`take_back_gradients`.
 
         A push that failed may lie in some shard's inbox still, so its memory is left alone.
 
         Raises:
             JobMismatchError: In the first step of replicas, if they have not the same gradients; told to all of them.
+            UnsupportedParameterError: If a gradient is sparse, or placed otherwise than its parameter.
         """
         if self._is_lent:
             self._renew_pushed()
-        grads = [None if param.grad is None else _local_gradient(param) for param in self._params]
+        grads = self._gradients()
         if self._replicas is not None:
             self._replicas.require_equal(grads)
-        targets, sources = [], []
-        for target, (param, where) in zip(self._targets, self._sources, strict=True):
-            grad = grads[param]
-            if grad is not None:
-                targets.append(target)
-                sources.append(grad if where is None else grad.reshape(-1)[where])
-        copy_all(targets, sources)
-        return [grad is not None for grad in grads]
+        copied: Mapping[int, Seen] = {}
+        if self._early is not None:
+            copied = self._early.take()
+            self._early.may_copy = False
+        max_abs = self._gatherer.gather(grads, copied)
+        present = [grad is not None for grad in grads]
+        if present != self._present[0]:
+            self._present = present, pack_present(present)
+        return Gathered(self._present[1], max_abs)
+
+    def distrust_gradients(self) -> None:
+        """Something may have changed gradients in a way that does not show: copy all of them in the next step."""
+        if self._early is not None:
+            self._early.forget()
 
     def take(self, step: int) -> None:
         """Take over what a step brought: replicas exchange their shares, then the model gets it all.
@@ -123,11 +194,22 @@ class ModelBuffers:
         self.write_parameters()
 
     def write_parameters(self) -> None:
-        """Copy ``held`` to the model."""
+        """Give the model what is in ``held``."""
+        if self._views is not None and self._views.let_go():
+            self._copied = self._to_copy()
+        targets, sources = self._copied
         with torch.no_grad():
-            locals_ = self._local_parts()
-            copy_all([locals_[place.param] for place in self.held.places], self._held)
+            copy_all(targets if self._is_plain else [local_part(target) for target in targets], sources)
+        if self._views is not None:
+            self._views.mark_written()
         self._versions = self._versions_now()
+
+    def close(self) -> None:
+        """Leave the model as any other: without hooks, its parameters in memory of their own."""
+        if self._early is not None:
+            self._early.close()
+        if self._views is not None:
+            self._views.release()
 
     def values(self) -> dict[int, tuple[int, Tensor]]:
         """What this rank answers for of the parameters, see :func:`values_of`."""
@@ -152,7 +234,30 @@ class ModelBuffers:
         return self._params if self._is_plain else [local_part(param) for param in self._params]
 
     def _versions_now(self) -> list[int]:
-        return [param._version if self._is_plain else version_of(param) for param in self._params]
+        if self._is_plain:
+            return [param._version for param in self._params]
+        return [version_of(param) for param in self._params]
+
+    def _gradients(self) -> list[Tensor | None]:
+        """This rank's part of every gradient."""
+        if self._is_plain:
+            return [param.grad for param in self._params]
+        return [None if param.grad is None else _local_gradient(param) for param in self._params]
+
+    def _to_copy(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters that are not in place, and what is held of them."""
+        in_place = () if self._views is None else self._views.indices
+        places = [place for place in self.held.places if place.param not in in_place]
+        held = [place.view.view(self._shapes[place.param]) for place in places]
+        return [self._params[place.param] for place in places], held
+
+    def _copy_early(self) -> EarlyCopies | None:
+        """Hooks, where what backward leaves in a gradient is what is pushed of it."""
+        if self._spec.gradients != "local" or not self._is_plain:
+            logger.info("overlap: gradients are reduced among ranks after backward's hooks; step() copies them")
+            return None
+        params = {at: self._params[place.param] for at, place in enumerate(self.pushed.places)}
+        return EarlyCopies(params, self._gatherer.copy)
 
     def _slice_of(self, place: Place) -> slice | None:
         """Where a place lies in the flattened local gradient; None if it is all of it."""
@@ -278,15 +383,13 @@ def replica_group(spec: JobSpec, rank: int) -> dist.ProcessGroup | None:
 
 
 def _local_gradient(param: Tensor) -> Tensor:
-    """This rank's part of a gradient, dense.
+    """This rank's part of a gradient.
 
     Raises:
-        UnsupportedParameterError: If it is sparse, or placed otherwise than its parameter.
+        UnsupportedParameterError: If it is placed otherwise than its parameter.
     """
     grad = param.grad
     assert grad is not None, "asked for parameters with a gradient alone"
-    if grad.layout is not torch.strided:
-        raise UnsupportedParameterError(f"expected a dense gradient, got one of layout {grad.layout}; use sparse=False")
     if is_distributed(grad):
         assert is_distributed(param), "torch gives a gradient its parameter's type"
         if grad.placements != param.placements:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..optim import Rule
 from ..sharding.clipping import ClipLimits
+from ..sharding.compiling import KernelChoice
 from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
@@ -33,6 +34,7 @@ from .groups import (
 from .holdings import holdings_of, resolve_gradients
 from .inprocess import InProcessService
 from .loss_scale import attached_scale
+from .model_buffers import GatherOptions
 from .resolve import resolve_ranks, resolve_service
 from .state_dict import (
     from_states,
@@ -57,6 +59,7 @@ _COPIED = (
     "max_grad_norm",
     "max_grad_value",
     "_on_nonfinite",
+    "_gathering",
     "_world_size",
     "_reference_uri",
     "_detached_from",
@@ -79,6 +82,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
             for one worker and ``"embedded"`` for several.
         rank, world_size: This worker and how many there are; None takes torch.distributed's if it is initialised.
         num_shards: Shards of an in-process (default 1) or embedded service (default one per worker).
+        kernel: How kernels of an in-process or embedded service run: ``"compiled"``, ``"eager"`` or ``"auto"``, see
+            :func:`stepwell.launch`. None: ``$STEPWELL_KERNEL``, else ``"auto"``.
         gradients: What a rank's gradients mean. ``"local"``: its own; the service averages them over the ranks that
             have one. ``"replicated"``: equal on all ranks, as DDP leaves them; each rank pushes a share.
             ``"sharded"``: the part that this rank holds of an averaged gradient, as FSDP2 leaves it; each rank pushes
@@ -95,6 +100,13 @@ class ServiceOptimizer(torch.optim.Optimizer):
         state_dict_form: ``"torch"``: ``state_dict()`` holds the whole state. ``"reference"``, for large models: it
             saves a checkpoint through the service and holds where that is.
         checkpoint_uri: A folder, as path or fsspec URI, that workers and shards can reach, for ``"reference"``.
+        overlap: Copy each gradient within backward, as soon as it is complete, instead of in ``step()``; for large
+            parameters whose gradients no other process reduces afterwards, else they are copied in ``step()`` as ever.
+            Results are the same to the bit. What changes a gradient after backward is noticed (clipping, a replaced or
+            removed ``.grad``, a scaler that also calls ``step()``), unless torch's version counter does not show it:
+            then, as with ``.grad.data`` or NumPy, it would be lost, which is why this is off by default.
+        gradient_dtype: What gradients are sent in: ``torch.bfloat16``, ``float16``, ``float32`` or ``float64``. Fewer
+            bytes, and less exact. None: the model's own dtype.
         carried: Further keys of every group, which mean nothing here and travel with state dicts.
 
     Attributes:
@@ -123,6 +135,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         rank: int | None = None,
         world_size: int | None = None,
         num_shards: int | None = None,
+        kernel: KernelChoice | None = None,
         gradients: Gradients | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         max_grad_norm: float | None = None,
@@ -130,11 +143,14 @@ class ServiceOptimizer(torch.optim.Optimizer):
         weight_decay_mask: WeightDecayMask | None = None,
         state_dict_form: Literal["torch", "reference"] = "torch",
         checkpoint_uri: str | None = None,
+        overlap: bool = False,
+        gradient_dtype: torch.dtype | None = None,
         carried: Mapping[str, object] | None = None,
     ) -> None:
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite: expected 'skip' or 'raise', got {on_nonfinite!r}")
         ClipLimits(max_grad_norm, max_grad_value)
+        self._gathering = GatherOptions(overlap, gradient_dtype)
         self.max_grad_norm, self.max_grad_value = max_grad_norm, max_grad_value
         self._reference_uri = reference_uri(state_dict_form, checkpoint_uri)
         super().__init__(params, {**rule.defaults(), **(carried or {})})
@@ -146,9 +162,9 @@ class ServiceOptimizer(torch.optim.Optimizer):
         spec, params, holdings = self._describe_job()
         device = params[0].device if params else torch.device("cpu")
         transport = resolve_service(
-            service, rank=rank, world_size=self._world_size, num_shards=num_shards, device=device
+            service, rank=rank, world_size=self._world_size, num_shards=num_shards, kernel=kernel, device=device
         )
-        self._worker = Worker(transport, spec, params, rank, holdings)
+        self._worker = Worker(transport, spec, params, rank, holdings, options=self._gathering)
         self._show_service()
         atexit.register(_close_at_exit, weakref.ref(self))
 
@@ -196,7 +212,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
             NonFiniteGradientError: With ``on_nonfinite="raise"``, if it was skipped.
             ServiceError: If the service did not answer. The next call finds out what became of the step.
         """
-        with attached_scale(self) as (grad_scale, found_inf):
+        with attached_scale(self) as scale:
             worker = self._settled()
             loss = None
             if closure is not None:
@@ -205,14 +221,20 @@ class ServiceOptimizer(torch.optim.Optimizer):
             hyper = read_hyper(self.rule, self.param_groups)
             written = written_scalars(self.rule, self.param_groups, worker.scalars)
             limits = ClipLimits(self.max_grad_norm, self.max_grad_value)
-            if worker.rank == 0:
-                result = worker.step(hyper, written, limits=limits, grad_scale=grad_scale, found_inf=found_inf)
-            else:
-                result = worker.step(None, None, grad_scale=grad_scale, found_inf=found_inf)
+            if scale.is_undone:
+                worker.distrust_gradients()
+            leads = worker.rank == 0
+            result = worker.step(
+                hyper if leads else None,
+                written if leads else None,
+                limits=limits if leads else None,
+                grad_scale=scale.grad_scale,
+                found_inf=scale.found_inf,
+            )
             if result.decision is Decision.COMMIT:
                 show_scalars(self.param_groups, worker.scalars)
             else:
-                self._tell_of_skip(result.sequence, is_scaled=grad_scale != 1.0)
+                self._tell_of_skip(result.sequence, is_scaled=scale.grad_scale != 1.0)
         return loss
 
     def refresh(self) -> None:
@@ -236,7 +258,7 @@ class ServiceOptimizer(torch.optim.Optimizer):
         """Part from the service. An in-process or embedded service ends with it, once the other ranks have parted."""
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.transport.close(worker.rank, self._world_size)
+            worker.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's form, keyed by parameter index, as the reference optimizer would give it.
@@ -372,7 +394,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.defaults = defaults  # torch adds a key of its own
         if snapshot is not None:
-            self._worker = revive(snapshot, [param for group in self.param_groups for param in group["params"]])
+            params = [param for group in self.param_groups for param in group["params"]]
+            self._worker = revive(snapshot, params, self._gathering)
             atexit.register(_close_at_exit, weakref.ref(self))
 
     @property

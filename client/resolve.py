@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..server.config import default_service
+from ..sharding.compiling import KernelChoice
 from ..sharding.errors import JobMismatchError, ServiceError, ServiceNotFoundError, StepwellError
 from .inprocess import InProcessService, InProcessTransport
 from .transport import Transport
@@ -43,6 +44,7 @@ def resolve_service(
     rank: int,
     world_size: int,
     num_shards: int | None,
+    kernel: KernelChoice | None,
     device: torch.device,
 ) -> Transport:
     """The line to ``service``; see :class:`stepwell.ServiceOptimizer` for what it may be.
@@ -50,13 +52,12 @@ def resolve_service(
     Raises:
         ServiceNotFoundError: If no service of this name is found.
         JobMismatchError: If the service cannot serve so many workers.
-        ValueError: If ``num_shards`` is given for a service that has its own.
+        ValueError: If ``num_shards`` or ``kernel`` is given for a service that has its own.
     """
     wanted = service or default_service() or ("inprocess" if world_size == 1 else "embedded")
-    if num_shards is not None and wanted not in ("inprocess", "embedded"):
-        raise ValueError(
-            f"num_shards: expected None, as service {wanted!r} has its own number of shards, got {num_shards}"
-        )
+    for name, given in (("num_shards", num_shards), ("kernel", kernel)):
+        if given is not None and wanted not in ("inprocess", "embedded"):
+            raise ValueError(f"{name}: expected None, as service {wanted!r} has its own, got {given!r}")
     if isinstance(wanted, InProcessService):
         return InProcessTransport(wanted)
     if wanted == "inprocess":
@@ -64,12 +65,13 @@ def resolve_service(
             raise JobMismatchError(
                 f"service 'inprocess' is for one worker, got world_size {world_size}; leave service out"
             )
-        return InProcessTransport(InProcessService(num_shards=1 if num_shards is None else num_shards, device=device))
+        wanted_shards = 1 if num_shards is None else num_shards
+        return InProcessTransport(InProcessService(num_shards=wanted_shards, device=device, kernel=kernel))
     from .object_store import ObjectStoreTransport
 
     if wanted == "embedded":
         wanted_shards = world_size if num_shards is None else num_shards
-        return ObjectStoreTransport(_embedded(rank, world_size, wanted_shards), owned=rank == 0)
+        return ObjectStoreTransport(_embedded(rank, world_size, wanted_shards, kernel), owned=rank == 0)
     if isinstance(wanted, str):
         from ..server.service import connect
 
@@ -77,7 +79,7 @@ def resolve_service(
     return ObjectStoreTransport(wanted)
 
 
-def _embedded(rank: int, world_size: int, num_shards: int) -> Service:
+def _embedded(rank: int, world_size: int, num_shards: int, kernel: KernelChoice | None) -> Service:
     """Rank 0 starts the shards and announces them over torch.distributed; the others of its host join."""
     from ..server.service import connect, describe_for_peers, launch
 
@@ -88,7 +90,7 @@ def _embedded(rank: int, world_size: int, num_shards: int) -> Service:
         )
     if rank == 0:
         try:
-            service = launch(num_shards=num_shards, num_cpus_per_shard=0)
+            service = launch(num_shards=num_shards, num_cpus_per_shard=0, kernel=kernel)
         except StepwellError as error:
             _broadcast({"error": str(error)}, world_size)
             raise

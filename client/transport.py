@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..server.messages import LoadHeader, Registration
 from ..sharding.coverage import Holdings
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
+from ..sharding.pending_save import PendingSave
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
 from ..sharding.reports import ShardStatus, StepResult
@@ -37,8 +38,14 @@ class ServiceHandle(Protocol):
     def status(self) -> dict[str, Any]:
         """Where the service stands, as plain values."""
 
-    def save(self, uri: str) -> int:
-        """Write a checkpoint; the number of steps in it."""
+    @overload
+    def save(self, uri: str, *, wait: Literal[True] = True) -> int: ...
+
+    @overload
+    def save(self, uri: str, *, wait: Literal[False]) -> PendingSave: ...
+
+    def save(self, uri: str, *, wait: bool = True) -> int | PendingSave:
+        """Write a checkpoint; the number of steps in it, or without ``wait`` what it will be."""
 
     def restore(self, uri: str) -> int:
         """Take over a checkpoint; the number of steps in it."""
@@ -51,6 +58,8 @@ class Transport(abc.ABC):
     """One worker's line to the shards of one service. Methods raise the errors of ``stepwell.sharding.errors``."""
 
     service: ServiceHandle
+    shares_memory = False
+    """Whether shards write what a step brings where this process reads it, so that nobody else need copy it."""
 
     @abc.abstractmethod
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
@@ -59,6 +68,13 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def attach(self, layout: Layout, rank: int) -> None:
         """Take note of the layout that the service named last."""
+
+    def masters(self) -> Sequence[Tensor] | None:
+        """Memory with all parameters in the state's dtype, per extent, that holds them anew after each step.
+
+        It is the shards' own and must not be written. None where there is no such memory in this process.
+        """
+        return None
 
     def allocate(self, sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor]:
         """Memory for this worker's buffers, see :data:`stepwell.client.flat.Allocate`. Called after :meth:`attach`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,11 @@ from ..sharding.coverage import Holdings
 from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, StepAbortedError, TimelineError
 from ..sharding.job import JobSpec
 from ..sharding.pieces import PieceValues
-from ..sharding.push import PushHeader, pack_present
+from ..sharding.push import PushHeader
 from ..sharding.reports import StepResult
 from ..sharding.saved import manifest_digest
 from ..sharding.vote import Decision
-from .model_buffers import ModelBuffers, common_device, replica_group, values_of
+from .model_buffers import DEFAULT_OPTIONS, GatherOptions, ModelBuffers, common_device, replica_group, values_of
 from .transport import Transport, Values, as_pieces
 
 logger = logging.getLogger("stepwell")
@@ -36,6 +37,7 @@ class Worker:
         params: The model's parameters, in index order.
         rank: This worker's rank.
         holdings: What it holds of a sharded model.
+        options: How gradients are gathered.
 
     Attributes:
         scalars: The rule's scalars after the last step.
@@ -54,9 +56,11 @@ class Worker:
         params: Sequence[Tensor],
         rank: int,
         holdings: Holdings | None = None,
+        *,
+        options: GatherOptions = DEFAULT_OPTIONS,
     ) -> None:
         self.transport, self.rank = transport, rank
-        self._params, self._holdings = list(params), holdings
+        self._params, self._holdings, self._options = list(params), holdings, options
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._attempt = 0
         self._is_open, self._is_taking = False, False
@@ -117,6 +121,9 @@ class Worker:
             self.rank,
             holdings=self._holdings,
             group=self._replica_group,
+            masters=self.transport.masters(),
+            in_place=self.transport.shares_memory,
+            options=self._options,
             allocate=self.transport.allocate,
         )
 
@@ -145,19 +152,22 @@ class Worker:
             The result, COMMIT or SKIP.
         """
         self.settle()
+        gathered = self._buffers.gather_gradients()
+        is_finite = math.isfinite(gathered.max_abs)
         header = PushHeader(
             timeline=self.timeline,
             sequence=self.sequence + 1,
             rank=self.rank,
             incarnation=self._incarnation,
             attempt=self._attempt,
-            present=pack_present(self._buffers.gather_gradients()),
+            present=gathered.present,
             hyper=hyper,
             scalars=scalars,
             max_grad_norm=None if limits is None else limits.max_norm,
             max_grad_value=None if limits is None else limits.max_value,
             grad_scale=grad_scale,
-            found_inf=found_inf,
+            found_inf=found_inf or not is_finite,
+            max_abs=gathered.max_abs if is_finite else None,
         )
         reloaded = self._buffers.reloaded()
         self._is_open, self._is_taking = True, False
@@ -243,6 +253,15 @@ class Worker:
             self._adopt(self._next_timeline())
         self.take_parameters()
 
+    def distrust_gradients(self) -> None:
+        """Copy all gradients in the next step: something may have changed them in a way that does not show."""
+        self._buffers.distrust_gradients()
+
+    def close(self) -> None:
+        """Part from the service, and leave the model as any other."""
+        self._buffers.close()
+        self.transport.close(self.rank, self.spec.world_size)
+
     def changed_by_hand(self) -> list[int]:
         """Indices of parameters that something else than this class has written since it last did."""
         return self._buffers.changed_by_hand()
@@ -254,7 +273,9 @@ class Worker:
     def _adopt(self, registration: Registration) -> None:
         spec = unpack_job(registration.spec)
         if spec != self.spec:
+            before = self._buffers
             self._attach(spec)
+            before.close()
         self.timeline, self.sequence = registration.timeline, registration.sequence
         self.scalars, self.num_steps = registration.scalars, registration.step
         self.num_skipped_steps = registration.skipped_steps
@@ -282,6 +303,7 @@ class Worker:
         self.num_skipped_steps += result.decision is Decision.SKIP
         self.last_result = result
         self._attempt, self._is_open = 0, False
+        self._buffers.take_back_gradients()
 
 
 def _as_pieces(values: Mapping[int, tuple[int, Tensor]]) -> PieceValues:

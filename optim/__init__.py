@@ -21,9 +21,11 @@ from .rule import (
     ReducingRule,
     Rule,
     Scope,
+    Slice,
     Slot,
     StepInputs,
     Tiles,
+    strided,
 )
 from .scalars import scalars_of_group, split_scalar
 from .sgd import MomentumRule, SGDRule
@@ -82,6 +84,7 @@ __all__ = [
     "SRAdamRule",
     "SUAdamRule",
     "Scope",
+    "Slice",
     "Slot",
     "StableAdamRule",
     "StepInputs",
@@ -89,4 +92,5 @@ __all__ = [
     "UMRule",
     "scalars_of_group",
     "split_scalar",
+    "strided",
 ]

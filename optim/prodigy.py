@@ -133,7 +133,7 @@ class ProdigyRule(ReducingRule):
         """``s`` and, for prodigy's estimator, ``p0`` (strided), ``exp_avg`` unless beta1 is 0, ``exp_avg_sq``."""
         momentum = (Slot("exp_avg"),) if self._has_momentum else ()
         s = Slot("s", stride=self.slice_p, flat=True, kept_in=self.stat_dtype)
-        p0 = Slot("p0", init="param", stride=self.slice_p, flat=True, kept_in=self.stat_dtype)
+        p0 = Slot("p0", init="param", stride=self.slice_p, flat=True, kept_in=self.stat_dtype, constant=True)
         return (s, *(() if self._is_inner else (p0,)), *momentum, Slot("exp_avg_sq"))
 
     @property

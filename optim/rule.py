@@ -59,6 +59,7 @@ class Slot:
         flat: Whether the reference's state dict keeps it flattened, not in the parameter's shape.
         kept_in: ``"state"`` for the state dtype, or ``"bfloat16"``: a pass reads it as the state dtype all the same,
             and what it returns is rounded.
+        constant: No pass returns it: it changes with the parameter's registration, or by hand, alone.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Slot:
     stride: int = 1
     flat: bool = False
     kept_in: Literal["state", "bfloat16"] = "state"
+    constant: bool = False
 
     @property
     def width(self) -> int:
@@ -97,6 +99,32 @@ class KeySlot:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Slice:
+    """Which elements of some tiles their strided slots hold: every ``stride``-th of the flattened tensor.
+
+    Attributes:
+        columns: ``(tiles, width)`` int64.
+        is_valid: ``(tiles, width)`` bool, False where a row holds fewer elements than its width.
+    """
+
+    columns: Tensor
+    is_valid: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """These elements of ``values`` (``(tiles, 256)``), ``(tiles, width)``, zero-filled."""
+        return values.gather(1, self.columns) * self.is_valid
+
+
+def strided(index_in_tensor: Tensor, stride: int) -> Slice:
+    """The slice of tiles that stand at ``index_in_tensor`` (``(tiles,)`` int64) in their tensors."""
+    first = (-index_in_tensor * TILE_NUMEL) % stride
+    steps = torch.arange(-(-TILE_NUMEL // stride), device=index_in_tensor.device) * stride
+    columns = first[:, None] + steps
+    is_valid = columns < TILE_NUMEL
+    return Slice(torch.where(is_valid, columns, 0), is_valid)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tiles:
     """A run of tiles, as a pass reads them. A pass returns new tensors and edits none of these.
 
@@ -104,21 +132,17 @@ class Tiles:
         param: ``(tiles, 256)`` state dtype, the master parameters.
         grad: ``(tiles, 256)`` state dtype, mean over ranks; zero where absent and in padding.
         slots: Name to ``(tiles, slot.width)`` state dtype.
-        slice_index: ``(tiles, width)`` int64, columns of the elements that strided slots hold; None at stride 1.
-        slice_valid: ``(tiles, width)`` bool, False where a row holds fewer elements than its width.
+        slice: What strided slots hold; None at stride 1.
     """
 
     param: Tensor
     grad: Tensor
     slots: Mapping[str, Tensor]
-    slice_index: Tensor | None = None
-    slice_valid: Tensor | None = None
+    slice: Slice | None = None
 
     def sliced(self, values: Tensor) -> Tensor:
         """The elements of ``values`` (``(tiles, 256)``) that strided slots hold, ``(tiles, width)``, zero-filled."""
-        if self.slice_index is None or self.slice_valid is None:
-            return values
-        return values.gather(1, self.slice_index) * self.slice_valid
+        return values if self.slice is None else self.slice.of(values)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -70,7 +72,22 @@ async def gather(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[An
         raise translate(error, timeout_s=timeout_s, what=what) from None
 
 
-def translate(error: Exception, *, timeout_s: float, what: str) -> Exception:
+def resolved(ref: Any, *, what: str) -> Future[None]:
+    """An actor call without a result as a future of this process, which has no limit of its own."""
+    resolved_future: Future[None] = Future()
+
+    def resolve(call: Future[None]) -> None:
+        error = call.exception()
+        if error is None:
+            resolved_future.set_result(None)
+        else:
+            resolved_future.set_exception(translate(error, timeout_s=math.inf, what=what))
+
+    ref.future().add_done_callback(resolve)
+    return resolved_future
+
+
+def translate(error: BaseException, *, timeout_s: float, what: str) -> BaseException:
     """The error of ours that a failed wait means."""
     if isinstance(error, RayTaskError):
         cause = error.cause

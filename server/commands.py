@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..sharding.compiling import KERNEL_CHOICES, KernelChoice
 from ..sharding.errors import ServiceNotFoundError, StepwellError
 from . import cluster
 from .config import Placement
@@ -37,6 +38,9 @@ def up(
     ] = 0,
     cpus_per_shard: Annotated[float, typer.Option(min=0, help="CPUs of each shard.")] = 1,
     placement: Annotated[str, typer.Option(help="PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.")] = "SPREAD",
+    kernel: Annotated[
+        str | None, typer.Option(help="compiled, eager or auto. Default: $STEPWELL_KERNEL, else auto.")
+    ] = None,
     restore: Annotated[str | None, typer.Option(help="A checkpoint to begin with.")] = None,
     placement_timeout_s: Annotated[float, typer.Option(min=1, help="Seconds to wait for room in the cluster.")] = 60.0,
     address: Address = None,
@@ -59,6 +63,7 @@ def up(
                 num_gpus_per_shard=gpus_per_shard,
                 num_cpus_per_shard=cpus_per_shard,
                 placement=strategy,
+                kernel=_kernel(kernel),
                 restore=restore,
                 placement_timeout_s=placement_timeout_s,
             )
@@ -152,6 +157,13 @@ def _placement(text: str) -> Placement:
     if text.upper() not in by_name:
         raise typer.BadParameter(f"expected one of {', '.join(by_name)}, got {text}", param_hint="--placement")
     return by_name[text.upper()]
+
+
+def _kernel(text: str | None) -> KernelChoice | None:
+    by_name: dict[str | None, KernelChoice | None] = {None: None, **{choice: choice for choice in KERNEL_CHOICES}}
+    if text not in by_name:
+        raise typer.BadParameter(f"expected one of {', '.join(KERNEL_CHOICES)}, got {text}", param_hint="--kernel")
+    return by_name[text]
 
 
 def _status_table(fields: dict[str, Any]) -> Table:

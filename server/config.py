@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
+
+from ..sharding.compiling import KERNEL_CHOICES, KernelChoice
 
 Placement = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
@@ -25,6 +27,7 @@ class ServiceConfig:
         num_cpus_per_shard: CPUs of each.
         placement: Ray's placement strategy for the shards.
         chunk_numel: Elements in a chunk, a power of two; None chooses by the model's size.
+        kernel: How passes run: compiled, eagerly, or "auto".
         detached: Whether it outlives the process that launches it.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long a launch waits for room in the cluster.
@@ -39,6 +42,7 @@ class ServiceConfig:
     num_cpus_per_shard: float = 1
     placement: Placement = "SPREAD"
     chunk_numel: int | None = None
+    kernel: KernelChoice = "auto"
     detached: bool = True
     worker_timeout_s: float = 1800.0
     placement_timeout_s: float = 60.0
@@ -49,6 +53,7 @@ class ServiceConfig:
         _require(self.num_gpus_per_shard >= 0, "num_gpus_per_shard", "0 or more", self.num_gpus_per_shard)
         _require(self.num_cpus_per_shard >= 0, "num_cpus_per_shard", "0 or more", self.num_cpus_per_shard)
         _require(self.placement in get_args(Placement), "placement", f"one of {get_args(Placement)}", self.placement)
+        _require(self.kernel in KERNEL_CHOICES, "kernel", f"one of {KERNEL_CHOICES}", self.kernel)
         _require(self.worker_timeout_s > 0, "worker_timeout_s", "more than 0", self.worker_timeout_s)
         _require(self.placement_timeout_s > 0, "placement_timeout_s", "more than 0", self.placement_timeout_s)
 
@@ -65,6 +70,17 @@ class ServiceConfig:
 def default_service() -> str | None:
     """The service that ``$STEPWELL_SERVICE`` names, if any."""
     return os.environ.get("STEPWELL_SERVICE") or None
+
+
+def default_kernel() -> KernelChoice:
+    """How passes run where nobody says so: as ``$STEPWELL_KERNEL`` does, else compiled if there is a compiler.
+
+    Raises:
+        ValueError: If it names no kernel.
+    """
+    wanted = os.environ.get("STEPWELL_KERNEL") or "auto"
+    _require(wanted in KERNEL_CHOICES, "$STEPWELL_KERNEL", f"one of {KERNEL_CHOICES}", wanted)
+    return cast(KernelChoice, wanted)
 
 
 def ray_address() -> str | None:

@@ -6,13 +6,13 @@ It is on no step's path and holds nothing that the shards do not know: a step ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import secrets
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..sharding.checkpoint import build_manifest, check_restorable, read_manifest, write_manifest
+from ..sharding.compiling import Kernel
 from ..sharding.coverage import require_exact_cover
 from ..sharding.errors import (
     CoverageError,
@@ -20,13 +20,20 @@ from ..sharding.errors import (
     ServiceError,
     ServiceTimeoutError,
     ShardLostError,
+    StepwellError,
     UnknownRankError,
 )
 from ..sharding.job import JobSpec
+from ..sharding.manifest import (
+    build_manifest,
+    check_restorable,
+    read_manifest,
+    tell_of_other_kernels,
+    write_manifest,
+)
 from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
 from .calls import gather
-from .collective import KEY_BYTES
 from .config import ServiceConfig
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .rendezvous import Rendezvous
@@ -51,6 +58,7 @@ class Coordinator:
         self._config = config
         self._shards: list[Any] = []
         self._generation = 0
+        self._kernel: Kernel = "eager"
         self._spec: JobSpec | None = None
         self._timeline = 0
         self._loaded = asyncio.Event()
@@ -61,10 +69,15 @@ class Coordinator:
         self._starting = Rendezvous(self._load_parts, what="all ranks to hand in their parameters")
         self._extending = Rendezvous(self._extend, what="all ranks to add a parameter group")
         self._changing = asyncio.Lock()
+        self._saving, self._written = asyncio.Lock(), asyncio.Event()
+        self._written.set()
+        self._saves: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, shards: Sequence[Any]) -> None:
         """Take the shards and form their group; called once, by the launcher."""
         self._shards = list(shards)
+        kernels = await self._all("kernel", what="the shards to look for a compiler")
+        self._kernel = "eager" if "eager" in kernels else "compiled"
         await self._form_group()
 
     async def describe(self) -> tuple[ServiceConfig, list[Any]]:
@@ -82,7 +95,7 @@ class Coordinator:
             CoverageError: If the ranks leave a gap, or overlap.
             UnknownRankError: If the rank is not below the world size.
         """
-        spec = dataclasses.replace(unpack_job(job), chunk_numel=self._config.chunk_numel)
+        spec = self._as_served(unpack_job(job))
         if not 0 <= rank < spec.world_size:
             raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
         async with self._changing:
@@ -177,7 +190,7 @@ class Coordinator:
         async with self._changing:
             manifest = await asyncio.to_thread(read_manifest, uri)
             if self._spec is None:
-                await self._lay_out(dataclasses.replace(manifest.spec, chunk_numel=self._config.chunk_numel))
+                await self._lay_out(self._as_served(manifest.spec))
             else:
                 check_restorable(manifest, self._spec, uri)
             try:
@@ -190,26 +203,37 @@ class Coordinator:
             finally:
                 await self._all("release", what="the shards to go on")
             self._loaded.set()
+            tell_of_other_kernels(manifest, (await self._statuses())[0].kernel_identity, uri)
             return await self._registration()
 
-    async def save(self, uri: str) -> int:
-        """Write a checkpoint between two steps; returns the number of steps in it.
+    async def begin_save(self, uri: str) -> tuple[str, int]:
+        """Keep the state as it is between two steps, and begin to write it while steps go on.
 
-        Ranks that ask for the same one, between the same two steps, get it written once.
+        Saves are written one after the other: this waits for the one before. Ranks that ask for the same one, between
+        the same two steps, get it written once.
+
+        Returns:
+            A name for :meth:`end_save`, and the number of steps in the checkpoint.
         """
-        async with self._changing:
-            spec = self._require_spec()
-            try:
-                status = await self._settle()
-                if self._saved is not None and await asyncio.to_thread(self._saved.serves, uri, spec, status):
-                    return status.step
-                files = await self._all("save", uri, uuid.uuid4().hex[:12], what=f"the shards to write {uri}")
-                manifest = build_manifest(spec, files, status)
-                await asyncio.to_thread(write_manifest, uri, manifest)
-                self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, spec, status)
-            finally:
-                await self._all("release", what="the shards to go on")
-        return status.step
+        async with self._saving:
+            await self._written.wait()
+            async with self._changing:
+                spec, save_id = self._require_spec(), uuid.uuid4().hex[:12]
+                try:
+                    status = await self._settle()
+                    if self._saved is None or not await asyncio.to_thread(self._saved.serves, uri, spec, status):
+                        await self._all("snapshot", save_id, what="the shards to keep their state")
+                        self._written.clear()
+                        self._saves[save_id] = asyncio.create_task(self._write(save_id, uri, spec, status))
+                finally:
+                    await self._all("release", what="the shards to go on")
+            return save_id, status.step
+
+    async def end_save(self, save_id: str) -> None:
+        """Wait until the checkpoint is complete; to be called once."""
+        save = self._saves.pop(save_id, None)
+        if save is not None:  # else a checkpoint that was there already served
+            await save
 
     async def status(self) -> tuple[ServiceConfig, JobSpec | None, int, list[ShardStatus | None]]:
         """Settings, job, generation and every shard's status."""
@@ -230,6 +254,22 @@ class Coordinator:
         return True
 
     # Within
+
+    async def _write(self, save_id: str, uri: str, spec: JobSpec, status: ShardStatus) -> None:
+        """Have the shards write what they keep for a save, then the manifest."""
+        is_complete = False
+        try:
+            files = await self._all("save", save_id, uri, what=f"the shards to write {uri}")
+            manifest = build_manifest(spec, files, status)
+            async with self._changing:  # a restore of the checkpoint that this one replaces may be reading its files
+                await asyncio.to_thread(write_manifest, uri, manifest)
+            is_complete = True
+            self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, spec, status)
+        finally:
+            if not is_complete:
+                with contextlib.suppress(StepwellError):  # what made the save fail is the news
+                    await self._all("give_up_save", save_id, uri, what="the shards to give the save up")
+            self._written.set()
 
     async def _await_ranks(self) -> None:
         """Wait until all ranks are here: each of them loads, and one that came after would wait for another load."""
@@ -308,8 +348,17 @@ class Coordinator:
             for rank in self._workers:
                 await self._admit(rank)
 
+    def _as_served(self, spec: JobSpec) -> JobSpec:
+        """A job with what the service decides about it."""
+        return dataclasses.replace(spec, chunk_numel=self._config.chunk_numel, kernel=self._kernel)
+
     async def _lay_out(self, spec: JobSpec) -> None:
-        await self._all("register", pack_job(spec), what="the shards to allocate their buffers")
+        job, code = pack_job(spec), b""
+        if spec.kernel == "compiled":
+            # By one shard: those beside it would do the same at the same time, and a new one finds the code here.
+            compiling = self._shards[0].compile.remote(job)
+            code = (await gather([compiling], timeout_s=STATE_TIMEOUT_S, what="shard 0 to compile the kernels"))[0]
+        await self._all("register", job, code, what="the shards to allocate their buffers")
         self._spec = spec
 
     async def _registration(self) -> Registration:
@@ -350,9 +399,11 @@ class Coordinator:
 
     async def _form_group(self) -> None:
         self._generation += 1
-        addresses = await self._all("listen", what="the shards to open a port", timeout_s=FORMING_TIMEOUT_S)
-        forming = self._generation, addresses, secrets.token_bytes(KEY_BYTES), FORMING_TIMEOUT_S, self._shards
-        await self._all("join", *forming, what="the shards to form their group")
+        opening = self._shards[0].open_store.remote(FORMING_TIMEOUT_S)
+        store = (await gather([opening], timeout_s=FORMING_TIMEOUT_S, what="shard 0 to open a store"))[0]
+        await self._all(
+            "join", self._generation, store, FORMING_TIMEOUT_S, self._shards, what="the shards to form their group"
+        )
 
     async def _await_restarts(self) -> None:
         """Wait for shards that are being started again; calls to them fail at once."""

@@ -135,6 +135,7 @@ def unpack_push(data: bytes) -> PushHeader:
         max_grad_value=_field(fields, "max_grad_value", lambda value: value is None or _is_positive(value)),
         grad_scale=_field(fields, "grad_scale", lambda value: _is_positive(value) and _is_finite(value)),
         found_inf=_field(fields, "found_inf", lambda value: isinstance(value, bool)),
+        max_abs=_field(fields, "max_abs", lambda value: value is None or (_is_finite(value) and value >= 0)),
     )
 
 
@@ -181,6 +182,7 @@ def unpack_job(data: bytes) -> JobSpec:
     _field(fields, "world_size", _is_count)
     _field(fields, "chunk_numel", lambda value: value is None or _is_count(value))
     _field(fields, "gradients", lambda value: isinstance(value, str))
+    _field(fields, "kernel", lambda value: isinstance(value, str))
     _field(fields, "batches", lambda value: isinstance(value, list) and all(map(_is_count, value)))
     return JobSpec.from_dict(fields)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import uuid
-from typing import Any
+from typing import Any, Literal, overload
 
 import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..sharding.compiling import KernelChoice
 from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoundError, StepwellError
+from ..sharding.pending_save import PendingSave
 from . import cluster
-from .calls import wait_for
-from .config import NAMESPACE, Placement, ServiceConfig
+from .calls import resolved, wait_for
+from .config import NAMESPACE, Placement, ServiceConfig, default_kernel
 from .coordinator import FORMING_TIMEOUT_S, STATE_TIMEOUT_S, Coordinator
 from .shard_actor import ShardActor
 
@@ -34,6 +36,7 @@ class Service:
     def __init__(self, config: ServiceConfig, coordinator: Any, shards: list[Any], *, owns_ray: bool = False) -> None:
         self.config, self.coordinator, self.shards = config, coordinator, shards
         self._owns_ray = owns_ray
+        self._pending: PendingSave | None = None
 
     def __enter__(self) -> Service:
         return self
@@ -77,20 +80,40 @@ class Service:
             "size_bytes": [0 if shard is None else shard.size_bytes for shard in shards],
         }
 
-    def save(self, uri: str) -> int:
-        """Write a checkpoint to ``uri``, a path or fsspec URI that every shard can reach, between two steps.
+    @overload
+    def save(self, uri: str, *, wait: Literal[True] = True) -> int: ...
 
-        Called by one process, at any time. A save that fails leaves the checkpoint that was there before.
+    @overload
+    def save(self, uri: str, *, wait: Literal[False]) -> PendingSave: ...
+
+    def save(self, uri: str, *, wait: bool = True) -> int | PendingSave:
+        """Write a checkpoint of the state between two steps to ``uri``, a path or fsspec URI that every shard reaches.
+
+        Called by one process, at any time. Steps go on while it is written. A save that fails leaves the checkpoint
+        that was there before. Saves are written one after the other; a second one waits for the first.
+
+        Args:
+            uri: The checkpoint's folder.
+            wait: Whether to return when it is complete; else as soon as its step is settled. A service that ends with
+                this process, and the process, then wait for the checkpoint before they end.
 
         Returns:
-            The number of steps in it.
+            The number of steps in it; without ``wait`` a :class:`stepwell.PendingSave`, whose ``result()`` gives it.
 
         Raises:
             CheckpointError: If it cannot be written.
             NotRegisteredError: If the service has no job yet.
         """
-        step: int = self._call("save", uri, what=f"the checkpoint {uri}")
-        return step
+        save_id, step = self._call("begin_save", uri, what=f"a step to save to {uri}")
+        written = resolved(
+            self.coordinator.end_save.remote(save_id), what=f"service {self.name!r}: the checkpoint {uri}"
+        )
+        save = PendingSave(uri, step, written)
+        if wait:
+            return save.result()
+        save.watch(ends_with_process=not self.config.detached)
+        self._pending = save
+        return save
 
     def restore(self, uri: str) -> int:
         """Take over the checkpoint at ``uri``, written by any number of shards. Called by one process.
@@ -111,6 +134,8 @@ class Service:
         """End the service and free its place in the cluster. State that was not saved is gone."""
         if not ray.is_initialized():
             return
+        if self._pending is not None:
+            self._pending.finish()
         for actor in (*self.shards, self.coordinator):
             ray.kill(actor)
         _remove_group(self.config)
@@ -130,6 +155,7 @@ def launch(
     num_cpus_per_shard: float = 1,
     placement: Placement = "SPREAD",
     chunk_numel: int | None = None,
+    kernel: KernelChoice | None = None,
     restore: str | None = None,
     worker_timeout_s: float = 1800.0,
     placement_timeout_s: float = 60.0,
@@ -144,6 +170,9 @@ def launch(
         num_cpus_per_shard: CPUs of each.
         placement: Ray's placement strategy for them.
         chunk_numel: Elements in a chunk, a power of two; None chooses by the model's size. Never touches the result.
+        kernel: How kernels run: ``"compiled"`` (once for each rule and machine, some seconds), ``"eager"``, which is
+            several times slower, or ``"auto"``: compiled where there is a compiler. The bits depend on it; the job and
+            its checkpoints record it. None: ``$STEPWELL_KERNEL``, else ``"auto"``.
         restore: A checkpoint to begin with.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long to wait for room in the cluster.
@@ -161,6 +190,7 @@ def launch(
         num_cpus_per_shard=num_cpus_per_shard,
         placement=placement,
         chunk_numel=chunk_numel,
+        kernel=default_kernel() if kernel is None else kernel,
         detached=name is not None,
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,

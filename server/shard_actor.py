@@ -6,22 +6,28 @@ import asyncio
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 import torch
 
-from ..sharding.checkpoint import CheckpointReader, ShardFile, read_manifest, shard_file_name, write_shard
+from ..sharding.checkpoint import CheckpointReader, write_shard
+from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
 from ..sharding.coverage import Gradients
 from ..sharding.delivery import Sink
-from ..sharding.errors import PlacementError, SegmentError, ServiceError, StepwellError
+from ..sharding.errors import NotRegisteredError, PlacementError, SegmentError, ServiceError, StepwellError
+from ..sharding.files import remove_file
 from ..sharding.layout import dtype_from_name
+from ..sharding.manifest import ShardFile, read_manifest, shard_file_name
 from ..sharding.push import Push
 from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.segments import open_segment
 from ..sharding.shard import Shard
+from ..sharding.snapshot import Snapshot
 from ..sharding.vote import Decision
-from .collective import Address, Collective, Listener
+from ..sharding.warm_up import warm_up
+from .collective import Collective, GroupStore
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .mappings import Mappings
 from .messages import (
@@ -56,41 +62,38 @@ class ShardActor:
         self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._device = _device(config)
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
+        self._store: GroupStore | None = None
         self._steps = Steps(shard, config.worker_timeout_s)
+        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
+        self._snapshots: dict[str, Snapshot] = {}
         self._mappings = Mappings()
         self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     # Forming the group; called by the coordinator
 
-    async def listen(self) -> Address:
-        """Open a port for the next generation; returns where."""
-        self._listener = Listener(self._host)
-        return self._listener.address
+    async def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """Host the rendezvous of the next generation; called on shard 0 alone."""
+        self._store = GroupStore(self._host, timeout_s)
+        return self._store.address
 
     async def join(
-        self, generation: int, addresses: Sequence[Address], key: bytes, timeout_s: float, shards: Sequence[Any]
+        self, generation: int, store_address: tuple[str, int], timeout_s: float, shards: Sequence[Any]
     ) -> str:
-        """Leave the last group and form that of ``generation`` with all ``shards``; returns this incarnation.
-
-        Args:
-            generation: The group's number.
-            addresses: Where each of them listens.
-            key: What they know one another by.
-            timeout_s: Limit for all to come together.
-            shards: Their handles.
-        """
+        """Leave the last group and form that of ``generation`` with all ``shards``; returns this incarnation."""
         if generation <= self._steps.generation:
             raise ServiceError(f"expected a generation after {self._steps.generation}, got {generation}")
         self._steps.leave_group([shard for index, shard in enumerate(shards) if index != self._index])
-        self._steps.collective = await asyncio.to_thread(
-            Collective,
-            generation,
-            self._index,
-            listener=self._listener,
-            addresses=addresses,
-            key=key,
-            forming_timeout_s=timeout_s,
-            timeout_s=self._config.worker_timeout_s + COLLECTIVE_MARGIN_S,
+        self._steps.collective = await asyncio.get_running_loop().run_in_executor(
+            None,
+            lambda: Collective(
+                generation,
+                self._index,
+                self._config.num_shards,
+                host=self._host,
+                store_address=store_address,
+                forming_timeout_s=timeout_s,
+                timeout_s=self._config.worker_timeout_s + COLLECTIVE_MARGIN_S,
+            ),
         )
         return self._incarnation
 
@@ -101,13 +104,33 @@ class ShardActor:
 
     # The job and its state; called by the coordinator
 
-    async def register(self, job: bytes) -> None:
-        """Lay out a job and allocate its buffers."""
+    async def kernel(self) -> Kernel:
+        """How passes can run here."""
+        kernel: Kernel = await self._steps.compute(lambda: resolve_kernel(self._config.kernel, self._device))
+        return kernel
+
+    async def compile(self, job: bytes) -> bytes:
+        """Compile a job's kernels; returns their code, for the other shards. Called on shard 0 alone."""
+        spec = unpack_job(job)
+
+        def compile_kernels() -> bytes:
+            warm_up(spec, self._device)
+            return compiled_code()
+
+        code: bytes = await self._steps.compute(compile_kernels)
+        return code
+
+    async def register(self, job: bytes, code: bytes) -> None:
+        """Lay out a job and allocate its buffers; its kernels are compiled already, as ``code``."""
         spec = unpack_job(job)
         self._steps.shard = None  # else there would be memory for two
-        self._steps.shard = await self._steps.compute(
-            lambda: Shard(spec, shard=self._index, num_shards=self._config.num_shards, device=self._device)
-        )
+
+        def lay_out() -> Shard:
+            take_compiled_code(code)
+            warm_up(spec, self._device)
+            return Shard(spec, shard=self._index, num_shards=self._config.num_shards, device=self._device)
+
+        self._steps.shard = await self._steps.compute(lay_out)
 
     async def admit(self, rank: int, incarnation: str, holdings: bytes) -> None:
         """Let a worker's process push as ``rank``."""
@@ -159,11 +182,28 @@ class ShardActor:
         """See :meth:`Steps.release`."""
         self._steps.release()
 
-    async def save(self, uri: str, save_id: str) -> ShardFile:
-        """Write this shard's file of a checkpoint; the service is held meanwhile."""
-        name = shard_file_name(save_id, self._index, self._config.num_shards)
-        file: ShardFile = await self._steps.compute(lambda: write_shard(self._steps.whole_job().buffers, uri, name))
-        return file
+    async def snapshot(self, save_id: str) -> ShardStatus:
+        """Keep the state for :meth:`save`; the service is held meanwhile. Returns where the shard stands."""
+        snapshot: Snapshot = await self._steps.compute(lambda: self._steps.whole_job().snapshot())
+        self._snapshots[save_id] = snapshot
+        return snapshot.status
+
+    async def save(self, save_id: str, uri: str) -> ShardFile:
+        """Write this shard's file of a checkpoint, the state that :meth:`snapshot` kept; steps go on."""
+        if save_id not in self._snapshots:
+            raise NotRegisteredError(f"shard {self._index} has nothing kept to write to {uri}; save again")
+        loop, name = asyncio.get_running_loop(), self._file_name(save_id)
+        try:
+            return await loop.run_in_executor(self._files, write_shard, self._snapshots[save_id], uri, name)
+        finally:
+            self._snapshots.pop(save_id, None)
+
+    async def give_up_save(self, save_id: str, uri: str) -> None:
+        """Free what a save kept that another shard could not write, and remove this shard's file of it."""
+        if save_id in self._snapshots:
+            self._snapshots.pop(save_id).close("another shard could not write its part")
+        loop, name = asyncio.get_running_loop(), self._file_name(save_id)
+        await loop.run_in_executor(self._files, remove_file, uri, name)
 
     async def export(self) -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
         """Every owned piece as (param, slot, offset, values), and where the shard stands."""
@@ -263,6 +303,9 @@ class ShardActor:
         self._steps.attend(generation, vote)
 
     # Within
+
+    def _file_name(self, save_id: str) -> str:
+        return shard_file_name(save_id, self._index, self._config.num_shards)
 
     def _sink(self, rank: int, target: Target) -> Sink | None:
         if target.placement is None:

@@ -1,18 +1,20 @@
 """The flat space and its shards: layout, resharding, exact sums, one step, the checkpoint format, the errors.
 
-Knows no Ray, no sockets and no threads. A :class:`Shard` owns a part of a :class:`JobSpec`'s flat space;
-:class:`ShardGroup` drives several of them in one process, `stepwell.server` as actors.
+Knows no Ray and no sockets, and no threads but the one that writes a :class:`Snapshot`. A :class:`Shard` owns a part of
+a :class:`JobSpec`'s flat space; :class:`ShardGroup` drives several of them in one process, `stepwell.server` as actors.
 """
 
 from .buffers import MASTER, StateSource
-from .checkpoint import CheckpointReader, Manifest, ShardFile, read_manifest, write_manifest, write_shard
+from .checkpoint import CheckpointReader, write_shard
 from .errors import StepwellError
 from .inprocess import ShardGroup
 from .job import JobSpec
 from .layout import Layout, ParamSpec
+from .manifest import Manifest, ShardFile, read_manifest, write_manifest
 from .push import Push, PushHeader, pack_present, unpack_present
 from .reports import Receipt, ShardStatus, StepResult
 from .shard import Reduction, Shard
+from .snapshot import Snapshot
 from .vote import Decision
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "ShardFile",
     "ShardGroup",
     "ShardStatus",
+    "Snapshot",
     "StateSource",
     "StepResult",
     "StepwellError",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Set
 
 import torch
 from torch import Tensor
 
-from ..optim import MASTER_PARAM, TILE_NUMEL, Rule, Slot, Tiles
+from ..optim import MASTER_PARAM, TILE_NUMEL, Rule, Slot, strided
 from .coverage import Runs
 from .keys import Keys, KeyState
 from .layout import Extent, Layout, Piece
@@ -17,8 +18,8 @@ from .layout import Extent, Layout, Piece
 MASTER = Slot(MASTER_PARAM, "param")
 """The fp32 (fp64) parameters themselves, kept and written like any slot."""
 
-Reader = Callable[[int, str, int, int], Tensor]
-"""Gives ``numel`` elements of a slot from ``offset``: ``(param, slot, offset, numel) -> (numel,)``."""
+Reader = Callable[[int, str, int, Tensor], None]
+"""Fills a tensor with elements of a slot from ``offset`` on: ``(param, slot, offset, out)``, ``out`` ``(numel,)``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class StateSource:
     """A whole state of a job, wherever it comes from: a worker's first parameters, a state dict, a checkpoint.
 
     Attributes:
-        read: Gives elements of a slot.
+        read: Reads elements of a slot, straight into the memory where they belong.
         available: The (param, slot) pairs that it has.
         step_counts: Steps of each tensor so far, by parameter index; 0 where absent.
         scalars: The rule's scalars; empty for their initial values.
@@ -50,29 +51,35 @@ class ExtentBuffers:
     Attributes:
         extent: The extent.
         tiles: The tiles that the shard owns.
+        device: Where they live.
         slots: Slot name to ``(len(tiles), width)`` in the slot's dtype; ``master_param`` among them.
-        tensor_of_tile: ``(len(tiles),)`` int64 on the CPU.
+        stride: Of the rule's strided slots; 1 if it has none.
+        tensor_of_tile: ``(len(tiles),)`` int64, on the device; ``tensor_of_tile_on_cpu`` is the same on the CPU.
+        index_in_tensor: ``(len(tiles),)`` int64 on the device, the position of each tile in its tensor.
     """
 
     def __init__(self, extent: Extent, tiles: range, rule: Rule, device: torch.device) -> None:
         self.extent = extent
         self.tiles = tiles
+        self.device = device
         self._declared = {slot.name: slot for slot in (MASTER, *rule.slots)}
         self.slots = {
             name: torch.zeros(len(tiles), slot.width, dtype=slot.dtype(extent.dtype), device=device)
             for name, slot in self._declared.items()
         }
         owned = slice(tiles.start, tiles.stop)
-        self.tensor_of_tile = torch.from_numpy(extent.tensor_of_tile[owned])
+        self.tensor_of_tile_on_cpu = torch.from_numpy(extent.tensor_of_tile[owned])
+        self.tensor_of_tile = self.tensor_of_tile_on_cpu.to(device)
         self._valid_numel = torch.from_numpy(extent.valid_numel[owned])
         self._index_in_tensor = torch.from_numpy(extent.index_in_tensor[owned])
+        self.index_in_tensor = self._index_in_tensor.to(device)
         tail_rows = torch.nonzero(self._valid_numel < TILE_NUMEL)
         columns = torch.arange(TILE_NUMEL)
         is_padding = columns >= self._valid_numel[tail_rows]
         self._padding = (tail_rows * TILE_NUMEL + columns)[is_padding]
         strides = {slot.stride for slot in rule.slots if slot.stride > 1}
         assert len(strides) <= 1, "a rule has one stride"
-        self._stride = next(iter(strides), 1)
+        self.stride = next(iter(strides), 1)
 
     @property
     def numel(self) -> int:
@@ -94,23 +101,6 @@ class ExtentBuffers:
         """Bytes of all buffers."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.slots.values())
 
-    def view(self, rows: slice, grad: Tensor) -> Tiles:
-        """The tiles of ``rows`` (relative to the owned ones), as a pass reads them."""
-        slots = {name: buffer[rows].to(self.extent.dtype) for name, buffer in self.slots.items() if name != MASTER.name}
-        param = self.slots[MASTER.name][rows]
-        if self._stride == 1:
-            return Tiles(param, grad[rows], slots)
-        first = (-self._index_in_tensor[rows] * TILE_NUMEL) % self._stride
-        index = first[:, None] + torch.arange(-(-TILE_NUMEL // self._stride)) * self._stride
-        valid = index < TILE_NUMEL
-        index = torch.where(valid, index, 0)
-        return Tiles(param, grad[rows], slots, index.to(param.device), valid.to(param.device))
-
-    def store(self, rows: slice, slots: dict[str, Tensor]) -> None:
-        """Write what a pass returned, rounded to the slots' dtypes."""
-        for name, values in slots.items():
-            self.slots[name][rows].copy_(values)
-
     def pieces(self, slot: str) -> Iterator[Piece]:
         """The owned parts of every tensor's ``slot``."""
         return self.extent.pieces(self.tiles, self._declared[slot].stride)
@@ -122,24 +112,48 @@ class ExtentBuffers:
 
     def write(self, slot: str, piece: Piece, values: Tensor) -> None:
         """Copy a piece in; ``values`` is ``(piece.numel,)`` of any floating dtype."""
+        self.fill(slot, piece, lambda out: out.copy_(values))
+
+    def fill(self, slot: str, piece: Piece, read: Callable[[Tensor], object]) -> None:
+        """Have ``read`` fill a piece, ``(piece.numel,)``, in place unless the slot is strided."""
         rows, mask = self._cells(slot, piece)
-        values = values.to(rows)
         if mask is None:
-            rows.view(-1)[: piece.numel].copy_(values)
+            read(rows.view(-1)[: piece.numel])
         else:
+            values = rows.new_empty(piece.numel)
+            read(values)
             rows[mask] = values
+
+    def without_padding(self, slot: str, rows: slice, values: Tensor) -> Iterator[Tensor]:
+        """The elements that are no padding, flat, in runs one after the other.
+
+        Args:
+            slot: The slot.
+            rows: Which of its rows (relative to the owned ones).
+            values: ``(len(rows), slot.width)`` on the CPU, what they hold.
+        """
+        if self._declared[slot].stride > 1:
+            yield values[self._filled(slot, rows)]
+            return
+        flat, begin, valid = values.view(-1), 0, self._valid_numel[rows]
+        for row in torch.nonzero(valid < TILE_NUMEL).view(-1).tolist():
+            yield flat[begin : row * TILE_NUMEL + int(valid[row])]
+            begin = (row + 1) * TILE_NUMEL
+        yield flat[begin:]
 
     def _cells(self, slot: str, piece: Piece) -> tuple[Tensor, Tensor | None]:
         """The rows that hold a piece, and which of their elements are it; None if they are simply the first ones."""
         local = slice(piece.first_tile - self.tiles.start, piece.last_tile - self.tiles.start)
         rows = self.slots[slot][local]
-        stride = self._declared[slot].stride
-        if stride == 1:
-            return rows, None
-        start = self._index_in_tensor[local] * TILE_NUMEL
-        stop = start + self._valid_numel[local]
-        counts = -(-stop // stride) + (-start // stride)
-        return rows, (torch.arange(rows.shape[1]) < counts[:, None]).to(rows.device)
+        return rows, None if self._declared[slot].stride == 1 else self._filled(slot, local).to(rows.device)
+
+    def _filled(self, slot: str, rows: slice) -> Tensor:
+        """Which elements of a strided slot's rows are no padding, ``(len(rows), slot.width)`` bool, on the CPU."""
+        declared = self._declared[slot]
+        start = self._index_in_tensor[rows] * TILE_NUMEL
+        stop = start + self._valid_numel[rows]
+        counts = -(-stop // declared.stride) + (-start // declared.stride)
+        return torch.arange(declared.width) < counts[:, None]
 
 
 class Buffers:
@@ -178,6 +192,12 @@ class Buffers:
         both._exports_keys_of = sorted({*self._exports_keys_of, *added._exports_keys_of})
         return both
 
+    def with_key_state_kept(self) -> Buffers:
+        """These buffers, memory and all, whose key state no step replaces."""
+        kept = copy.copy(self)
+        kept.key_state = copy.copy(self.key_state)
+        return kept
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all buffers."""
@@ -206,6 +226,8 @@ class Buffers:
         self.key_state.load(source.read, source.available)
         for slot in self._rule.slots:
             for buffers in self.extents:
+                if all((piece.param, slot.name) in source.available for piece in buffers.pieces(slot.name)):
+                    continue  # all of it is filled; padding is zero as ever
                 if slot.init == "zeros":
                     buffers.slots[slot.name].zero_()
                 else:
@@ -216,12 +238,13 @@ class Buffers:
         for buffers in self.extents:
             for piece in buffers.pieces(slot):
                 if (piece.param, slot) in source.available:
-                    buffers.write(slot, piece, source.read(piece.param, slot, piece.offset, piece.numel))
+                    buffers.fill(slot, piece, functools.partial(source.read, piece.param, slot, piece.offset))
 
     def copy_param(self, slot: Slot, buffers: ExtentBuffers, rows: range) -> None:
         """Set rows of a slot to the (strided) parameters."""
-        tiles = buffers.view(slice(rows.start, rows.stop), buffers.slots[MASTER.name])
-        values = tiles.sliced(tiles.param) if slot.stride > 1 else tiles.param
+        where = slice(rows.start, rows.stop)
+        param = buffers.slots[MASTER.name][where]
+        values = param if slot.stride == 1 else strided(buffers.index_in_tensor[where], slot.stride).of(param)
         buffers.slots[slot.name][rows.start : rows.stop].copy_(values)
 
     def reload(self, param: int, value: Tensor, never_stepped: bool, *, offset: int = 0) -> None:

@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..optim.rule import tile_sum
-from .buffers import Buffers
 from .errors import HyperparameterError, MessageError
-from .kernels import PIECE_TILES
 from .partials import SumTable
 from .push import PushHeader
 
@@ -48,22 +43,11 @@ class ClipLimits:
         """Whether there is any."""
         return self.max_norm is not None or self.max_value is not None
 
-    def clip_values(self, grad: Tensor) -> Tensor:
-        """The gradient with its elements clipped; it is the argument itself if there is no such limit."""
-        return grad if self.max_value is None else grad.clamp(-self.max_value, self.max_value)
-
-    def clip(self, grads: Sequence[Tensor], grad_norm: float | None) -> list[Tensor]:
-        """The gradient as the rule is to see it.
-
-        Args:
-            grads: Averaged gradient per extent; not written.
-            grad_norm: Its norm after :meth:`clip_values`; None if no limit is set.
-        """
-        if grad_norm is None:
-            return list(grads)
-        coefficient = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (grad_norm + NORM_EPS))
-        clipped = (self.clip_values(grad) for grad in grads)
-        return [grad if coefficient == 1.0 else grad * coefficient for grad in clipped]
+    def coefficient(self, grad_norm: float | None) -> float:
+        """What scales a gradient of this norm (after its elements were clipped) down; None stands for no limit."""
+        if grad_norm is None or self.max_norm is None:
+            return 1.0
+        return min(1.0, self.max_norm / (grad_norm + NORM_EPS))
 
 
 def limits_of(header: PushHeader) -> ClipLimits:
@@ -103,35 +87,11 @@ def require_positive(name: str, value: float, *, below: float | None = None) -> 
         raise HyperparameterError(f"{name}: expected a positive number, got {value!r}")
 
 
-def square_sums(grads: Sequence[Tensor], limits: ClipLimits, buffers: Buffers, table: SumTable) -> Tensor:
-    """Sums of squares of a shard's part of the gradient, after its elements were clipped.
-
-    Squared in float64, where the square of a float32 is exact and cannot overflow.
-
-    Args:
-        grads: Averaged gradient per extent, ``(tiles, 256)`` in the state dtype.
-        limits: The step's; if none is set nothing is computed.
-        buffers: The shard's memory, for its tiles.
-        table: Of the whole model.
-
-    Returns:
-        ``(num_segments,)`` float64, 0 where the shard owns nothing.
-    """
-    sums = table.empty(1)
-    if limits.is_set:
-        for index, (extent, grad) in enumerate(zip(buffers.extents, grads, strict=True)):
-            first = extent.tiles.start
-            for piece in torch.split(grad, PIECE_TILES):
-                table.fold(sums, index, first, [tile_sum(limits.clip_values(piece).double().square())])
-                first += len(piece)
-    return sums[0]
-
-
 def norm_of(sums: Tensor, table: SumTable) -> float:
     """The norm of the model's gradient; like the gradient it may be infinite or NaN.
 
     Args:
-        sums: :func:`square_sums` summed over all shards.
+        sums: Sums of squares, ``(num_segments,)`` float64, summed over all shards.
         table: As there.
     """
     (total,) = table.totals(["square"], sums[None])["square"]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .buffers import MASTER, Buffers
+from ..optim import TILE_NUMEL
+from .buffers import MASTER, Buffers, ExtentBuffers
 from .coverage import Part, Runs, packed
 from .errors import MessageError
 from .layout import dtype_from_name, dtype_name
@@ -41,4 +42,53 @@ class Sink:
     def fill(self, runs: Sequence[Runs], buffers: Buffers) -> None:
         """Copy the runs' parameters there, rounded to the wire's dtype."""
         for target, extent, its_runs in zip(self.parts, buffers.extents, runs, strict=True):
-            target.copy_(packed(extent.slots[MASTER.name].view(-1), its_runs))
+            _fill(target, extent, its_runs)
+
+
+class Delivery:
+    """All ranks' sinks in one step.
+
+    Args:
+        sinks: Sinks and the runs that they are for.
+        buffers: The shard's memory.
+
+    Attributes:
+        direct: Per extent what is of whole tiles, for the pass that writes parameters to write there as well: tiles,
+            counted from the shard's first, and ``(tiles, 256)`` memory in the wire's dtype.
+    """
+
+    def __init__(self, sinks: Sequence[tuple[Sink, Sequence[Runs]]], buffers: Buffers) -> None:
+        self._sinks, self._buffers = sinks, buffers
+        self._rest: list[tuple[Tensor, ExtentBuffers, Runs]] = []
+        self.direct: list[list[tuple[range, Tensor]]] = [[] for _ in buffers.extents]
+        for sink, runs in sinks:
+            for target, extent, its_runs, direct in zip(sink.parts, buffers.extents, runs, self.direct, strict=True):
+                if target.data_ptr() == extent.slots[MASTER.name].data_ptr():
+                    continue  # the rank reads the masters themselves
+                tiles = _whole_tiles(its_runs)
+                if tiles is not None and target.device == extent.device:
+                    direct.append((tiles, target.view(-1, TILE_NUMEL)))
+                else:
+                    self._rest.append((target, extent, its_runs))
+
+    def finish(self, *, is_begun: bool) -> None:
+        """Copy what no pass has written; all of it, if none has."""
+        if is_begun:
+            for target, extent, its_runs in self._rest:
+                _fill(target, extent, its_runs)
+        else:
+            for sink, runs in self._sinks:
+                sink.fill(runs, self._buffers)
+
+
+def _fill(target: Tensor, extent: ExtentBuffers, runs: Runs) -> None:
+    source = packed(extent.slots[MASTER.name].view(-1), runs)
+    if target.data_ptr() != source.data_ptr():  # else the rank reads the masters themselves
+        target.copy_(source)
+
+
+def _whole_tiles(runs: Runs) -> range | None:
+    """The tiles of runs that are one of whole tiles; else None."""
+    if len(runs) != 1 or (runs % TILE_NUMEL).any():
+        return None
+    return range(*(runs[0] // TILE_NUMEL).tolist())

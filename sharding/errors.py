@@ -126,6 +126,10 @@ class NonFiniteGradientError(StepwellError):
     """The averaged gradient held inf or NaN; the step was skipped on all shards."""
 
 
+class KernelError(StepwellError):
+    """Kernels cannot be compiled here as the job asks for."""
+
+
 class CheckpointError(StepwellError):
     """A checkpoint is missing, damaged, or cannot be written."""
 

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..optim import RULES, Rule
+from .compiling import KERNELS, Kernel
 from .coverage import GRADIENTS, Gradients
 from .errors import JobMismatchError, MessageError
 from .keys import Keys
@@ -27,6 +26,7 @@ class JobSpec:
         chunk_numel: Elements in a chunk; None chooses by the model's size. Never touches the result.
         gradients: What a rank's gradient means.
         batches: How many parameters were registered at once, time after time; empty for all at once.
+        kernel: How passes run; the service says so, as the bits depend on it.
 
     Raises:
         ValueError: If ``batches`` are not all parameters, or ``gradients`` is unknown.
@@ -39,10 +39,13 @@ class JobSpec:
     chunk_numel: int | None = None
     gradients: Gradients = "local"
     batches: tuple[int, ...] = ()
+    kernel: Kernel = "eager"
 
     def __post_init__(self) -> None:
         if self.gradients not in GRADIENTS:
             raise ValueError(f"gradients: expected one of {', '.join(GRADIENTS)}, got {self.gradients!r}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if self.batches and (sum(self.batches) != len(self.params) or min(self.batches) < 0):
             raise ValueError(f"batches: expected counts of {len(self.params)} parameters in all, got {self.batches}")
 
@@ -80,6 +83,7 @@ class JobSpec:
             "chunk_numel": self.chunk_numel,
             "gradients": self.gradients,
             "batches": list(self.batches),
+            "kernel": self.kernel,
         }
 
     @classmethod
@@ -108,6 +112,7 @@ class JobSpec:
                 chunk_numel=None if fields["chunk_numel"] is None else int(fields["chunk_numel"]),
                 gradients=fields["gradients"],
                 batches=tuple(int(count) for count in fields["batches"]),
+                kernel=fields["kernel"],
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise MessageError(f"expected a job description; {type(error).__name__}: {error}") from error
@@ -154,13 +159,6 @@ class JobSpec:
             slots = [", ".join(slot.name for slot in rule.slots) for rule in (self.rule, other.rule)]
             return f"state: {ours} {slots[0]}, {theirs} {slots[1]}"
         return None
-
-
-def kernel_identity(device: torch.device) -> str:
-    """What the bits of a kernel depend on beside its inputs, in one line."""
-    if device.type == "cuda":
-        return f"torch {torch.__version__}, eager, {torch.cuda.get_device_name(device)}"
-    return f"torch {torch.__version__}, eager, {device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _same(param: ParamSpec, other: ParamSpec) -> bool:

@@ -1,17 +1,24 @@
-"""Running a rule's passes over a shard's tiles."""
+"""Running a rule's passes over a shard's tiles, eagerly or compiled; the same functions either way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..optim import Coefficients, ReducingRule, Rule
-from .buffers import MASTER, Buffers, ExtentBuffers
+from ..optim import Coefficients, ReducingRule, Rule, Scope
+from .buffers import Buffers, ExtentBuffers
 from .channels import ChannelMap
+from .compiled import run_compiled
+from .compiling import Kernel
+from .gradient import Gradient, Stretch, with_all_terms, written_out
 from .keys import Keys
 from .partials import SumTable
+from .passes import Pass, Rows, apply_pass, local_pass, look_pass
 
 PIECE_TILES = 256
 """Tiles in one eager call: few enough for every operand to stay in cache.
@@ -20,107 +27,206 @@ Fewer never touch the bits. More could: torch cuts a call of 257 tiles and three
 multiple of the vector width, and functions that are not correctly rounded (exp, log) give other bits in the remainder.
 """
 
+COMPILED_PIECE_TILES = 2**14
+"""Tiles in one compiled call: enough for its 50 us not to count, and Python's other threads get a turn in between."""
 
-class TileCoefficients:
-    """A step's coefficients, looked up per tile.
+CHANNEL_PIECE_TILES = 2**11
+"""The same for rules with channels, whose calls take and give values per element."""
 
-    Args:
-        per_tensor: Name to ``(num_tensors,)`` float64.
-        buffers: The extent that they are for.
-    """
-
-    def __init__(self, per_tensor: Mapping[str, Tensor], buffers: ExtentBuffers) -> None:
-        self._names = list(per_tensor)
-        self._tensor_of_tile = buffers.tensor_of_tile
-        self._stacked = _stack(per_tensor, buffers.extent.dtype)
-        self._device = buffers.slots[MASTER.name].device
-
-    def of(self, rows: slice) -> Coefficients:
-        """Name to ``(tiles, 1)`` for the tiles of ``rows``."""
-        values = self._stacked[:, self._tensor_of_tile[rows]].unsqueeze(-1).to(self._device)
-        return dict(zip(self._names, values, strict=True))
+MAX_PARTS = 8
+"""More ranks' gradients than that are averaged in a pass of their own; each would be read again by every pass."""
 
 
-class ChannelCoefficients:
-    """A step's coefficients of output channels, looked up per element.
+Sinks = Sequence[Sequence[tuple[range, Tensor]]]
+"""Per extent: tiles, counted from the shard's first, and ``(tiles, 256)`` memory in the model's dtype."""
+
+
+class Kernels:
+    """The passes of one rule.
 
     Args:
-        per_channel: Name to ``(num_channels + 1,)`` float64, the last one for elements outside any channel.
-        buffers: The extent that they are for.
-        keys: The channels.
+        rule: The rule.
+        kernel: How they run.
     """
 
-    def __init__(self, per_channel: Mapping[str, Tensor], buffers: ExtentBuffers, keys: Keys) -> None:
-        self._names = list(per_channel)
-        self._stacked = _stack(per_channel, buffers.extent.dtype).to(buffers.slots[MASTER.name].device)
-        self._channels = ChannelMap(buffers.extent, keys)
-        self._first_tile = buffers.tiles.start
+    def __init__(self, rule: Rule, kernel: Kernel) -> None:
+        self.rule, self.kernel = rule, kernel
+        self._has_channels = isinstance(rule, ReducingRule) and rule.scope is Scope.CHANNEL
+        self._sums = rule.sums if isinstance(rule, ReducingRule) else ()
+        self._is_one_pass = isinstance(rule, ReducingRule) and rule.is_one_pass
+        self._num_threads = torch.get_num_threads()
 
-    def of(self, rows: slice) -> Coefficients:
-        """Name to ``(tiles, 256)`` for the tiles of ``rows``, or to ``(1, 1)`` if none has a channel."""
-        if not self._names:
+    def prepare(self, gradient: Gradient, buffers: Buffers) -> Gradient:
+        """The gradient as this kind of kernel reads it best, with the same bits."""
+        return tuple(
+            tuple(self._prepared(stretch, extent) for stretch in stretches)
+            for stretches, extent in zip(gradient, buffers.extents, strict=True)
+        )
+
+    def _prepared(self, stretch: Stretch, extent: ExtentBuffers) -> Stretch:
+        if self.kernel == "compiled" and len(stretch.parts) <= MAX_PARTS:
+            return stretch
+        written = written_out(stretch, extent, cut(stretch.tiles, PIECE_TILES))
+        if self.kernel == "eager" or stretch.here is None:
+            return written
+        return dataclasses.replace(written, here=torch.ones_like(stretch.here[:1]))
+
+    def look(self, buffers: Buffers, gradient: Gradient, table: SumTable, *, for_norm: bool) -> tuple[int, Tensor]:
+        """See whether a gradient is finite, and take its squares, after its elements were clipped.
+
+        Args:
+            buffers: The shard's memory.
+            gradient: The step's.
+            table: Of the whole model.
+            for_norm: Whether the squares are wanted.
+
+        Returns:
+            How many tiles hold inf or NaN; ``(num_segments,)`` float64, 0 where the shard owns nothing.
+        """
+        squares, num_bad = table.empty(1), 0
+        for piece in self._pieces(buffers, gradient):
+            sums, *its_squares = self._run(look_pass, piece, {}, for_norm)
+            if not bool(torch.isfinite(sums.sum())):
+                num_bad += _count_nonfinite_tiles(piece)
+            if its_squares:
+                table.fold(squares, piece.index, piece.first_tile, its_squares)
+        return num_bad, squares[0]
+
+    def local(
+        self, buffers: Buffers, gradient: Gradient, c: Mapping[str, Tensor], table: SumTable, sinks: Sinks = ()
+    ) -> Tensor:
+        """First pass over everything the shard owns.
+
+        Args:
+            buffers: The shard's memory; slots change, and the parameters with a rule of one pass.
+            gradient: The step's.
+            c: Coefficients per tensor, ``(num_tensors,)`` float64.
+            table: Where partials go.
+            sinks: Where new parameters go as well, with a rule of one pass.
+
+        Returns:
+            ``(len(rule.sums), num_segments)`` float64, 0 where the shard owns nothing.
+        """
+        partials = table.empty(len(self._sums))
+        by_extent = [_rounded(c, extent) for extent in buffers.extents]
+        for piece in self._pieces(buffers, gradient, sinks if self._is_one_pass else ()):
+            table.fold(partials, piece.index, piece.first_tile, self._run(local_pass, piece, by_extent[piece.index]))
+        return partials
+
+    def apply(
+        self,
+        buffers: Buffers,
+        gradient: Gradient,
+        c: Mapping[str, Tensor],
+        per_channel: Mapping[str, Tensor],
+        keys: Keys,
+        sinks: Sinks = (),
+    ) -> None:
+        """Second pass over everything the shard owns; parameters and slots change.
+
+        Args:
+            buffers: The shard's memory.
+            gradient: The step's.
+            c: Coefficients per tensor.
+            per_channel: Coefficients per channel, ``(num_channels + 1,)`` float64, the last one for elements outside
+                any channel.
+            keys: The channels.
+            sinks: Where new parameters go as well.
+        """
+        by_extent = [_rounded(c, extent) for extent in buffers.extents]
+        spread = [_ChannelCoefficients(per_channel, extent, keys) for extent in buffers.extents]
+        for piece in self._pieces(buffers, gradient, sinks):
+            self._run(apply_pass, piece, by_extent[piece.index], spread[piece.index].of(piece.tiles))
+
+    def _pieces(self, buffers: Buffers, gradient: Gradient, sinks: Sinks = ()) -> Iterator[_Piece]:
+        is_compiled = self.kernel == "compiled"
+        compiled_tiles = CHANNEL_PIECE_TILES if self._has_channels else COMPILED_PIECE_TILES
+        piece_tiles = compiled_tiles if is_compiled else PIECE_TILES
+        for index, (extent, stretches) in enumerate(zip(buffers.extents, gradient, strict=True)):
+            its_sinks = sinks[index] if sinks else ()
+            edges = {edge for tiles, _ in its_sinks for edge in (tiles.start, tiles.stop)}
+            for stretch in stretches:
+                whole = with_all_terms(stretch, extent.extent.dtype) if is_compiled else stretch
+                for tiles in cut(stretch.tiles, piece_tiles, edges):
+                    yield _Piece(index, extent, tiles, whole.of(tiles), _parts(its_sinks, tiles))
+
+    def _run(self, function: Pass, piece: _Piece, *args: Any) -> list[Tensor]:
+        stride, rows = piece.extent.stride, piece.rows()
+        if self.kernel == "eager":
+            return function(self.rule, stride, rows, *args)
+        return run_compiled(function, self.rule, stride, rows, *args, num_threads=self._num_threads)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Piece:
+    """The tiles of one call, counted from the shard's first one of an extent."""
+
+    index: int
+    extent: ExtentBuffers
+    tiles: range
+    gradient: Stretch
+    sinks: tuple[Tensor, ...]
+
+    @property
+    def first_tile(self) -> int:
+        """Counted in the extent."""
+        return self.extent.tiles.start + self.tiles.start
+
+    def rows(self) -> Rows:
+        """What a pass is given."""
+        where = slice(self.tiles.start, self.tiles.stop)
+        return Rows(
+            {name: values[where] for name, values in self.extent.slots.items()},
+            self.gradient,
+            self.extent.tensor_of_tile[where],
+            self.extent.index_in_tensor[where],
+            self.sinks,
+        )
+
+
+class _ChannelCoefficients:
+    """A step's coefficients of output channels, looked up per element."""
+
+    def __init__(self, per_channel: Mapping[str, Tensor], extent: ExtentBuffers, keys: Keys) -> None:
+        self._values = _rounded(per_channel, extent)
+        self._channels = ChannelMap(extent.extent, keys)
+        self._first_tile = extent.tiles.start
+
+    def of(self, tiles: range) -> Coefficients:
+        """Name to ``(tiles, 256)`` for some of the shard's tiles."""
+        if not self._values:
             return {}
-        tiles = slice(self._first_tile + rows.start, self._first_tile + rows.stop)
-        if not self._channels.any_in(tiles):
-            return dict(zip(self._names, self._stacked[:, -1:, None], strict=True))
-        return dict(zip(self._names, self._channels.spread(self._stacked, tiles), strict=True))
+        where = slice(self._first_tile + tiles.start, self._first_tile + tiles.stop)
+        spread = self._channels.spread(torch.stack(list(self._values.values())), where)
+        return dict(zip(self._values, spread, strict=True))
 
 
-def run_local(
-    rule: ReducingRule, buffers: Buffers, grads: Sequence[Tensor], c: Mapping[str, Tensor], table: SumTable
-) -> Tensor:
-    """First pass over everything the shard owns.
-
-    Args:
-        rule: The rule.
-        buffers: The shard's memory; slots change, and the parameters with a rule of one pass.
-        grads: Averaged gradient per extent, ``(tiles, 256)``.
-        c: Coefficients per tensor.
-        table: Where partials go.
-
-    Returns:
-        ``(len(rule.sums), num_segments)`` float64, 0 where the shard owns nothing.
-    """
-    partials = table.empty(len(rule.sums))
-    for index, (extent, grad) in enumerate(zip(buffers.extents, grads, strict=True)):
-        coefficients = TileCoefficients(c, extent)
-        for rows in _rows(len(extent.tiles)):
-            slots, sums = rule.local(extent.view(rows, grad), coefficients.of(rows))
-            extent.store(rows, slots)
-            table.fold(partials, index, extent.tiles.start + rows.start, [sums[name] for name in rule.sums])
-    return partials
+def cut(tiles: range, piece_tiles: int, edges: Iterable[int] = ()) -> list[range]:
+    """Pieces of ``tiles``, none of which reaches over an edge."""
+    within = {edge for edge in edges if tiles.start < edge < tiles.stop}
+    bounds = sorted({*range(tiles.start, tiles.stop, piece_tiles), tiles.stop, *within})
+    return [range(*each) for each in itertools.pairwise(bounds)]
 
 
-def run_apply(
-    rule: Rule,
-    buffers: Buffers,
-    grads: Sequence[Tensor],
-    c: Mapping[str, Tensor],
-    per_channel: Mapping[str, Tensor],
-    keys: Keys,
-) -> None:
-    """Second pass over everything the shard owns; parameters and slots change.
-
-    Args:
-        rule: The rule.
-        buffers: The shard's memory.
-        grads: As for :func:`run_local`.
-        c: Coefficients per tensor.
-        per_channel: Coefficients per channel, ``(num_channels + 1,)``.
-        keys: The channels.
-    """
-    for extent, grad in zip(buffers.extents, grads, strict=True):
-        coefficients, of_channels = TileCoefficients(c, extent), ChannelCoefficients(per_channel, extent, keys)
-        for rows in _rows(len(extent.tiles)):
-            param, slots = rule.apply(extent.view(rows, grad), {**coefficients.of(rows), **of_channels.of(rows)})
-            extent.store(rows, {**slots, MASTER.name: param})
+def _parts(sinks: Iterable[tuple[range, Tensor]], tiles: range) -> tuple[Tensor, ...]:
+    """What sinks have of a piece, which reaches over the edge of none."""
+    return tuple(
+        sink[tiles.start - its_tiles.start : tiles.stop - its_tiles.start]
+        for its_tiles, sink in sinks
+        if its_tiles.start <= tiles.start and tiles.stop <= its_tiles.stop
+    )
 
 
-def _stack(coefficients: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """``(num_coefficients, num_keys)`` in ``dtype``: float64 is rounded once, here."""
-    return torch.stack(list(coefficients.values())).to(dtype) if coefficients else torch.zeros(0, 1, dtype=dtype)
+def _rounded(coefficients: Mapping[str, Tensor], extent: ExtentBuffers) -> dict[str, Tensor]:
+    """Coefficients in the state dtype: float64 is rounded once, here."""
+    if not coefficients:
+        return {}
+    stacked = torch.stack(list(coefficients.values())).to(extent.device, extent.extent.dtype)
+    return dict(zip(coefficients, stacked.unbind(), strict=True))
 
 
-def _rows(num_tiles: int) -> Iterator[slice]:
-    for first in range(0, num_tiles, PIECE_TILES):
-        yield slice(first, min(first + PIECE_TILES, num_tiles))
+def _count_nonfinite_tiles(piece: _Piece) -> int:
+    """Tiles with inf or NaN; none where finite values merely add up to more than there is."""
+    rows = piece.rows()
+    mean = rows.gradient.mean(rows.tensor_of_tile, piece.extent.extent.dtype)
+    return int((~torch.isfinite(mean)).any(dim=1).sum())

@@ -110,7 +110,7 @@ class KeyState:
                 if self._keys.count(slot.scope, param):
                     yield slot.name, param, self.values[slot.name][self._keys.of_param(slot.scope, param)].clone()
 
-    def load(self, read: Callable[[int, str, int, int], Tensor], available: Set[tuple[int, str]]) -> None:
+    def load(self, read: Callable[[int, str, int, Tensor], None], available: Set[tuple[int, str]]) -> None:
         """Take all of it from a state; what that lacks starts afresh. Every shard reads every key."""
         loaded = {}
         for slot in self._slots:
@@ -118,7 +118,6 @@ class KeyState:
             for param in range(self._keys.num_tensors):
                 count = self._keys.count(slot.scope, param)
                 if count and (param, slot.name) in available:
-                    held = read(param, slot.name, 0, count)
-                    values[self._keys.of_param(slot.scope, param)] = held.to("cpu", torch.float64)
+                    read(param, slot.name, 0, values[self._keys.of_param(slot.scope, param)])
             loaded[slot.name] = values
         self.values = loaded

@@ -208,5 +208,11 @@ class Layout:
         return torch.tensor([param.group for param in self.params], dtype=torch.int64)
 
 
+def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
+    """What an extent's gradients and parameters travel in: the model's dtype if it is one, else the state's."""
+    dtypes = {layout.params[index].dtype for index in extent.params}
+    return dtype_from_name(dtypes.pop()) if len(dtypes) == 1 else extent.dtype
+
+
 def _power_of_two_at_most(value: int) -> int:
     return 1 << (value.bit_length() - 1)

@@ -127,7 +127,7 @@ class Members:
         rank, member = push.header.rank, self[push.header.rank]
         check_gradient(push.gradient, [int((runs[:, 1] - runs[:, 0]).sum()) for runs in member.pushed], rank)
         for part, padding in zip(push.gradient, member.padding, strict=True):
-            if bool((part[padding.to(part.device)] != 0).any()):
+            if bool(part.index_select(0, padding.to(part.device)).any()):
                 raise MessageError(
                     f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
                 )

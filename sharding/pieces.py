@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 PieceValues = Mapping[tuple[int, str, int], Tensor]
@@ -19,28 +18,27 @@ class MissingPieceError(LookupError):
 
 
 def read_across(
-    pieces: Sequence[tuple[int, int, Place]], offset: int, numel: int, read: Callable[[Place, int, int], Tensor]
-) -> Tensor:
-    """``numel`` elements from ``offset``, whichever pieces they lie in.
+    pieces: Sequence[tuple[int, int, Place]], offset: int, out: Tensor, read: Callable[[Place, int, Tensor], object]
+) -> None:
+    """Fill ``out`` with elements from ``offset`` on, whichever pieces they lie in.
 
     Args:
         pieces: (offset, numel, place) of each, ascending.
         offset: Where to begin.
-        numel: How many elements.
-        read: ``(place, start, stop)`` to those elements of one piece.
+        out: ``(numel,)``.
+        read: ``(place, first, part)``: fills a part of ``out`` with one piece's elements from ``first`` on.
 
     Raises:
         MissingPieceError: If some lie in none.
     """
-    parts, wanted, stop = [], offset, offset + numel
+    wanted, stop = offset, offset + len(out)
     for begin, length, place in pieces:
         if begin <= wanted < min(begin + length, stop):
             end = min(begin + length, stop)
-            parts.append(read(place, wanted - begin, end - begin))
+            read(place, wanted - begin, out[wanted - offset : end - offset])
             wanted = end
     if wanted != stop:
         raise MissingPieceError(f"elements {wanted} to {stop}")
-    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 class HeldPieces:
@@ -63,6 +61,7 @@ class HeldPieces:
         """The (param, slot) pairs that there are pieces of."""
         return frozenset(self._by_slot)
 
-    def read(self, param: int, slot: str, offset: int, numel: int) -> Tensor:
-        """Elements of a slot, see :func:`read_across`."""
-        return read_across(self._by_slot[param, slot], offset, numel, lambda values, start, stop: values[start:stop])
+    def read(self, param: int, slot: str, offset: int, out: Tensor) -> None:
+        """Fill ``out`` with elements of a slot from ``offset`` on."""
+        pieces = self._by_slot[param, slot]
+        read_across(pieces, offset, out, lambda values, first, part: part.copy_(values[first : first + len(part)]))

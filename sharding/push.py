@@ -35,6 +35,8 @@ class PushHeader:
             :class:`stepwell.sharding.clipping.ClipLimits`.
         grad_scale: What this rank's gradient was multiplied by; averaging undoes it.
         found_inf: Whether this rank found inf or NaN in its gradient itself; the step is then skipped.
+        max_abs: No magnitude in what this rank pushes is above this or above 1, but for a few roundings, as it found
+            itself; no tighter than its dtype if that is enough. None: the shards look.
     """
 
     timeline: int
@@ -49,6 +51,7 @@ class PushHeader:
     max_grad_value: float | None = None
     grad_scale: float = 1.0
     found_inf: bool = False
+    max_abs: float | None = None
 
     def digest(self) -> bytes:
         """Digest of the whole header, equal on all shards that hold the same push."""

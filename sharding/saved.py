@@ -8,9 +8,9 @@ import posixpath
 
 import fsspec
 
-from .checkpoint import MANIFEST_NAME
 from .errors import CheckpointError
 from .job import JobSpec
+from .manifest import MANIFEST_NAME
 from .reports import ShardStatus
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..optim import Combined, ReducingRule, StepInputs
-from .averaging import assemble, average, count_nonfinite
 from .buffers import MASTER, Buffers, StateSource
-from .clipping import ClipLimits, limits_of, norm_of, square_sums
+from .clipping import ClipLimits, limits_of, norm_of
+from .compiling import kernel_identity
 from .coverage import Gradients, Holdings, Part, packed
-from .delivery import Sink
+from .delivery import Delivery, Sink
 from .errors import (
     AttemptError,
     FutureRequestError,
@@ -28,12 +28,14 @@ from .errors import (
     StepAbortedError,
     TimelineError,
 )
-from .job import JobSpec, kernel_identity
-from .kernels import run_apply, run_local
+from .gradient import Gradient, assemble, average, is_surely_finite, limited
+from .job import JobSpec
+from .kernels import Kernels
 from .layout import Layout
 from .members import Member, Members
 from .push import Inbox, Push, PushHeader, unpack_present
 from .reports import Receipt, ShardStatus, StepResult
+from .snapshot import Snapshot
 from .tables import Tables
 from .vote import Decision, cast_vote, count_votes, open_votes
 
@@ -79,6 +81,7 @@ class Shard:
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
         self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
         self._extension: Extension | None = None
+        self._snapshot: Snapshot | None = None
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
@@ -96,6 +99,7 @@ class Shard:
         """Take the parameters of ``spec`` for this shard's, with all that follows from them."""
         self.spec, self.layout, self.buffers = spec, layout, buffers
         self._tables = Tables.build(spec, layout)
+        self._kernels = Kernels(spec.rule, spec.kernel)
         self.members = Members(spec, layout, buffers)
 
     # What others may ask at any time
@@ -119,7 +123,7 @@ class Shard:
             step=self.num_steps,
             skipped_steps=self.num_skipped,
             size_bytes=self.buffers.size_bytes,
-            kernel_identity=kernel_identity(self.device),
+            kernel_identity=kernel_identity(self.device, self._kernels.kernel),
             scalars=self.scalars,
             step_counts=tuple(int(count) for count in self.step_count.tolist()),
             in_flight=self._deciding is not None,
@@ -137,6 +141,24 @@ class Shard:
         masters = [extent.slots[MASTER.name].view(-1) for extent in self.buffers.extents]
         parts = zip(masters, self.members[rank].runs(wanted), dtypes, strict=True)
         return [packed(master, runs).to(dtype) for master, runs, dtype in parts]
+
+    def snapshot(self) -> Snapshot:
+        """The state as it is between two steps, to be read while the steps after it are taken; ends the one before.
+
+        Raises:
+            NotRegisteredError: See :meth:`require_whole`.
+            StepAbortedError: If a step is being decided.
+        """
+        self.require_whole()
+        self._require_rest("save")
+        if self._snapshot is not None:
+            self._snapshot.close("the shard was asked for another one")
+        self._snapshot = Snapshot(self.buffers, self.spec.rule, self.status())
+        return self._snapshot
+
+    def _detach_snapshot(self, *, for_step: bool) -> None:
+        if self._snapshot is not None:
+            self._snapshot.detach(for_step=for_step)
 
     def deliver(self, rank: int, sink: Sink) -> None:
         """Fill a rank's memory with the parameters as they are; raises as :meth:`receive`."""
@@ -194,8 +216,8 @@ class Shard:
         """
         if self._lost is None and timeline <= self.timeline:
             raise TimelineError(f"expected a timeline after {self.timeline}, got {timeline}")
-        if self._deciding is not None:
-            raise StepAbortedError(f"step {self.sequence + 1} is being decided; load when it is done")
+        self._require_rest("load")
+        self._detach_snapshot(for_step=False)
         self._lost = f"shard {self._shard} was interrupted while it loaded a state"
         self._inbox = Inbox(self.spec.world_size)
         self.buffers.load(source)
@@ -291,8 +313,9 @@ class Shard:
         here = {push.header.rank for push in pushes}
         missing = [rank for rank in range(self.spec.world_size) if rank not in here]
         try:
-            grads = [] if missing else self._gradient(pushes)
             limits = ClipLimits() if missing else limits_of(pushes[0].header)
+            gradient = () if missing else self._gradient(pushes)
+            num_nonfinite, square_sums = self._look(pushes, gradient, limits)
             total = yield cast_vote(
                 self._shard,
                 self._num_shards,
@@ -300,15 +323,16 @@ class Shard:
                 sequence=self.sequence + 1,
                 pushes=pushes,
                 missing=missing,
-                num_nonfinite=count_nonfinite(grads) + sum(push.header.found_inf for push in pushes),
-                square_sums=square_sums(grads, limits, self.buffers, self._tables.squares),
+                num_nonfinite=num_nonfinite + sum(push.header.found_inf for push in pushes),
+                square_sums=square_sums,
             )
             result = self._decide(total, limits)
             if result.decision is Decision.COMMIT:
+                self._detach_snapshot(for_step=not any(push.reloaded for push in pushes))
                 moving = True
                 grad_norm = result.grad_norm
-                grads = limits.clip(grads, grad_norm)
-                result = dataclasses.replace((yield from self._commit(pushes, grads)), grad_norm=grad_norm)
+                gradient = limited(gradient, limits.max_value, limits.coefficient(grad_norm), self.buffers)
+                result = dataclasses.replace((yield from self._commit(pushes, gradient)), grad_norm=grad_norm)
             self._finish(result)
             moving = False
             return result
@@ -316,6 +340,15 @@ class Shard:
             if moving:
                 self._lost = f"shard {self._shard} was interrupted within step {self.sequence + 1}"
             self._deciding = None
+
+    def _look(self, pushes: Sequence[Push], gradient: Gradient, limits: ClipLimits) -> tuple[int, Tensor]:
+        """How many tiles of the gradient hold inf or NaN, and with a limit its sums of squares; none of none."""
+        table = self._tables.squares
+        is_known = is_surely_finite([push.header for push in pushes], self.spec.gradients)
+        if not gradient or (is_known and not limits.is_set):
+            return 0, table.empty(1)[0]
+        gradient = limited(gradient, limits.max_value, 1.0, self.buffers)
+        return self._kernels.look(self.buffers, gradient, table, for_norm=limits.is_set)
 
     def _decide(self, total: Tensor, limits: ClipLimits) -> StepResult:
         sequence = self.sequence + 1
@@ -326,7 +359,7 @@ class Shard:
             decision = Decision.SKIP
         return StepResult(sequence, decision, self.scalars, error, grad_norm)
 
-    def _commit(self, pushes: Sequence[Push], grads: Sequence[Tensor]) -> Reduction:
+    def _commit(self, pushes: Sequence[Push], gradient: Gradient) -> Reduction:
         header, present = pushes[0].header, self._present(pushes).any(dim=0)
         for push, sender in zip(pushes, self._senders, strict=True):
             for index, value in push.reloaded.items():
@@ -340,37 +373,45 @@ class Shard:
             scalars=self.spec.rule.write_scalars(self.scalars, header.scalars or {}),
             key_state=self.buffers.key_state.values,
         )
-        combined, totals = yield from self._reduce(step, grads)
+        asked = [
+            (push.sink, each.runs(push.sink.part))
+            for push, each in zip(pushes, self._senders, strict=True)
+            if push.sink
+        ]
+        delivery = Delivery(asked, self.buffers)
+        combined, totals = yield from self._reduce(step, gradient, delivery)
         rule = self.spec.rule
         if combined.moves:
             if not (isinstance(rule, ReducingRule) and rule.is_one_pass):
                 per_tensor = rule.apply_coefficients(step, combined, totals)
                 per_channel = rule.channel_coefficients(step, combined, totals)
-                run_apply(rule, self.buffers, grads, per_tensor, per_channel, self._tables.keys)
+                keys = self._tables.keys
+                self._kernels.apply(self.buffers, gradient, per_tensor, per_channel, keys, delivery.direct)
             self.step_count = step.step_count
         self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
-        for push, sender in zip(pushes, self._senders, strict=True):
-            if push.sink is not None:
-                push.sink.fill(sender.runs(push.sink.part), self.buffers)
+        delivery.finish(is_begun=combined.moves)
         return StepResult(self.sequence + 1, Decision.COMMIT, self.scalars)
 
     def _reduce(
-        self, step: StepInputs, grads: Sequence[Tensor]
+        self, step: StepInputs, gradient: Gradient, delivery: Delivery
     ) -> Generator[Tensor, Tensor, tuple[Combined, Mapping[str, Tensor]]]:
         """The local pass and its reduction, if the rule has any; scalars and key state after the step."""
         rule, totals = self.spec.rule, dict[str, Tensor]()
         if isinstance(rule, ReducingRule):
-            partials = yield run_local(rule, self.buffers, grads, rule.local_coefficients(step), self._tables.sums)
-            totals = self._tables.sums.totals(rule.sums, partials)
+            table, c = self._tables.sums, rule.local_coefficients(step)
+            partials = yield self._kernels.local(self.buffers, gradient, c, table, delivery.direct)
+            totals = table.totals(rule.sums, partials)
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
 
-    def _gradient(self, pushes: Sequence[Push]) -> list[Tensor]:
-        """The step's gradient, per extent ``(tiles, 256)``."""
+    def _gradient(self, pushes: Sequence[Push]) -> Gradient:
+        """The step's gradient, before limits."""
         present = self._present(pushes)
         if self.spec.gradients == "local":
-            return average(pushes, present, self.buffers)
-        return assemble(pushes, present, self.buffers, [sender.pushed for sender in self._senders])
+            gradient = average(pushes, present, self.buffers)
+        else:
+            gradient = assemble(pushes, present, self.buffers, [sender.pushed for sender in self._senders])
+        return self._kernels.prepare(gradient, self.buffers)
 
     def _present(self, pushes: Sequence[Push]) -> Tensor:
         """Which tensors each rank has a gradient of, ``(world_size, num_tensors)`` bool."""
@@ -394,6 +435,10 @@ class Shard:
         """
         if self._lost is not None:
             raise NotRegisteredError(f"{self._lost}; register the job, or restore its last checkpoint")
+
+    def _require_rest(self, wanted: str) -> None:
+        if self._deciding is not None:
+            raise StepAbortedError(f"step {self.sequence + 1} is being decided; {wanted} when it is done")
 
     def _require_sequence(self, timeline: int, sequence: int) -> None:
         self.require_whole()

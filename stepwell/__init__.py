@@ -33,6 +33,7 @@ from .client.optimizers import (
     SUAdam,
 )
 from .sharding.errors import StepwellError
+from .sharding.pending_save import PendingSave
 
 if TYPE_CHECKING:
     from .server.service import Service, connect, launch
@@ -65,6 +66,7 @@ __all__ = [
     "InProcessService",
     "Momentum",
     "NAdam",
+    "PendingSave",
     "PreLAMB",
     "Prodigy",
     "RAdam",

@@ -8,6 +8,9 @@ from hypothesis import settings
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
+# Kernels are compiled where a test asks for it: for each rule it takes a second or two.
+os.environ["STEPWELL_KERNEL"] = "eager"
+
 # The first example of a test may compile a kernel; the time limit is each test's own, not each example's.
 settings.register_profile("stepwell", deadline=None)
 settings.load_profile("stepwell")

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from stepwell.optim import TILE_NUMEL, Rule
 from stepwell.sharding.buffers import MASTER, StateSource
+from stepwell.sharding.compiling import Kernel
 from stepwell.sharding.inprocess import ShardGroup
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout, ParamSpec, dtype_from_name
+from stepwell.sharding.pieces import HeldPieces
 from stepwell.sharding.push import Push, PushHeader, pack_present
 from stepwell.sharding.reports import StepResult
 
@@ -280,6 +282,7 @@ class Run:
         wire_dtype: What the gradients are pushed in; None for the state's dtype.
         source: The state to begin with; None for the problem's initial parameters.
         rank_0: Fields of the headers of rank 0, in each of its pushes.
+        kernel: How passes run.
     """
 
     def __init__(
@@ -294,10 +297,11 @@ class Run:
         wire_dtype: torch.dtype | None = None,
         source: StateSource | None = None,
         rank_0: Mapping[str, object] | None = None,
+        kernel: Kernel = "eager",
     ) -> None:
         self.problem, self.rule, self.world_size, self.wire_dtype = problem, rule, world_size, wire_dtype
         self.rank_0 = dict(rank_0 or {})
-        spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, chunk_numel)
+        spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, chunk_numel, kernel=kernel)
         self.group = ShardGroup(spec, num_shards=num_shards)
         self.group.load(source or initial_state(problem), timeline=1)
         for rank in range(world_size):
@@ -409,12 +413,8 @@ def initial_state(problem: Problem) -> StateSource:
 
 def state_source(values: Mapping[tuple[int, str], Tensor], **fields: Any) -> StateSource:
     """A state to load from whole tensors, by (parameter index, slot)."""
-    flat = {key: value.reshape(-1) for key, value in values.items()}
-    return StateSource(
-        read=lambda param, slot, offset, numel: flat[param, slot][offset : offset + numel],
-        available=frozenset(flat),
-        **fields,
-    )
+    held = HeldPieces([{(param, slot, 0): value.reshape(-1) for (param, slot), value in values.items()}])
+    return StateSource(read=held.read, available=held.available, **fields)
 
 
 def views(layout: Layout, flat: Sequence[Tensor]) -> list[Tensor]:

@@ -47,7 +47,7 @@ class Training:
         emit(events.Phase("reading the standard library"))
         self.corpus = read_corpus()
         self.model = GPT(GPTSettings(context_numel=self.demo.context_numel), seed=self.demo.seed)
-        emit(events.Phase(f"starting Ray and {counted(self.demo.num_shards, 'shard')}"))
+        emit(events.Phase(f"starting Ray and {counted(self.demo.num_shards, 'shard')}, compiling kernels"))
         self.optimizer = make_optimizer(self.demo, self.model)
         self.step = 0
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepwell.client.flat import FlatBuffer, wire_dtype
+from stepwell.client.flat import FlatBuffer
 from stepwell.client.groups import param_specs
 from stepwell.client.transport import join_pieces
-from stepwell.sharding.layout import Layout
+from stepwell.sharding.layout import Layout, wire_dtype
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,6 @@ import torch
 
 import stepwell
 from stepwell.sharding import kernels
-from stepwell.sharding import shard as shard_module
 from stepwell.sharding.errors import JobMismatchError, NotRegisteredError, TimelineError
 from tests.client.training import assert_equal, assert_same_state, make_net, train, values_of
 
@@ -118,14 +117,14 @@ def test_interrupt_within_a_step_loses_nothing(num_shards: int, monkeypatch: pyt
     optimizer = stepwell.Prodigy(net.parameters(), service=stepwell.InProcessService(num_shards=num_shards))
     undisturbed = stepwell.Prodigy(other.parameters())
     train(net, optimizer, range(3))
-    run_apply, handler = kernels.run_apply, signal.getsignal(signal.SIGINT)
+    apply, handler = kernels.Kernels.apply, signal.getsignal(signal.SIGINT)
 
     def interrupted(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        run_apply(*args)
+        apply(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_module, "run_apply", interrupted)
+        patch.setattr(kernels.Kernels, "apply", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(net, optimizer, [3])
     assert signal.getsignal(signal.SIGINT) is handler
@@ -135,3 +134,20 @@ def test_interrupt_within_a_step_loses_nothing(num_shards: int, monkeypatch: pyt
     train(net, optimizer, range(4, 7))
     train(other, undisturbed, range(4, 7))
     assert_equal(net.parameters(), other.parameters())
+
+
+def test_restore_of_what_other_kernels_computed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    eager, compiled = (
+        stepwell.AdamW(make_net().parameters(), service=stepwell.InProcessService(kernel=kernel))
+        for kernel in ("eager", "compiled")
+    )
+    assert "eager" in eager.service.status()["kernel"]
+    assert "compiled by" in compiled.service.status()["kernel"]
+    uri = str(tmp_path)
+    eager.service.save(uri)
+    eager.service.restore(uri)
+    assert not caplog.records
+    compiled.service.restore(uri)
+    (record,) = caplog.records
+    assert f"{uri} was computed by [" in record.message
+    assert "later steps may differ" in record.message

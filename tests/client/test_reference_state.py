@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import stepwell
-from stepwell.sharding.checkpoint import MANIFEST_NAME, write_shard
+from stepwell.sharding.checkpoint import write_shard
 from stepwell.sharding.errors import CheckpointError, HyperparameterError, JobMismatchError
+from stepwell.sharding.manifest import MANIFEST_NAME
 from tests.client.lines import WAIT_S, SharedShards, SharedTransport, reached_by
 from tests.client.training import assert_equal, assert_same_state, make_net, train, values_of
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import stepwell
-from stepwell.sharding.checkpoint import CheckpointReader, read_manifest
+from stepwell.sharding.checkpoint import CheckpointReader
 from stepwell.sharding.errors import CheckpointError, JobMismatchError, TimelineError
+from stepwell.sharding.manifest import read_manifest
 from tests.integration.conftest import Launch
 from tests.integration.training import (
     D0,
@@ -137,16 +138,55 @@ def test_save_from_another_process_is_of_one_step(pair: Pair, local_ray: str, tm
         pair.train(2)
     saved = json.loads(saving.communicate(timeout=LIMIT_S)[0])
     assert began < saved["step"] < pair.step
-    manifest, oracle = read_manifest(uri), Oracle(2).to(saved["step"]).run.state()
+    require_checkpoint_of(saved["step"], uri)
+
+
+def require_checkpoint_of(step: int, uri: str) -> None:
+    """See that a checkpoint holds what an undisturbed run has after a step, to the bit."""
+    manifest, oracle = read_manifest(uri), Oracle(2).to(step).run.state()
     assert (manifest.step, dict(manifest.scalars), manifest.step_counts) == (
-        saved["step"],
+        step,
         dict(oracle.scalars),
         oracle.step_counts,
     )
     with CheckpointReader(uri, manifest) as reader:
         for name, tensors in oracle.slots.items():
             for index, tensor in enumerate(tensors):
-                assert torch.equal(reader.read(index, name, 0, tensor.numel()), tensor), f"{name} of parameter {index}"
+                read = torch.empty_like(tensor)
+                reader.read(index, name, 0, read)
+                assert torch.equal(read, tensor), f"{name} of parameter {index}"
+
+
+def test_saves_that_nobody_waits_for_are_of_their_steps(pair: Pair, tmp_path: Path) -> None:
+    """Four of them, each asked for while the one before may be being written; steps go on beside all."""
+    saves = []
+    for index in range(4):
+        saves.append(pair.service.save(str(tmp_path / str(index)), wait=False))
+        assert saves[-1].step == pair.step
+        pair.train(2)
+    for save in saves:
+        assert save.result(LIMIT_S) == save.step
+        require_checkpoint_of(save.step, save.uri)
+
+
+def test_save_that_nobody_waits_for_tells_its_failure(pair: Pair, tmp_path: Path) -> None:
+    uri = tmp_path / "checkpoint"
+    (uri / "manifest.msgpack.tmp").mkdir(parents=True)
+    save = pair.service.save(str(uri), wait=False)
+    pair.train(1)
+    with pytest.raises(CheckpointError, match=f"{uri}: the manifest cannot be written"):
+        save.result(LIMIT_S)
+    assert save.done()
+    assert [path.name for path in uri.iterdir()] == ["manifest.msgpack.tmp"]
+
+
+def test_shutdown_waits_for_the_save(launch: Launch, tmp_path: Path) -> None:
+    service = launch(2)
+    worker = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, service=service).run(3)
+    save = service.save(str(tmp_path), wait=False)
+    service.shutdown()
+    assert save.done()
+    assert read_manifest(str(tmp_path)).step == worker.step
 
 
 def test_save_to_an_unwritable_place_names_it_and_leaves_the_last_checkpoint(pair: Pair, tmp_path: Path) -> None:

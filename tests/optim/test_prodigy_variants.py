@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepwell.optim import ProdigyRule, split_scalar
-from stepwell.sharding import shard as shard_module
+from stepwell.sharding.kernels import Kernels
 from tests.optim.formula_prodigy import FormulaProdigy
 from tests.zoo import (
     Problem,
@@ -105,7 +105,7 @@ def test_old_eps_needs_no_second_pass(eps_d: Any, monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object) -> None:
         raise AssertionError("a second pass")
 
-    monkeypatch.setattr(shard_module, "run_apply", refuse)
+    monkeypatch.setattr(Kernels, "apply", refuse)
     run = Run(small(), ProdigyRule(d0=D0, eps_d=eps_d), num_shards=2)
     if eps_d == "new":
         with pytest.raises(AssertionError, match="a second pass"):

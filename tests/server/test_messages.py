@@ -54,6 +54,7 @@ PUSH = PushHeader(
     max_grad_value=0.5,
     grad_scale=1024.0,
     found_inf=True,
+    max_abs=0.25,
 )
 JOB = JobSpec(
     ProdigyRule(slice_p=11, betas=(0.8, 0.99)),
@@ -169,6 +170,7 @@ WRONG: list[tuple[str, str, tuple[object, ...]]] = [
     *(("push", name, (0.0, -1.0, float("nan"), "1", True, [1.0])) for name in ("max_grad_norm", "max_grad_value")),
     ("push", "grad_scale", (0.0, -1.0, float("nan"), float("inf"), "1", True, None, [1.0])),
     ("push", "found_inf", (0, 1, None, "yes")),
+    ("push", "max_abs", (-1.0, float("nan"), float("inf"), "1", True, [1.0])),
     ("target", "part", (*TEXT_WRONG, "all")),
     ("target", "dtypes", ("float32", None, ["int8"], [None], [["float32"]], {"float32": 1})),
     *((kind, name, PLACEMENT_WRONG) for kind, name in (("target", "placement"), ("exchange", "gradient"))),

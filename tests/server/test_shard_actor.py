@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from stepwell.optim import SGDRule
-from stepwell.server.collective import Collective, Listener
+from stepwell.server.collective import Collective
 from stepwell.server.config import ServiceConfig
 from stepwell.server.messages import (
     Exchange,
@@ -99,9 +99,8 @@ class Line:
         self.actor, self.steps = actor, actor._steps
         self.run = Run(small(), SGDRule(lr=0.1), world_size=2)
         self.shard = self.steps.shard = self.run.group.shards[0]
-        listener = Listener("127.0.0.1")
         self.steps.collective = Collective(
-            1, 0, listener=listener, addresses=[listener.address], key=bytes(16), forming_timeout_s=1.0, timeout_s=1.0
+            1, 0, 1, host="", store_address=("", 0), forming_timeout_s=1.0, timeout_s=1.0
         )
 
     async def push(self, rank: int, **header: Any) -> Reply:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from stepwell.optim import AdamWRule, ProdigyRule, Rule
-from stepwell.sharding.averaging import average, count_nonfinite
-from stepwell.sharding.push import pack_present
+from stepwell.sharding.coverage import Gradients
+from stepwell.sharding.gradient import LARGEST, average, is_surely_finite
+from stepwell.sharding.kernels import Kernels
+from stepwell.sharding.push import PushHeader, pack_present
 from stepwell.sharding.vote import Decision
 from tests.zoo import Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, views
 
@@ -28,8 +35,12 @@ def mean_of(run: Run, gradients: list[dict[int, Tensor]]) -> list[Tensor]:
     present = torch.tensor([[i in part for i in range(NUM_TENSORS)] for part in gradients])
     flat: list[list[Tensor]] = []
     for index, shard in enumerate(run.group.shards):
-        parts = average([push[index] for push in pushes], present, shard.buffers)
-        flat.append([part.reshape(-1) for part in parts])
+        gradient = average([push[index] for push in pushes], present, shard.buffers)
+        means = [
+            stretch.mean(extent.tensor_of_tile, extent.extent.dtype)
+            for (stretch,), extent in zip(gradient, shard.buffers.extents, strict=True)
+        ]
+        flat.append([mean.reshape(-1) for mean in means])
     return views(run.layout, [torch.cat(parts) for parts in zip(*flat, strict=True)])
 
 
@@ -132,9 +143,104 @@ def test_gradient_of_a_single_worker_is_not_written() -> None:
     assert_same_tensors(push.gradient, before)
 
 
-def test_nonfinite_elements_are_counted() -> None:
-    fine = torch.full((3, 256), 3e38)
-    assert count_nonfinite([fine, torch.zeros(0, 256)]) == 0
-    bad = fine.clone()
-    bad[0, 5], bad[2, 255], bad[1, 1] = torch.nan, torch.inf, -torch.inf
-    assert count_nonfinite([fine, bad]) == 3
+# What the ranks say of their gradients
+
+
+def said(max_abs: float | None, grad_scale: float = 1.0) -> PushHeader:
+    return PushHeader(0, 1, 0, "", 0, b"", max_abs=max_abs, grad_scale=grad_scale)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([said(3.0)], True),
+        ([said(None)], False),
+        ([said(3.0), said(None)], False),
+        ([said(LARGEST)], True),
+        ([said(LARGEST * 1.001)], False),
+        ([said(torch.finfo(torch.float64).max)], False),
+        ([said(0.2 * LARGEST)] * 2, True),
+        ([said(0.3 * LARGEST)] * 2, False),
+        ([said(LARGEST, grad_scale=3.0)], True),
+        ([said(LARGEST, grad_scale=1.5)], False),
+        ([said(LARGEST, grad_scale=0.5)], False),
+        ([said(1e20, grad_scale=1e-20)], False),
+        ([said(0.0, grad_scale=1e-39)], False),  # 1/scale is inf in float32, and inf times 0 is NaN
+        ([said(1e300, grad_scale=1e-300)], False),
+    ],
+)
+def test_bound_on_the_average_is_below_half_of_the_largest_number(headers: list[PushHeader], expected: bool) -> None:
+    assert is_surely_finite(headers, "local") is expected
+
+
+@pytest.mark.parametrize("gradients", ["replicated", "sharded"])
+def test_gradients_side_by_side_are_not_added_up(gradients: Gradients) -> None:
+    assert is_surely_finite([said(LARGEST)] * 3, gradients)
+    assert not is_surely_finite([said(LARGEST), said(None)], gradients)
+    assert not is_surely_finite([said(LARGEST), said(LARGEST, grad_scale=0.5)], gradients)
+
+
+MAGNITUDES = st.floats(0.0, LARGEST, width=32) | st.sampled_from([0.0, 1e-45, LARGEST, LARGEST / 2, 0.49 * LARGEST])
+SCALES = st.sampled_from([1.0, 3.0, 1e-3, 1e-20, 1e-38, 1e-40, 1e20, 1e38, 1e300, 1e-300])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(MAGNITUDES, SCALES), min_size=1, max_size=4))
+def test_average_is_finite_where_the_ranks_show_that_it_is(ranks: list[tuple[float, float]]) -> None:
+    headers = [said(magnitude, scale) for magnitude, scale in ranks]
+    if is_surely_finite(headers, "local"):
+        run = Run(Problem((ZooTensor((3,)),)), AdamWRule(), world_size=len(ranks))
+        values = [torch.tensor([magnitude, -magnitude, 0.0]) for magnitude, _ in ranks]
+        pushes = [
+            run.pushes(rank, gradients={0: value}, grad_scale=scale)[0]
+            for rank, (value, (_, scale)) in enumerate(zip(values, ranks, strict=True))
+        ]
+        buffers, present = run.group.shards[0].buffers, torch.ones(len(ranks), 1, dtype=torch.bool)
+        (((stretch,),), (extent,)) = average(pushes, present, buffers), buffers.extents
+        assert bool(torch.isfinite(stretch.mean(extent.tensor_of_tile, torch.float32)).all())
+
+
+@pytest.mark.parametrize("max_abs", [[100.0, 100.0], [100.0, None], [0.6 * LARGEST, 100.0]])
+def test_shards_look_where_the_ranks_do_not_show_that_all_is_finite(
+    max_abs: list[float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+
+    look = Kernels.look
+
+    def note(self: Kernels, *args: Any, **options: Any) -> tuple[int, Tensor]:
+        looked.append(1)
+        return look(self, *args, **options)
+
+    monkeypatch.setattr(Kernels, "look", note)
+    run = Run(Problem(TENSORS), AdamWRule(), world_size=2, num_shards=2)
+    for rank in range(2):
+        result = run.group.push(run.pushes(rank, gradients=grads_of(rank), max_abs=max_abs[rank]))
+    assert result is not None
+    assert result.decision is Decision.COMMIT
+    assert looked == ([] if max_abs == [100.0, 100.0] else [1, 1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_average_that_overflows_though_each_part_is_finite_is_skipped(scale: float) -> None:
+    run = Run(Problem(TENSORS), AdamWRule(), world_size=2)
+    largest = LARGEST * 0.9 * scale
+    for rank in range(2):
+        grads = grads_of(rank) | {0: torch.full((300,), largest)}
+        result = run.group.push(run.pushes(rank, gradients=grads, max_abs=largest, grad_scale=scale))
+    assert result is not None
+    assert result.decision is Decision.SKIP
+
+
+@pytest.mark.parametrize("found_by", [0, 1])
+def test_step_is_skipped_if_one_rank_found_that_its_gradient_is_not_finite(found_by: int) -> None:
+    run = Run(Problem(TENSORS), AdamWRule(), world_size=2, num_shards=2)
+    before = run.buffers()
+    for rank in range(2):
+        grads, finds = grads_of(rank), rank == found_by
+        if finds:
+            grads[2][3, 4] = math.nan
+        result = run.group.push(run.pushes(rank, gradients=grads, max_abs=None if finds else 100.0, found_inf=finds))
+    assert result is not None
+    assert result.decision is Decision.SKIP
+    assert_same_tensors(run.buffers(), before)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule, SGDRule
-from stepwell.sharding import clipping
+from stepwell.sharding import kernels
 from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.errors import HyperparameterError, MessageError, StepAbortedError
 from stepwell.sharding.reports import StepResult
@@ -103,7 +103,7 @@ def test_result_is_the_same_for_any_number_of_shards(problem: Problem, rule: Rul
 def test_norm_is_the_same_for_any_size_of_pieces(piece_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"max_grad_norm": 5.0}
     expected = train(Run(straddling(), SGDRule(lr=0.1), rank_0=limits), 3)
-    monkeypatch.setattr(clipping, "PIECE_TILES", piece_tiles)
+    monkeypatch.setattr(kernels, "PIECE_TILES", piece_tiles)
     run = Run(straddling(), SGDRule(lr=0.1), num_shards=2, chunk_numel=2**14, rank_0=limits)
     assert train(run, 3) == expected
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from torch import Tensor
 
 from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule
+from stepwell.sharding.compiling import Kernel
 from stepwell.sharding.coverage import (
     Coverage,
     Gradients,
@@ -80,10 +81,11 @@ class PartedRun(Run):
         num_shards: int,
         world_size: int,
         holdings: Sequence[Holdings] | None = None,
+        kernel: Kernel = "eager",
     ) -> None:
         super().__init__(problem, rule)
         self.world_size = world_size
-        spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, gradients=gradients)
+        spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, gradients=gradients, kernel=kernel)
         self.group = ShardGroup(spec, num_shards=num_shards)
         self.group.load(initial_state(problem), timeline=1)
         self.coverages = []

@@ -334,7 +334,7 @@ def test_result_is_told_for_the_last_step_alone() -> None:
 def test_interrupted_load_leaves_the_shard_lost() -> None:
     run = ready(AdamWRule())
 
-    def broken(param: int, slot: str, offset: int, numel: int) -> torch.Tensor:
+    def broken(param: int, slot: str, offset: int, out: torch.Tensor) -> None:
         raise OSError("the disk is gone")
 
     source = dataclasses.replace(state_source({(0, "master_param"): torch.zeros(520)}), read=broken)

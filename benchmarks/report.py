@@ -1,0 +1,130 @@
+"""The results as a page, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from goals import NOT_MEASURED, Verdict, judge
+from harness import Row, cores
+from picture import draw
+
+
+def write(
+    folder: Path, rows: Sequence[Row], failures: Sequence[str], *, quick: bool, taken_s: float, load_before: float
+) -> None:
+    """Write ``TABLE.md``, ``results.json`` and ``results.png``.
+
+    Args:
+        folder: Where to.
+        rows: All rows, those of a section one after the other.
+        failures: What went wrong, a sentence each.
+        quick: Whether these are no figures.
+        taken_s: Seconds that all of it took.
+        load_before: The machine's load average before the run: what others were doing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    verdicts, about = judge(rows), {**_about(), "quick": quick, "taken_s": taken_s, "load_before": load_before}
+    (folder / "TABLE.md").write_text(_page(rows, verdicts, failures, about))
+    results = {
+        "about": about,
+        "goals": [_verdict_fields(verdict) for verdict in verdicts],
+        "failures": list(failures),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(rows, verdicts, folder / "results.png")
+
+
+def goals_table(verdicts: Sequence[Verdict]) -> str:
+    """Figure, goal, measured, and whether that is met."""
+    lines = ["| figure | goal | measured | |", "|---|---|---|---|"]
+    for verdict in verdicts:
+        goal = verdict.goal
+        sense = "at least" if goal.at_least else "at most"
+        measured = NOT_MEASURED if verdict.value is None else f"{_number(verdict.value)} {goal.unit}".strip()
+        lines.append(
+            f"| {goal.figure} | {sense} {goal.limit:g} {goal.unit} | {measured} | {_judgement(verdict)} |".replace(
+                "  ", " "
+            )
+        )
+    return "\n".join(lines)
+
+
+def _judgement(verdict: Verdict) -> str:
+    if verdict.value is None:
+        return ""
+    return "met" if verdict.shortfall is None else f"missed by a factor of {_number(verdict.shortfall)}"
+
+
+def _page(rows: Sequence[Row], verdicts: Sequence[Verdict], failures: Sequence[str], about: dict[str, Any]) -> str:
+    parts = [
+        "# Benchmarks",
+        f"Written by `make bench` on {about['date']}: {about['cores']} cores ({about['cpu']}), "
+        f"torch {about['torch']}, {about['taken_s']:.0f} s in all, load {about['load_before']:.1f} before.\n",
+        *(["**With --quick: these are no figures.**\n"] if about["quick"] else []),
+        f"Who steps in one process has {about['cores']} threads; a service's shards have as many together, one at "
+        "least each; of several ranks each has its share.\n",
+        "Contestants took turns, finely interleaved in one run. A ratio is the median over rounds of our time over "
+        "theirs in the same round, with its quartiles; below 1 we are faster. GB/s are the bytes that must move over "
+        "the median time; the last column sets them against those of torch's fused AdamW right before, in the same "
+        "rounds. A yardstick's ratio to its own turn before is the noise.\n",
+        "![The figures at a glance](results.png)\n",
+        "## Goals\n",
+        goals_table(verdicts),
+        *(f"\n**{failure}**" for failure in failures),
+    ]
+    for section, lines in itertools.groupby(rows, key=lambda row: row.section):
+        parts += [f"\n## {section[:1].upper()}{section[1:]}\n", _rows_table(list(lines))]
+    return "\n".join(parts) + "\n"
+
+
+def _rows_table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| ours | time or size | against | theirs | ratio | GB/s | of fused AdamW's |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        theirs = "" if row.theirs is None else _number(row.theirs)
+        spread = "" if row.low is None or row.high is None else f" ({_number(row.low)}-{_number(row.high)})"
+        ratio = "" if row.ratio is None else _number(row.ratio) + spread
+        gb_per_s = "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}"
+        share = "" if row.bandwidth is None else f"{row.bandwidth:.2f}"
+        name = f"{row.name} ({row.note})" if row.note else row.name
+        ours = f"{_number(row.ours)} {row.unit}"
+        lines.append(f"| {name} | {ours} | {row.against} | {theirs} | {ratio} | {gb_per_s} | {share} |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Three digits that count."""
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(verdict.goal),
+        "measured": verdict.value,
+        "is_met": verdict.is_met,
+        "shortfall": verdict.shortfall,
+    }
+
+
+def _about() -> dict[str, Any]:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cores": cores(),
+        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,127 @@
+"""All benchmarks: runs every benchmarks/bench_*.py that offers rows(quick), one after the other.
+
+Writes a page, JSON and a picture. Each benchmark has a process of its own and a time limit; one that fails is named in
+the page, and the others go on. Ctrl-C ends the one that runs and all that it has started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import Row, tell
+
+FOLDER = Path(__file__).parent
+INTERRUPTED = 130
+FIRST = ("step", "workers", "checkpoint", "transport", "growth")
+"""The order in which the page shows them; what is not named here follows."""
+LIMIT_S = 1200.0
+END_TIMEOUT_S = 30.0
+
+
+def main() -> None:
+    """Run the benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("topics", nargs="*", help="such as step or workers; all if none is named")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: whether it runs, no figures")
+    parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder for the results")
+    parser.add_argument("--rows-of", metavar="TOPIC", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    # Whoever starts this may have them ignored or left to end this process alone; the topic that runs has to end too.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        _main(parser, arguments)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _main(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.rows_of is not None:
+        _write_rows(arguments.rows_of, arguments.quick, arguments.out)
+        return
+    there = sorted((path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")), key=_place)
+    if unknown := sorted(set(arguments.topics) - set(there)):
+        parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(there)}")
+    if not _run_all(arguments.topics or there, arguments.quick, arguments.out):
+        sys.exit(1)
+
+
+def _place(topic: str) -> tuple[int, str]:
+    return (FIRST.index(topic) if topic in FIRST else len(FIRST), topic)
+
+
+def _run_all(topics: Sequence[str], quick: bool, out: Path) -> bool:
+    """Run topics and write what they found; whether all went well."""
+    rows, failures, begin, load_before = list[Row](), list[str](), time.monotonic(), os.getloadavg()[0]
+    for topic in topics:
+        begun = time.monotonic()
+        print(f"== {topic}", file=sys.stderr, flush=True)
+        try:
+            found = _run(topic, quick)
+        except (subprocess.SubprocessError, OSError) as error:
+            failures.append(f"bench_{topic}.py failed: {error}")
+            print(failures[-1], file=sys.stderr, flush=True)
+        else:
+            rows += [row if row.section else dataclasses.replace(row, section=topic) for row in found]
+        tell(f"{time.monotonic() - begun:.0f} s")
+    from goals import judge
+    from report import goals_table, write
+
+    write(out, rows, failures, quick=quick, taken_s=time.monotonic() - begin, load_before=load_before)
+    print(goals_table(judge(rows)))
+    print(f"\n{len(rows)} rows in {out / 'TABLE.md'}")
+    return not failures
+
+
+def _run(topic: str, quick: bool) -> list[Row]:
+    """Run one topic in a process of its own.
+
+    Raises:
+        subprocess.SubprocessError: If it fails or takes too long.
+    """
+    with tempfile.TemporaryDirectory(prefix="stepwell-bench-") as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, str(Path(__file__)), "--rows-of", topic, "--out", str(path)]
+        # In a session of its own, so that Ctrl-C reaches it once, from here.
+        process = subprocess.Popen([*command, *(["--quick"] if quick else [])], start_new_session=True)
+        try:
+            code = process.wait(LIMIT_S)
+        finally:
+            _end(process)
+        if code != 0:
+            raise subprocess.CalledProcessError(code, command)
+        return [Row.from_dict(fields) for fields in json.loads(path.read_text())]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a topic, if it still runs, giving it the time to end what it has started."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        process.send_signal(number)
+        try:
+            process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _write_rows(topic: str, quick: bool, path: Path) -> None:
+    """What the process of one topic does."""
+    module = importlib.import_module(f"bench_{topic}")
+    rows = module.rows(quick)
+    path.write_text(json.dumps([dataclasses.asdict(row) if isinstance(row, Row) else row for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The safetensors format against safetensors itself: what one writes the other reads."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from stepwell.sharding.tensor_file import ALIGNMENT, TensorFile, byte_view, pack_header
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+tensor_lists = st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 40)), max_size=12)
+
+
+def tensors_of(kinds: list[tuple[torch.dtype, int]]) -> dict[str, Tensor]:
+    """Random bits, the wider dtypes first."""
+    kinds = sorted(kinds, key=lambda kind: -kind[0].itemsize)
+    return {
+        f"{index}/exp_avg/0": torch.arange(1, numel + 1).to(dtype) / (index + 3)
+        for index, (dtype, numel) in enumerate(kinds)
+    }
+
+
+def packed(tensors: dict[str, Tensor]) -> bytes:
+    header = pack_header([(name, values.dtype, values.numel()) for name, values in tensors.items()])
+    return header + b"".join(bytes(byte_view(values)) for values in tensors.values())
+
+
+def read(data: bytes, name: str, numel: int, first: int, out: Tensor) -> None:
+    TensorFile(io.BytesIO(data), len(data)).read_into(name, numel, first, out)
+
+
+@given(tensor_lists)
+def test_safetensors_reads_what_we_write(kinds: list[tuple[torch.dtype, int]]) -> None:
+    tensors = tensors_of(kinds)
+    data = packed(tensors)
+    assert int.from_bytes(data[:8], "little") % ALIGNMENT == 0
+    found = safetensors.torch.load(data)
+    assert found.keys() == tensors.keys()
+    for name, values in tensors.items():
+        assert found[name].dtype == values.dtype
+        assert torch.equal(found[name], values)
+
+
+@pytest.mark.parametrize("kinds", [[], [(torch.bfloat16, 3), (torch.float32, 5), (torch.float64, 1)]])
+def test_safe_open_maps_what_we_write(tmp_path: Path, kinds: list[tuple[torch.dtype, int]]) -> None:
+    """From a file it takes another way than from bytes: into memory, where alignment counts."""
+    tensors = tensors_of(kinds)
+    (tmp_path / "file.safetensors").write_bytes(packed(tensors))
+    with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
+        assert set(file.keys()) == tensors.keys()
+        for name, values in tensors.items():
+            assert torch.equal(file.get_tensor(name), values)
+            assert file.get_slice(name).get_shape() == [values.numel()]
+
+
+@given(tensor_lists, st.data())
+def test_we_read_what_safetensors_writes(kinds: list[tuple[torch.dtype, int]], data: st.DataObject) -> None:
+    tensors = tensors_of(kinds)
+    written = safetensors.torch.save(tensors)
+    for name, values in tensors.items():
+        first = data.draw(st.integers(0, values.numel()))
+        stop = data.draw(st.integers(first, values.numel()))
+        for dtype in (values.dtype, torch.float64):
+            out = torch.empty(stop - first, dtype=dtype)
+            read(written, name, values.numel(), first, out)
+            assert torch.equal(out, values[first:stop].to(dtype))
+
+
+def test_what_lies_elsewhere_in_memory_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepwell.sharding.tensor_file.STAGED_BYTES", 16)
+    tensors = {"a": torch.arange(23, dtype=torch.float32)}
+    strided = torch.zeros(23, 2)
+    read(packed(tensors), "a", 23, 0, strided[:, 1])
+    assert torch.equal(strided[:, 1], tensors["a"])
+
+
+def header(**tensors: object) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00" * 8,
+        (2**60).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{]",
+        header(),
+        header(a=5),
+        header(a={"dtype": "F32", "shape": [4]}),
+        header(a={"dtype": "I32", "shape": [4], "data_offsets": [0, 16]}),
+        header(a={"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}),
+        header(a={"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}),
+        header(a={"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}),
+        header(a={"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}),
+        header(a={"dtype": "F32", "shape": [4], "data_offsets": [0.5, 16.5]}),
+    ],
+)
+def test_file_that_does_not_hold_the_tensor_is_an_error(data: bytes) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        read(data, "a", 4, 0, torch.empty(4))
+
+
+def test_file_that_has_become_shorter_is_an_error() -> None:
+    whole = packed({"a": torch.ones(100)})
+    stream = io.BytesIO(whole[:-4])
+    with pytest.raises(ValueError, match="ends 4 bytes too early"):
+        TensorFile(stream, len(whole)).read_into("a", 100, 0, torch.empty(100))
