@@ -61,8 +61,8 @@ def by_parameters(numels: list[int], budget_s: float) -> list[Row]:
     """The step over models of growing size, two shards."""
     names = {f"{numel / MILLION:g} M parameters": (numel, 2) for numel in numels}
     needed_bytes = NEEDED_PER_PARAM * sum(numels)
-    if rows := left_out(", ".join(names), needed_bytes, section="growth with parameters"):
-        return rows
+    if missing := left_out(", ".join(names), needed_bytes, section="growth with parameters"):
+        return missing
     tell(f"growth: {', '.join(names)}")
     return _race_services(names, budget_s, axis="parameters", xs=[float(numel) for numel in numels])
 

@@ -30,7 +30,6 @@ from contestants import (
     STEP_BYTES,
     Workload,
     behind_backward,
-    is_accepted,
     layered,
     lora,
     ours,
@@ -94,6 +93,9 @@ class Field:
     theirs: tuple[str, ...]
     entries: tuple[Entry, ...]
 
+    def __str__(self) -> str:
+        return f"{self.entries[0].name}, and {len(self.entries) + len(self.theirs) - 1} that race with it"
+
 
 OLD = 'Prodigy, eps_d="old"'
 IN_PROCESS = Entry("Prodigy", None, (PRODIGYOPT, PYTORCH_OPTIMIZER))
@@ -125,13 +127,23 @@ BEHIND = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Size:
-    """A model, who races over it, and for how long."""
+    """A model and its races.
+
+    Attributes:
+        name: How the results call it.
+        shapes: Of its parameters.
+        given: Who races with the gradient given, one race after the other.
+        behind: Who races behind a backward.
+        budget_s: Seconds for each race.
+        has_latency: Whether it is small enough for what the service takes beyond its kernels to be told.
+    """
 
     name: str
     shapes: Sequence[torch.Size]
     given: tuple[Field, ...]
     behind: Field
     budget_s: float
+    has_latency: bool = False
 
 
 def sizes(quick: bool) -> list[Size]:
@@ -139,12 +151,12 @@ def sizes(quick: bool) -> list[Size]:
     million = 1_000_000
     if quick:
         return [
-            Size("1 M", layered(million), (EVERYBODY,), BEHIND[0], 0.5),
-            Size("LoRA", lora(60), (LORA,), BEHIND[0], 0.5),
+            Size("1 M", layered(million), (EVERYBODY,), BEHIND[0], 0.5, has_latency=True),
+            Size("LoRA", lora(60), (LORA,), BEHIND[0], 0.5, has_latency=True),
         ]
     return [
-        Size("1 M", layered(million), (EVERYBODY,), BEHIND[0], 10.0),
-        Size("LoRA", lora(), (LORA,), BEHIND[0], 12.0),
+        Size("1 M", layered(million), (EVERYBODY,), BEHIND[0], 10.0, has_latency=True),
+        Size("LoRA", lora(), (LORA,), BEHIND[0], 12.0, has_latency=True),
         Size("32 M", layered(32 * million), (EVERYBODY,), BEHIND[0], 20.0),
         Size("128 M", layered(128 * million), LARGE, BEHIND[1], 15.0),
     ]
@@ -167,9 +179,8 @@ def rows(quick: bool) -> list[Row]:
 def given(size: Size, field: Field, *, is_first: bool) -> list[Row]:
     """The steps alone, over gradients that lie there."""
     section, workload = f"step, {size.name}, gradient given", Workload(size.shapes)
-    names = ", ".join(entry.name for entry in field.entries)
-    if rows := left_out(names, needed_bytes(field, workload.numel), section=section):
-        return rows
+    if missing := left_out(str(field), needed_bytes(field, workload.numel), section=section):
+        return missing
     with optimizers(workload, field, with_grads=True) as entered:
         contestants = [Contestant(name, optimizer.step, num) for name, (optimizer, _, num) in entered.items()]
         found = race(contestants, yardsticks=yardsticks(workload), budget_s=size.budget_s)
@@ -186,7 +197,7 @@ def given(size: Size, field: Field, *, is_first: bool) -> list[Row]:
         for entry, other in pairs(field, found)
     ]
     service, alone = TWO.name, IN_PROCESS.name
-    if service in found and alone in found:
+    if size.has_latency and service in found and alone in found:
         result.append(latency(found, service, alone, section=section, key=f"step/{size.name}/latency"))
     return result
 
@@ -194,9 +205,8 @@ def given(size: Size, field: Field, *, is_first: bool) -> list[Row]:
 def behind(size: Size, field: Field) -> list[Row]:
     """Training steps, beyond what their backward takes."""
     section, workload = f"step, {size.name}, behind a backward", Workload(size.shapes)
-    names = ", ".join(entry.name for entry in field.entries)
-    if rows := left_out(names, needed_bytes(field, workload.numel), section=section):
-        return rows
+    if missing := left_out(str(field), needed_bytes(field, workload.numel), section=section):
+        return missing
     with optimizers(workload, field, with_grads=False) as entered:
         contestants = [
             Contestant(name, behind_backward(workload, params, optimizer), num)
@@ -250,10 +260,8 @@ def optimizers(workload: Workload, field: Field, *, with_grads: bool) -> Iterato
             params = workload.params(with_grads=with_grads)
             entered[name] = build(params), params, num_bytes * workload.numel
         for entry in field.entries:
-            if entry.overlap and not is_accepted("overlap"):
-                continue
             params = workload.params(with_grads=with_grads)
-            options: dict[str, Any] = {"overlap": True} if entry.overlap else {}
+            options: dict[str, Any] = {"overlap": entry.overlap}
             if entry.num_shards is not None:
                 options["service"] = stack.enter_context(service_of(entry.num_shards))
             optimizer: stepwell.ServiceOptimizer = ours(entry.rule, params, **options)

@@ -24,7 +24,6 @@ from contestants import (
     GROWTH_RATE,
     Workload,
     behind_backward,
-    is_accepted,
     layered,
     loss_of,
     ours,
@@ -100,13 +99,12 @@ def _race_behind(rank: int, world_size: int, names: list[str], where: str, numel
     alone = Contestant(BACKWARD, behind_backward(workload, workload.params(with_grads=False), None))
     with contextlib.ExitStack() as stack:
         steps = _torch_steps(workload)
-        options: list[dict[str, Any]] = [{}, {"overlap": True}] if is_accepted("overlap") else [{}]
-        for name, keywords in zip(names, options, strict=False):
-            rules = stack.enter_context(_entered(("Prodigy",), [name], where, workload, with_grads=False, **keywords))
-            for _, optimizer, params in rules:
-                steps[OVERLAPPED if keywords else PRODIGY] = behind_backward(workload, params, optimizer)
+        for label, name in ((PRODIGY, names[0]), (OVERLAPPED, names[1])):
+            entered = _entered(("Prodigy",), [name], where, workload, with_grads=False, overlap=label == OVERLAPPED)
+            for _, optimizer, params in stack.enter_context(entered):
+                steps[label] = behind_backward(workload, params, optimizer)
         net = _fsdp(workload)
-        service = stepwell.connect(names[-1], address=where)
+        service = stepwell.connect(names[2], address=where)
         sharded = ours("Prodigy", list(net.parameters()), service=service)
         stack.callback(sharded.close)
         steps[FSDP_PRODIGY] = _training_step(net, sharded)
@@ -118,7 +116,6 @@ def _race_behind(rank: int, world_size: int, names: list[str], where: str, numel
             name, other, scale=1e9 / numel, beyond=BACKWARD, section=section, key=f"workers/behind/{name}/{other}"
         )
         for name, other in BEHIND
-        if name in found
     ]
 
 

@@ -12,7 +12,6 @@ from harness import Contestant, cores, tell
 from torch import Tensor
 
 import stepwell
-from stepwell.client.keywords import ServiceOptions
 from stepwell.server import cluster
 
 FUSED, COPY = "torch AdamW, fused", "a copy"
@@ -127,11 +126,6 @@ def ours(rule: str, params: list[torch.nn.Parameter], **options: Any) -> stepwel
         eps_d: Literal["new", "old"] = "old" if "old" in rule else "new"
         return stepwell.Prodigy(params, growth_rate=GROWTH_RATE, eps_d=eps_d, **options)
     raise ValueError(f"rule: expected one of {sorted(STEP_BYTES)}, got {rule!r}")
-
-
-def is_accepted(keyword: str) -> bool:
-    """Whether Stepwell's optimizers take this keyword."""
-    return keyword in ServiceOptions.__annotations__
 
 
 @contextlib.contextmanager

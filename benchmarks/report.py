@@ -16,6 +16,9 @@ from goals import NOT_MEASURED, Verdict, judge
 from harness import Row, cores
 from picture import draw
 
+QUIET = 1.5
+"""Upper over lower quartile of a yardstick's turns over the turns before them: above it a run says so."""
+
 
 def write(
     folder: Path, rows: Sequence[Row], failures: Sequence[str], *, quick: bool, taken_s: float, load_before: float
@@ -76,6 +79,7 @@ def _page(rows: Sequence[Row], verdicts: Sequence[Verdict], failures: Sequence[s
         "theirs in the same round, with its quartiles; below 1 we are faster. GB/s are the bytes that must move over "
         "the median time; the last column sets them against those of torch's fused AdamW right before, in the same "
         "rounds. A yardstick's ratio to its own turn before is the noise.\n",
+        *_warnings(rows),
         "![The figures at a glance](results.png)\n",
         "## Goals\n",
         goals_table(verdicts),
@@ -84,6 +88,17 @@ def _page(rows: Sequence[Row], verdicts: Sequence[Verdict], failures: Sequence[s
     for section, lines in itertools.groupby(rows, key=lambda row: row.section):
         parts += [f"\n## {section[:1].upper()}{section[1:]}\n", _rows_table(list(lines))]
     return "\n".join(parts) + "\n"
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    """Says so where equal turns were so far apart that ratios mean little."""
+    noise = [row.high / row.low for row in rows if row.key.startswith("machine/") and row.high and row.low]
+    if not noise or max(noise) <= QUIET:
+        return []
+    return [
+        f"**The machine was not quiet: from one turn to the next the middle half of a yardstick's times were up to "
+        f"{_number(max(noise))} times apart. Read the quartiles before the medians.**\n"
+    ]
 
 
 def _rows_table(rows: Sequence[Row]) -> str:
@@ -104,7 +119,9 @@ def _rows_table(rows: Sequence[Row]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that count."""
+    """Two or three digits that count."""
+    if 0.0 < abs(value) < 0.1:
+        return f"{value:.2g}"
     if abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
