@@ -3,7 +3,7 @@
 All write or read the same bytes, the state of a Prodigy optimizer, in one folder, which is removed at the end. A row is
 the median time of each and the median over rounds of their ratio. `dd` copies from /dev/zero to a file, and from the
 file to /dev/null; nobody calls fsync. The stall of an asynchronous save is the time until it returns plus what the
-next step takes longer than the step before the save. This process computes with one thread, so that one core of two
+next step takes longer than the steps before the save. This process computes with one thread, so that one core of two
 is left for whoever writes.
 """
 
@@ -36,6 +36,8 @@ BYTES_PER_PARAM = 20
 """master_param, exp_avg, exp_avg_sq, s and p0."""
 NUM_TENSORS = 16
 DD_BLOCK_BYTES = 2**20
+STEPS_ALONE = 5
+"""Before an asynchronous save; their median is what the step after it is compared with."""
 
 Seconds = float
 Row = dict[str, Any]
@@ -240,7 +242,7 @@ class _Service(_Contestant):
 
 def _stall(step: Callable[[], object], save: Callable[[], Any]) -> Seconds:
     """How much longer a step takes for a save that begins before it."""
-    alone = _timed(step)
+    alone = statistics.median(_timed(step) for _ in range(STEPS_ALONE))
     began = time.perf_counter()
     pending = save()
     step()

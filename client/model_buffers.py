@@ -11,22 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..optim import TILE_NUMEL
-from ..sharding.coverage import Holdings, Range, coverage_of, share_tiles
-from ..sharding.errors import JobMismatchError, ServiceError, StepwellError, UnsupportedParameterError
+from ..sharding.coverage import Holdings, Range, coverage_of
+from ..sharding.errors import StepwellError, UnsupportedParameterError
 from ..sharding.job import JobSpec
-from ..sharding.layout import Layout, wire_dtype
+from ..sharding.layout import Layout
 from ..sharding.push import GRADIENT_DTYPES, pack_present
 from .flat import Allocate, FlatBuffer, Place, allocate_zeros, copy_all
 from .gathering import Gatherer, Seen
 from .holdings import is_distributed, local_part, version_of
 from .in_place import ParameterViews
 from .overlap import EarlyCopies
+from .replicas import Replicas
 
 logger = logging.getLogger("stepwell")
-
-SUM_TOLERANCE = 1e-5
-"""Of the sum of magnitudes: how far the sums of gradients may be apart that are one but for rounding."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +75,8 @@ class ModelBuffers:
         holdings: What it holds of a sharded model.
         group: Over which replicas exchange parameters, see :func:`replica_group`.
         masters: Memory that holds all parameters after a step, see :meth:`Transport.masters`.
-        in_place: Whether the model's parameters become views of ``held``, see :class:`ParameterViews`.
+        in_place: Whether the model's parameters become views of ``held``, if that is on the CPU; see
+            :class:`ParameterViews`.
         options: How gradients are gathered.
         allocate: Where their memory comes from.
 
@@ -108,12 +106,13 @@ class ModelBuffers:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
+        in_place = in_place and device.type == "cpu"
         self._is_plain = not any(map(is_distributed, self._params))
         self._shapes = [local.shape for local in self._local_parts()]
         self._make_pushed = functools.partial(
             FlatBuffer, layout, device, coverage=pushed, part="pushed", dtype=options.dtype, allocate=allocate
         )
-        self._replicas = None if group is None else _Replicas(layout, spec, rank, device, group, allocate)
+        self._replicas = None if group is None else Replicas(layout, spec, rank, device, group, allocate)
         if self._replicas is None:
             memory = masters if masters is not None and all(part.device == device for part in masters) else None
             self.held = self.pulled = FlatBuffer(
@@ -267,64 +266,6 @@ class ModelBuffers:
         return None if place.view.numel() == held.numel else slice(start, start + place.view.numel())
 
 
-class _Replicas:
-    """The parameters of a model that every rank has whole, each rank's share in turn, all of the same size."""
-
-    def __init__(
-        self,
-        layout: Layout,
-        spec: JobSpec,
-        rank: int,
-        device: torch.device,
-        group: dist.ProcessGroup,
-        allocate: Allocate,
-    ) -> None:
-        shares = [share_tiles(extent, spec.world_size) * TILE_NUMEL for extent in layout.extents]
-        dtypes = (wire_dtype(layout, extent) for extent in layout.extents)
-        numels = (share * spec.world_size for share in shares)
-        self.parts = allocate(list(zip(numels, dtypes, strict=True)), device)
-        self._shares = [
-            list(torch.split(part, share)) if share else [] for part, share in zip(self.parts, shares, strict=True)
-        ]
-        self.own = [each[rank] if each else part for each, part in zip(self._shares, self.parts, strict=True)]
-        self._group, self._device, self._are_equal = group, device, False
-
-    def require_equal(self, grads: Sequence[Tensor | None]) -> None:
-        """See once, as soon as they are finite, that the ranks have the same gradients as they say.
-
-        Raises:
-            JobMismatchError: If they have not; told to every rank.
-        """
-        if self._are_equal:
-            return
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for grad in (each for each in grads if each is not None):
-            sums += torch.stack((grad.sum(dtype=torch.float64), grad.abs().sum(dtype=torch.float64)))
-        gathered = [torch.empty_like(sums) for _ in range(self._group.size())]
-        dist.all_gather(gathered, sums, group=self._group)
-        by_rank = torch.stack(gathered)
-        if bool(torch.isfinite(by_rank).all()):
-            if bool(((by_rank - by_rank[0]).abs() > SUM_TOLERANCE * by_rank[0, 1]).any()):
-                raise JobMismatchError(
-                    "gradients='replicated': expected the same gradients on every rank, got sums "
-                    f"{by_rank[:, 0].tolist()}; train the model that DistributedDataParallel wraps, or pass "
-                    "gradients='local'"
-                )
-            self._are_equal = True
-
-    def all_gather(self, step: int) -> None:
-        for own, shares in zip(self.own, self._shares, strict=True):
-            if shares:
-                try:
-                    dist.all_gather(shares, own.clone(), group=self._group)
-                except RuntimeError as error:
-                    raise ServiceError(
-                        f"step {step} was taken, but the ranks could not exchange its parameters ({error}): expected "
-                        "all of them in one all-gather; a rank whose step() failed joins it when it calls step() "
-                        "again. The next step() takes them from the service; if it fails too, start the job again"
-                    ) from error
-
-
 def values_of(
     params: Sequence[Tensor], rank: int, holdings: Holdings | None, *, indices: Iterable[int]
 ) -> dict[int, tuple[int, Tensor]]:
@@ -362,24 +303,6 @@ def common_device(params: Sequence[Tensor]) -> torch.device:
     if len(devices) > 1:
         raise StepwellError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
     return devices.pop() if devices else torch.device("cpu")
-
-
-def replica_group(spec: JobSpec, rank: int) -> dist.ProcessGroup | None:
-    """A group of their own for the ranks of a replicated model, so that each takes but its share from the service.
-
-    Called on every rank, once: it makes the group. None if torch.distributed does not have these ranks.
-
-    Raises:
-        ValueError: If it counts them in another order, which would mix the shares up.
-    """
-    if spec.gradients != "replicated" or not (dist.is_available() and dist.is_initialized()):
-        return None
-    if dist.get_world_size() != spec.world_size:
-        return None
-    if dist.get_rank() != rank:
-        raise ValueError(f"rank: expected {dist.get_rank()}, as torch.distributed has it, got {rank}; leave it out")
-    group: dist.ProcessGroup = dist.new_group()
-    return group
 
 
 def _local_gradient(param: Tensor) -> Tensor:

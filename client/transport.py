@@ -58,8 +58,11 @@ class Transport(abc.ABC):
     """One worker's line to the shards of one service. Methods raise the errors of ``stepwell.sharding.errors``."""
 
     service: ServiceHandle
-    shares_memory = False
-    """Whether shards write what a step brings where this process reads it, so that nobody else need copy it."""
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether shards write what a step brings to memory of :meth:`allocate`, so that nobody else need copy it."""
+        return False
 
     @abc.abstractmethod
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:

@@ -22,7 +22,8 @@ from ..sharding.push import PushHeader
 from ..sharding.reports import StepResult
 from ..sharding.saved import manifest_digest
 from ..sharding.vote import Decision
-from .model_buffers import DEFAULT_OPTIONS, GatherOptions, ModelBuffers, common_device, replica_group, values_of
+from .model_buffers import DEFAULT_OPTIONS, GatherOptions, ModelBuffers, common_device, values_of
+from .replicas import replica_group
 from .transport import Transport, Values, as_pieces
 
 logger = logging.getLogger("stepwell")

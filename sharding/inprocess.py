@@ -74,7 +74,7 @@ class ShardGroup:
             workers, timeline = self._workers, self.shards[0].timeline
             self._lay_out(dataclasses.replace(self.spec, batches=batches))
             for shard in self.shards:
-                shard.timeline = timeline
+                shard.history.begin(timeline)
             for rank, (incarnation, holdings) in workers.items():
                 self.admit(rank, incarnation, holdings)
 

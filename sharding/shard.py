@@ -22,13 +22,12 @@ from .coverage import Gradients, Holdings, Part, packed
 from .delivery import Delivery, Sink
 from .errors import (
     AttemptError,
-    FutureRequestError,
     NotRegisteredError,
-    StaleRequestError,
     StepAbortedError,
     TimelineError,
 )
 from .gradient import Gradient, assemble, average, is_surely_finite, limited
+from .history import History
 from .job import JobSpec
 from .kernels import Kernels
 from .layout import Layout
@@ -79,14 +78,12 @@ class Shard:
         self._lay_out(spec, layout, self._allocate(spec, layout))
         self.scalars: Mapping[str, float] = spec.rule.initial_scalars(spec.num_groups)
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
-        self.timeline, self.sequence, self.num_steps, self.num_skipped = timeline, 0, 0, 0
+        self.history = History(timeline)
         self._extension: Extension | None = None
         self._snapshot: Snapshot | None = None
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
-        self._last_result: StepResult | None = None
-        self._taken: dict[int, PushHeader] = {}
         self._lost: str | None = f"shard {shard} has no parameters yet"
 
     def _allocate(self, spec: JobSpec, layout: Layout) -> Buffers:
@@ -105,6 +102,16 @@ class Shard:
     # What others may ask at any time
 
     @property
+    def timeline(self) -> int:
+        """Which history of the service the shard follows."""
+        return self.history.timeline
+
+    @property
+    def sequence(self) -> int:
+        """Operations so far."""
+        return self.history.sequence
+
+    @property
     def missing_ranks(self) -> list[int]:
         """Ranks whose push for the next step has not come."""
         return self._inbox.missing
@@ -120,8 +127,8 @@ class Shard:
             shard=self._shard,
             timeline=self.timeline,
             sequence=self.sequence,
-            step=self.num_steps,
-            skipped_steps=self.num_skipped,
+            step=self.history.num_steps,
+            skipped_steps=self.history.num_skipped,
             size_bytes=self.buffers.size_bytes,
             kernel_identity=kernel_identity(self.device, self._kernels.kernel),
             scalars=self.scalars,
@@ -224,7 +231,8 @@ class Shard:
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)
         self.scalars = {**self.spec.rule.initial_scalars(self.spec.num_groups), **source.scalars}
-        self.sequence, self.num_steps, self.num_skipped = source.sequence, source.step, source.skipped_steps
+        self.history.sequence, self.history.num_steps = source.sequence, source.step
+        self.history.num_skipped = source.skipped_steps
         self._lost = None
         self._begin(timeline)
 
@@ -234,8 +242,8 @@ class Shard:
         self.members, self._inbox = Members(self.spec, self.layout, self.buffers), Inbox(world_size)
 
     def _begin(self, timeline: int) -> None:
-        self.timeline = timeline
-        self._inbox, self._last_result, self._taken = Inbox(self.spec.world_size), None, {}
+        self.history.begin(timeline)
+        self._inbox = Inbox(self.spec.world_size)
 
     # One step
 
@@ -267,10 +275,8 @@ class Shard:
         Raises:
             SequenceError: If it is not the last step or the next one.
         """
-        self._require_sequence(timeline, sequence)
-        if self._last_result is not None and self._last_result.sequence == sequence:
-            return self._last_result
-        return None
+        self.require_whole()
+        return self.history.result(timeline, sequence)
 
     def require_taken(self, rank: int, incarnation: str, attempt: int) -> None:
         """Refuse whom the last step was taken without, as it was taken with another push of this rank.
@@ -280,16 +286,10 @@ class Shard:
             IncarnationError: If another process has taken the rank's place.
             AttemptError: If it was taken with another attempt.
         """
-        if self._last_result is None:
-            raise StaleRequestError(f"step {self.sequence} was decided before this timeline began; call refresh()")
-        taken = self._taken.get(rank)
-        if taken is None or (taken.incarnation, taken.attempt) == (incarnation, attempt):
-            return
-        self.members.require_incarnation(rank, incarnation)
-        raise AttemptError(
-            f"step {self.sequence} was taken with another push of rank {rank} (attempt {taken.attempt} of process "
-            f"{taken.incarnation}); call step() again, which takes its result over and goes on after it"
-        )
+        taken = self.history.taken_with(rank)
+        if taken is not None and (taken.incarnation, taken.attempt) != (incarnation, attempt):
+            self.members.require_incarnation(rank, incarnation)
+            raise self.history.taken_otherwise(taken)
 
     def begin(self) -> None:
         """Take the pushes that the next step is decided on; what comes now is too late for it.
@@ -333,7 +333,8 @@ class Shard:
                 grad_norm = result.grad_norm
                 gradient = limited(gradient, limits.max_value, limits.coefficient(grad_norm), self.buffers)
                 result = dataclasses.replace((yield from self._commit(pushes, gradient)), grad_norm=grad_norm)
-            self._finish(result)
+            if result.decision is not Decision.ABORT:
+                self.history.note(result, pushes)
             moving = False
             return result
         finally:
@@ -417,14 +418,6 @@ class Shard:
         """Which tensors each rank has a gradient of, ``(world_size, num_tensors)`` bool."""
         return torch.stack([unpack_present(push.header.present, len(self.spec.params)) for push in pushes])
 
-    def _finish(self, result: StepResult) -> None:
-        if result.decision is not Decision.ABORT:
-            self._last_result = result
-            self._taken = {push.header.rank: push.header for push in self._deciding or []}
-            self.sequence += 1
-            self.num_steps += 1
-            self.num_skipped += result.decision is Decision.SKIP
-
     # Checks
 
     def require_whole(self) -> None:
@@ -440,19 +433,6 @@ class Shard:
         if self._deciding is not None:
             raise StepAbortedError(f"step {self.sequence + 1} is being decided; {wanted} when it is done")
 
-    def _require_sequence(self, timeline: int, sequence: int) -> None:
-        self.require_whole()
-        if timeline != self.timeline:
-            raise TimelineError(
-                f"the service is on timeline {self.timeline} since it was restored or loaded, the request on "
-                f"{timeline}. "
-                "Call refresh() on every rank to take over its parameters and step number."
-            )
-        if sequence < self.sequence:
-            raise StaleRequestError(f"expected step {self.sequence + 1}, got {sequence}, which is long decided")
-        if sequence > self.sequence + 1:
-            raise FutureRequestError(f"expected step {self.sequence + 1}, got {sequence}: a step before it is missing")
-
     def require_sender(self, header: PushHeader) -> None:
         """Refuse a push by its header: of another rank, timeline, step or process than may push now.
 
@@ -460,5 +440,6 @@ class Shard:
             RequestError: One of its subclasses, by what is off.
         """
         self.members.require_rank(header.rank)
-        self._require_sequence(header.timeline, header.sequence)
+        self.require_whole()
+        self.history.require_sequence(header.timeline, header.sequence)
         self.members.require_incarnation(header.rank, header.incarnation)

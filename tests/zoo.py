@@ -397,7 +397,7 @@ class Run:
             slots={name: [self.group.read(name, index) for index in indices] for name in names},
             scalars=dict(shard.scalars),
             step_counts=tuple(shard.status().step_counts),
-            counters=(shard.sequence, shard.num_steps, shard.num_skipped),
+            counters=(shard.sequence, shard.history.num_steps, shard.history.num_skipped),
         )
 
     def buffers(self) -> list[Tensor]:

@@ -170,7 +170,7 @@ def require_skip(run: Run, results: StepResult | None) -> None:
     """The step was skipped and counted on every shard, and no buffer has moved."""
     assert results is not None
     assert results.decision is Decision.SKIP
-    assert {(s.sequence, s.num_steps, s.num_skipped) for s in run.group.shards} == {(1, 1, 1)}
+    assert {(s.sequence, s.history.num_steps, s.history.num_skipped) for s in run.group.shards} == {(1, 1, 1)}
     fresh = Run(run.problem, run.rule, num_shards=len(run.group.shards), world_size=run.world_size)
     assert_same_tensors(run.buffers(), fresh.buffers())
     assert_same_state(run.state(), dataclasses.replace(fresh.state(), counters=(1, 1, 1)))

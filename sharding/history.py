@@ -1,0 +1,84 @@
+"""Which steps a shard has taken: its timeline and numbers, and what the last step was taken with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .errors import AttemptError, FutureRequestError, StaleRequestError, TimelineError
+from .push import Push, PushHeader
+from .reports import StepResult
+from .vote import Decision
+
+
+class History:
+    """See *Note: Timeline, sequence, attempt, incarnation* in docs/design.md.
+
+    Args:
+        timeline: The history that begins with this object.
+
+    Attributes:
+        timeline: The present one.
+        sequence: Operations so far.
+        num_steps: Steps so far, skipped ones included.
+        num_skipped: Steps of these that were skipped.
+        last_result: Of the last step; None if this timeline had none yet.
+    """
+
+    def __init__(self, timeline: int) -> None:
+        self.sequence, self.num_steps, self.num_skipped = 0, 0, 0
+        self.begin(timeline)
+
+    def begin(self, timeline: int) -> None:
+        """Begin a new timeline."""
+        self.timeline = timeline
+        self.last_result: StepResult | None = None
+        self._taken: dict[int, PushHeader] = {}
+
+    def note(self, result: StepResult, pushes: Sequence[Push]) -> None:
+        """Count a step that was taken or skipped, with these pushes."""
+        self.last_result = result
+        self._taken = {push.header.rank: push.header for push in pushes}
+        self.sequence += 1
+        self.num_steps += 1
+        self.num_skipped += result.decision is Decision.SKIP
+
+    def result(self, timeline: int, sequence: int) -> StepResult | None:
+        """See :meth:`stepwell.sharding.Shard.result`."""
+        self.require_sequence(timeline, sequence)
+        if self.last_result is not None and self.last_result.sequence == sequence:
+            return self.last_result
+        return None
+
+    def taken_with(self, rank: int) -> PushHeader | None:
+        """With which push of a rank the last step was taken.
+
+        Raises:
+            StaleRequestError: If this timeline had no step yet.
+        """
+        if self.last_result is None:
+            raise StaleRequestError(f"step {self.sequence} was decided before this timeline began; call refresh()")
+        return self._taken.get(rank)
+
+    def taken_otherwise(self, taken: PushHeader) -> AttemptError:
+        """What to tell whom the last step was taken without."""
+        return AttemptError(
+            f"step {self.sequence} was taken with another push of rank {taken.rank} (attempt {taken.attempt} of "
+            f"process {taken.incarnation}); call step() again, which takes its result over and goes on after it"
+        )
+
+    def require_sequence(self, timeline: int, sequence: int) -> None:
+        """Refuse a request that is neither of the last step nor of the next one.
+
+        Raises:
+            SequenceError: One of its subclasses, by what is off.
+        """
+        if timeline != self.timeline:
+            raise TimelineError(
+                f"the service is on timeline {self.timeline} since it was restored or loaded, the request on "
+                f"{timeline}. "
+                "Call refresh() on every rank to take over its parameters and step number."
+            )
+        if sequence < self.sequence:
+            raise StaleRequestError(f"expected step {self.sequence + 1}, got {sequence}, which is long decided")
+        if sequence > self.sequence + 1:
+            raise FutureRequestError(f"expected step {self.sequence + 1}, got {sequence}: a step before it is missing")
