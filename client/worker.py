@@ -298,7 +298,6 @@ class Worker:
 
     def _close_step(self, result: StepResult) -> None:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.
-        self._buffers.take_back_gradients()
         self.sequence, self.scalars = result.sequence, result.scalars
         self.num_steps += 1
         self.num_skipped_steps += result.decision is Decision.SKIP
