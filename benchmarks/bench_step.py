@@ -133,7 +133,7 @@ class Size:
         name: How the results call it.
         shapes: Of its parameters.
         given: Who races with the gradient given, one race after the other.
-        behind: Who races behind a backward.
+        behind: Who races behind a backward, if anybody does.
         budget_s: Seconds for each race.
         has_latency: Whether it is small enough for what the service takes beyond its kernels to be told.
     """
@@ -141,7 +141,7 @@ class Size:
     name: str
     shapes: Sequence[torch.Size]
     given: tuple[Field, ...]
-    behind: Field
+    behind: Field | None
     budget_s: float
     has_latency: bool = False
 
@@ -159,6 +159,8 @@ def sizes(quick: bool) -> list[Size]:
         Size("LoRA", lora(), (LORA,), BEHIND[0], 12.0, has_latency=True),
         Size("32 M", layered(32 * million), (EVERYBODY,), BEHIND[0], 20.0),
         Size("128 M", layered(128 * million), LARGE, BEHIND[1], 15.0),
+        # Temporaries of more than 32 MiB are fresh memory each time: those who make some pay for it.
+        Size("128 M in tensors of 16 M", [torch.Size((4096, 4096))] * 8, LARGE[:2], None, 10.0),
     ]
 
 
@@ -171,8 +173,9 @@ def rows(quick: bool) -> list[Row]:
             for number, field in enumerate(size.given, start=1):
                 tell(f"{size.name}, gradient given, race {number} of {len(size.given)}")
                 found += given(size, field, is_first=number == 1)
-            tell(f"{size.name}, behind a backward")
-            found += behind(size, size.behind)
+            if size.behind is not None:
+                tell(f"{size.name}, behind a backward")
+                found += behind(size, size.behind)
     return found
 
 

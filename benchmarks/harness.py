@@ -25,6 +25,9 @@ from typing import Any
 PAUSE_S = 0.002
 """Before each turn: threads that still spin for the last contestant's next loop give up meanwhile."""
 
+RESERVED = 0.06
+"""Of all memory: Ray ends processes when 95 % are in use."""
+
 Clock = Callable[[Callable[[], object]], float]
 
 
@@ -268,11 +271,12 @@ def cores() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping, once this process has given back what it no longer uses."""
+    """Memory that can be had before Ray ends processes for want of it, once this one has given back what is free."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else glibc keeps what tensors of up to 32 MiB have left
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    return available - int(RESERVED * total)
 
 
 def left_out(name: str, needed_bytes: int, *, section: str) -> list[Row]:
