@@ -14,7 +14,6 @@ from torch import Tensor
 from .estimate import Estimate, Limits, bias_correction
 from .hyper import read_betas, read_float, require
 from .rule import (
-    MASTER_PARAM,
     Coefficients,
     Combined,
     ReducingRule,
@@ -185,11 +184,11 @@ class ProdigyRule(ReducingRule):
         return after
 
     def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
-        """Gains of m, v and s; with a single pass those of the parameters too; see the class's equations."""
+        """Gains of m, v and s; see the class's equations."""
         beta1, beta2 = step.per_tensor("beta1"), step.per_tensor("beta2")
         moving, d = self._moving(step), self._of_groups(step.scalars, step, "d")
         weight, s_gain, s_decay = self._statistics(step, d)
-        coefficients = {
+        return {
             "m_decay": torch.where(moving, beta1, 1.0),
             "m_gain": torch.where(moving, weight * (1.0 - beta1), 0.0),
             "v_decay": torch.where(moving, beta2, 1.0),
@@ -198,18 +197,15 @@ class ProdigyRule(ReducingRule):
             "s_gain": torch.where(moving, s_gain, 0.0),
             "coupled_decay": self._coupled_decay(step),
         }
-        return {**coefficients, **self._step_coefficients(step, d)} if self.is_one_pass else coefficients
 
     def local(self, tiles: Tiles, c: Coefficients) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """m, v and s; <g, p0 - p> and ||s||_1, or <g, s> and ||s||_2^2; in a single pass the parameters."""
+        """m, v and s; <g, p0 - p> and ||s||_1, or <g, s> and ||s||_2^2."""
         grad = self._decayed_grad(tiles, c)
         sliced_grad = tiles.sliced(grad)
         s = tiles.slots["s"] * c["s_decay"] + sliced_grad * c["s_gain"]
         slots = {"s": s, "exp_avg_sq": tiles.slots["exp_avg_sq"] * c["v_decay"] + grad * c["v_gain"] * grad}
         if self._has_momentum:
             slots["exp_avg"] = tiles.slots["exp_avg"] * c["m_decay"] + grad * c["m_gain"]
-        if self.is_one_pass:
-            slots[MASTER_PARAM] = self._stepped(tiles.param, slots, grad, c)
         if self._is_inner:
             return slots, {"dot": tile_sum(sliced_grad * s), "s_norm": tile_sum(s * s)}
         distance = tiles.slots["p0"] - tiles.sliced(tiles.param)
@@ -226,7 +222,7 @@ class ProdigyRule(ReducingRule):
         return Combined(scalars, moves=any(is_moving))
 
     def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The step size has the old d (the new one with inner_product), eps the new one."""
+        """The step size has the old d (the new one with inner_product), eps that of ``after``."""
         d = self._of_groups(after.scalars, step, "d")
         moving = torch.tensor(self._estimates_move(step, totals))[step.group_of_tensor]
         coefficients = self._step_coefficients(step, d)

@@ -353,7 +353,10 @@ class ReducingRule(Rule):
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether ``local`` writes the parameters too, as the slot ``master_param``, and there is no second pass."""
+        """Whether ``apply`` waits for no total: both passes then go over a run of tiles while it is in cache.
+
+        Its coefficients are asked for with the scalars as before the step, and no totals.
+        """
         return False
 
     def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:

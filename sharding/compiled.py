@@ -59,34 +59,34 @@ def _compiled(function: Pass, rule: Rule, stride: int, num_threads: int) -> _Com
 
 
 class _CompiledPass:
-    """One pass of one rule, for operands of several kinds."""
+    """One pass of one rule, compiled for each kind of operands apart: torch gives up where one has many variants."""
 
     def __init__(self, function: Pass, rule: Rule, stride: int, num_threads: int) -> None:
-        self._function, self._rule, self._stride = function, rule, stride
-        self._compiled = compile_pass(_guarded, num_threads)
-        self._known: set[object] = set()
+        self._fixed = function, rule, stride
+        self._num_threads = num_threads
+        self._by_signature: dict[object, Pass] = {}
 
     def __call__(self, operands: _Operands) -> list[Tensor]:
         signature = operands.signature()
-        if signature not in self._known:
-            self._compile_for(operands)
-            self._known.add(signature)
-        return self._run(operands)
+        if signature not in self._by_signature:
+            self._by_signature[signature] = self._compile_for(operands)
+        return self._run(self._by_signature[signature], operands)
 
-    def _compile_for(self, operands: _Operands) -> None:
-        with told_if_slow(f"{self._rule.name}'s {self._function.__name__}"):
+    def _compile_for(self, operands: _Operands) -> Pass:
+        function, rule, _ = self._fixed
+        compiled = compile_pass(_guarded, self._num_threads)
+        with told_if_slow(f"{rule.name}'s {function.__name__}"):
             try:
-                self._run(operands.stand_in())
+                self._run(compiled, operands.stand_in())
             except TorchDynamoException as error:
                 raise KernelError(
-                    f"{self._rule.name}'s {self._function.__name__} cannot be compiled ({_last_line(error)}); take "
+                    f"{rule.name}'s {function.__name__} cannot be compiled ({_first_line(error)}); take "
                     "kernel='eager', and report this"
                 ) from error
+        return compiled
 
-    def _run(self, operands: _Operands) -> list[Tensor]:
-        return self._compiled(
-            self._function, self._rule, self._stride, operands.rows, operands.coefficients, *operands.args
-        )
+    def _run(self, compiled: Pass, operands: _Operands) -> list[Tensor]:
+        return compiled(*self._fixed, operands.rows, operands.coefficients, *operands.args)
 
 
 def _guarded(
@@ -170,5 +170,5 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _last_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]

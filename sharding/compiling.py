@@ -74,7 +74,7 @@ def compile_pass(function: _Pass, num_threads: int) -> _Pass:
         function: The pass.
         num_threads: How many threads share a call on the CPU.
     """
-    # Compiled variants are counted by code object, and a model has few of its own: each pass has one for itself.
+    # torch keeps what it has compiled with the code object, and looks for the variant that fits there.
     own = types.FunctionType(
         function.__code__.replace(co_name=function.__name__), function.__globals__, function.__name__
     )

@@ -27,11 +27,11 @@ Fewer never touch the bits. More could: torch cuts a call of 257 tiles and three
 multiple of the vector width, and functions that are not correctly rounded (exp, log) give other bits in the remainder.
 """
 
-COMPILED_PIECE_TILES = 2**14
-"""Tiles in one compiled call: enough for its 50 us not to count, and Python's other threads get a turn in between."""
+COMPILED_PIECE_TILES = 2**16
+"""Tiles in one compiled call: enough for its 100 us not to count, and Python's other threads get a turn in between."""
 
-CHANNEL_PIECE_TILES = 2**11
-"""The same for rules with channels, whose calls take and give values per element."""
+CACHED_PIECE_TILES = 2**12
+"""The same where a second pass follows at once, or where calls take and give values per element."""
 
 MAX_PARTS = 8
 """More ranks' gradients than that are averaged in a pass of their own; each would be read again by every pass."""
@@ -39,6 +39,24 @@ MAX_PARTS = 8
 
 Sinks = Sequence[Sequence[tuple[range, Tensor]]]
 """Per extent: tiles, counted from the shard's first, and ``(tiles, 256)`` memory in the model's dtype."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Apply:
+    """What a second pass is given, beside the gradient.
+
+    Attributes:
+        per_tensor: Coefficients, name to ``(num_tensors,)`` float64.
+        per_channel: Coefficients, name to ``(num_channels + 1,)`` float64, the last one for elements outside any
+            channel.
+        keys: The channels.
+        sinks: Where new parameters go as well.
+    """
+
+    per_tensor: Mapping[str, Tensor]
+    per_channel: Mapping[str, Tensor]
+    keys: Keys
+    sinks: Sinks = ()
 
 
 class Kernels:
@@ -53,7 +71,6 @@ class Kernels:
         self.rule, self.kernel = rule, kernel
         self._has_channels = isinstance(rule, ReducingRule) and rule.scope is Scope.CHANNEL
         self._sums = rule.sums if isinstance(rule, ReducingRule) else ()
-        self._is_one_pass = isinstance(rule, ReducingRule) and rule.is_one_pass
         self._num_threads = torch.get_num_threads()
 
     def prepare(self, gradient: Gradient, buffers: Buffers) -> Gradient:
@@ -93,54 +110,40 @@ class Kernels:
         return num_bad, squares[0]
 
     def local(
-        self, buffers: Buffers, gradient: Gradient, c: Mapping[str, Tensor], table: SumTable, sinks: Sinks = ()
+        self, buffers: Buffers, gradient: Gradient, c: Mapping[str, Tensor], table: SumTable, then: Apply | None = None
     ) -> Tensor:
         """First pass over everything the shard owns.
 
         Args:
-            buffers: The shard's memory; slots change, and the parameters with a rule of one pass.
+            buffers: The shard's memory; slots change.
             gradient: The step's.
             c: Coefficients per tensor, ``(num_tensors,)`` float64.
             table: Where partials go.
-            sinks: Where new parameters go as well, with a rule of one pass.
+            then: The second pass, to follow on each piece at once, while it is in cache.
 
         Returns:
             ``(len(rule.sums), num_segments)`` float64, 0 where the shard owns nothing.
         """
         partials = table.empty(len(self._sums))
         by_extent = [_rounded(c, extent) for extent in buffers.extents]
-        for piece in self._pieces(buffers, gradient, sinks if self._is_one_pass else ()):
+        second = None if then is None else _Second(then, buffers)
+        for piece in self._pieces(buffers, gradient, () if then is None else then.sinks, is_in_cache=then is not None):
             table.fold(partials, piece.index, piece.first_tile, self._run(local_pass, piece, by_extent[piece.index]))
+            if second is not None:
+                self._run(apply_pass, piece, *second.coefficients(piece))
         return partials
 
-    def apply(
-        self,
-        buffers: Buffers,
-        gradient: Gradient,
-        c: Mapping[str, Tensor],
-        per_channel: Mapping[str, Tensor],
-        keys: Keys,
-        sinks: Sinks = (),
-    ) -> None:
-        """Second pass over everything the shard owns; parameters and slots change.
+    def apply(self, buffers: Buffers, gradient: Gradient, apply: Apply) -> None:
+        """Second pass over everything the shard owns; parameters and slots change."""
+        second = _Second(apply, buffers)
+        for piece in self._pieces(buffers, gradient, apply.sinks):
+            self._run(apply_pass, piece, *second.coefficients(piece))
 
-        Args:
-            buffers: The shard's memory.
-            gradient: The step's.
-            c: Coefficients per tensor.
-            per_channel: Coefficients per channel, ``(num_channels + 1,)`` float64, the last one for elements outside
-                any channel.
-            keys: The channels.
-            sinks: Where new parameters go as well.
-        """
-        by_extent = [_rounded(c, extent) for extent in buffers.extents]
-        spread = [_ChannelCoefficients(per_channel, extent, keys) for extent in buffers.extents]
-        for piece in self._pieces(buffers, gradient, sinks):
-            self._run(apply_pass, piece, by_extent[piece.index], spread[piece.index].of(piece.tiles))
-
-    def _pieces(self, buffers: Buffers, gradient: Gradient, sinks: Sinks = ()) -> Iterator[_Piece]:
+    def _pieces(
+        self, buffers: Buffers, gradient: Gradient, sinks: Sinks = (), *, is_in_cache: bool = False
+    ) -> Iterator[_Piece]:
         is_compiled = self.kernel == "compiled"
-        compiled_tiles = CHANNEL_PIECE_TILES if self._has_channels else COMPILED_PIECE_TILES
+        compiled_tiles = CACHED_PIECE_TILES if is_in_cache or self._has_channels else COMPILED_PIECE_TILES
         piece_tiles = compiled_tiles if is_compiled else PIECE_TILES
         for index, (extent, stretches) in enumerate(zip(buffers.extents, gradient, strict=True)):
             its_sinks = sinks[index] if sinks else ()
@@ -182,6 +185,18 @@ class _Piece:
             self.extent.index_in_tensor[where],
             self.sinks,
         )
+
+
+class _Second:
+    """An :class:`Apply`, looked up for pieces."""
+
+    def __init__(self, apply: Apply, buffers: Buffers) -> None:
+        self._by_extent = [_rounded(apply.per_tensor, extent) for extent in buffers.extents]
+        self._spread = [_ChannelCoefficients(apply.per_channel, extent, apply.keys) for extent in buffers.extents]
+
+    def coefficients(self, piece: _Piece) -> tuple[Coefficients, Coefficients]:
+        """Those per tensor, and those per element of a piece."""
+        return self._by_extent[piece.index], self._spread[piece.index].of(piece.tiles)
 
 
 class _ChannelCoefficients:

@@ -29,7 +29,7 @@ from .errors import (
 from .gradient import Gradient, assemble, average, is_surely_finite, limited
 from .history import History
 from .job import JobSpec
-from .kernels import Kernels
+from .kernels import Apply, Kernels
 from .layout import Layout
 from .members import Member, Members
 from .push import Inbox, Push, PushHeader, unpack_present
@@ -381,13 +381,9 @@ class Shard:
         ]
         delivery = Delivery(asked, self.buffers)
         combined, totals = yield from self._reduce(step, gradient, delivery)
-        rule = self.spec.rule
         if combined.moves:
-            if not (isinstance(rule, ReducingRule) and rule.is_one_pass):
-                per_tensor = rule.apply_coefficients(step, combined, totals)
-                per_channel = rule.channel_coefficients(step, combined, totals)
-                keys = self._tables.keys
-                self._kernels.apply(self.buffers, gradient, per_tensor, per_channel, keys, delivery.direct)
+            if not self._is_one_pass:
+                self._kernels.apply(self.buffers, gradient, self._second_pass(step, combined, totals, delivery))
             self.step_count = step.step_count
         self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
         delivery.finish(is_begun=combined.moves)
@@ -400,10 +396,27 @@ class Shard:
         rule, totals = self.spec.rule, dict[str, Tensor]()
         if isinstance(rule, ReducingRule):
             table, c = self._tables.sums, rule.local_coefficients(step)
-            partials = yield self._kernels.local(self.buffers, gradient, c, table, delivery.direct)
+            unmoved = Combined(step.scalars, key_state=step.key_state)
+            then = self._second_pass(step, unmoved, totals, delivery) if self._is_one_pass else None
+            partials = yield self._kernels.local(self.buffers, gradient, c, table, then)
             totals = table.totals(rule.sums, partials)
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
+
+    @property
+    def _is_one_pass(self) -> bool:
+        return isinstance(self.spec.rule, ReducingRule) and self.spec.rule.is_one_pass
+
+    def _second_pass(
+        self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor], delivery: Delivery
+    ) -> Apply:
+        rule = self.spec.rule
+        return Apply(
+            rule.apply_coefficients(step, after, totals),
+            rule.channel_coefficients(step, after, totals),
+            self._tables.keys,
+            delivery.direct,
+        )
 
     def _gradient(self, pushes: Sequence[Push]) -> Gradient:
         """The step's gradient, before limits."""

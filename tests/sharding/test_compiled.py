@@ -87,7 +87,7 @@ def test_bits_do_not_depend_on_the_size_of_calls(name: str, monkeypatch: pytest.
     expected = Run(problem_for(rule), rule, kernel="compiled").steps(4).state()
     for piece_tiles in (1, 2, 7):
         monkeypatch.setattr(kernels, "COMPILED_PIECE_TILES", piece_tiles)
-        monkeypatch.setattr(kernels, "CHANNEL_PIECE_TILES", piece_tiles)
+        monkeypatch.setattr(kernels, "CACHED_PIECE_TILES", piece_tiles)
         assert_same_state(Run(problem_for(rule), rule, kernel="compiled").steps(4).state(), expected)
 
 
