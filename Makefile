@@ -28,7 +28,7 @@ ifneq ($(docs),)
 	@$(bin)/python -m pytest -q --doctest-glob='*.md' $(docs) || test $$? -eq 5 # 5: no page holds an example
 endif
 
-bench: $(stamp) ## run the benchmarks, about 10 minutes, into benchmarks/results; ARGS="--quick", or ARGS="step rules"
+bench: $(stamp) ## run the benchmarks, about 20 minutes, into benchmarks/results; ARGS="--quick", or ARGS="step rules"
 	@$(bin)/python benchmarks/run.py $(ARGS)
 
 optimizers: $(stamp) ## write client/optimizers anew, after a rule or a field of one has changed
