@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import platform
 import shutil
 import subprocess
+import sysconfig
 import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -113,11 +116,19 @@ def _missing(device: torch.device) -> str | None:
     """What keeps passes from being compiled for a device, and what to do about it; None for nothing."""
     if torch._dynamo.config.disable:
         return "torch.compile is turned off (TORCH_COMPILE_DISABLE); turn it on"
+    if not torch._dynamo.is_dynamo_supported():  # type: ignore[attr-defined]
+        return (
+            f"torch {torch.__version__} compiles nothing under Python {platform.python_version()}; take another of them"
+        )
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
         return None if has_triton() else "expected Triton, for kernels on a GPU; install triton"
-    return None if _cpp_compiler() else "expected a C++ compiler, for kernels on the CPU; install g++ or set CXX"
+    if _cpp_compiler() is None:
+        return "expected a C++ compiler, for kernels on the CPU; install g++ or set CXX"
+    if not _python_header().exists():
+        return f"expected Python's headers, for kernels on the CPU, at {_python_header()}; install python3-dev"
+    return None
 
 
 @functools.cache
@@ -142,6 +153,11 @@ def _cpp_compiler() -> str | None:
         return shutil.which(get_cpp_compiler())
     except InvalidCxxCompiler:
         return None
+
+
+def _python_header() -> Path:
+    """What compiled code includes, to be called from Python."""
+    return Path(sysconfig.get_paths()["include"]) / "Python.h"
 
 
 @functools.cache

@@ -213,6 +213,27 @@ def test_choice_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         resolve_kernel("compiled", cpu)
 
 
+@pytest.mark.parametrize(
+    ("missing", "value", "match"),
+    [
+        (
+            "sharding.compiling._python_header",
+            lambda: Path("/nowhere/Python.h"),
+            "/nowhere/Python.h; install python3-dev",
+        ),
+        ("torch._dynamo.is_dynamo_supported", lambda: False, "compiles nothing under Python"),
+        ("torch._dynamo.config.disable", True, "TORCH_COMPILE_DISABLE"),
+    ],
+)
+def test_what_keeps_kernels_from_being_compiled_is_named(
+    missing: str, value: object, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(missing if missing.startswith("torch") else f"stepwell.{missing}", value)
+    assert resolve_kernel("auto", torch.device("cpu")) == "eager"
+    with pytest.raises(KernelError, match=match):
+        resolve_kernel("compiled", torch.device("cpu"))
+
+
 def test_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match="kernel: expected one of auto, compiled, eager, got 'fast'"):
         resolve_kernel("fast", torch.device("cpu"))  # type: ignore[arg-type]
