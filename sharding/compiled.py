@@ -75,7 +75,7 @@ class _CompiledPass:
     def _compile_for(self, operands: _Operands) -> Pass:
         function, rule, _ = self._fixed
         compiled = compile_pass(_guarded, self._num_threads)
-        with told_if_slow(f"{rule.name}'s {function.__name__}"):
+        with told_if_slow(f"{rule.name}'s kernels"):
             try:
                 self._run(compiled, operands.stand_in())
             except TorchDynamoException as error:

@@ -20,6 +20,8 @@ STAND_IN_SHAPE = (4, 2, 8, 4)
 def warm_up(spec: JobSpec, device: torch.device) -> None:
     """Take one step of a small stand-in for each dtype that the job has; nothing of the job is touched.
 
+    What not every step needs is compiled when one does: the look at a gradient, for its norm.
+
     Raises:
         KernelError: If its kernels cannot be compiled.
     """
@@ -52,6 +54,7 @@ def _take_step(spec: JobSpec, dtype: torch.dtype, device: torch.device) -> None:
             attempt=0,
             present=pack_present([True]),
             hyper={name: [value] for name, value in hyper.items()} if rank == 0 else None,
+            max_abs=1.0,
         )
         group.push([Push(header, (gradient,))])
 
