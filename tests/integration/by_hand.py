@@ -10,15 +10,26 @@ import torch
 
 import stepwell
 from stepwell.optim import Rule
-from stepwell.server.messages import LoadHeader, Registration, from_wire, pack_holdings, pack_job, pack_push, to_wire
+from stepwell.server.messages import (
+    Exchange,
+    LoadHeader,
+    Registration,
+    Target,
+    from_wire,
+    pack_exchange,
+    pack_holdings,
+    pack_job,
+    pack_push,
+    to_wire,
+)
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.push import Push
 from stepwell.sharding.reports import StepResult
 from tests.zoo import Problem, Run, State
 
 LIMIT_S = 60.0
+MOMENT_S = 0.2
 
-Answer = str | stepwell.StepwellError
 Reply = StepResult | stepwell.StepwellError
 
 
@@ -62,37 +73,31 @@ class HandJob:
         """What a rank would push now, a part for each shard; see :meth:`tests.zoo.Run.pushes`."""
         return self.oracle.pushes(rank, **{"timeline": self.timeline, **changes})
 
-    def send(self, pushes: Sequence[Push], shards: Sequence[int] | None = None) -> list[Answer]:
-        """Send each shard its part, all of them unless ``shards`` says otherwise."""
-        return [
+    def send(self, pushes: Sequence[Push], shards: Sequence[int] | None = None) -> list[Any]:
+        """Send each shard its part, all of them unless ``shards`` says otherwise; references to what they answer.
+
+        They have all been received when this returns.
+        """
+        chosen = range(len(pushes)) if shards is None else shards
+        sent = [
             self.send_bytes(shard, pack_push(pushes[shard].header), [to_wire(part) for part in pushes[shard].gradient])
-            for shard in (range(len(pushes)) if shards is None else shards)
+            for shard in chosen
         ]
+        # An actor's event loop begins calls in the order in which they come from one process.
+        ray.get([self.service.shards[shard].status.remote() for shard in chosen], timeout=LIMIT_S)
+        return sent
 
-    def send_bytes(self, shard: int, request: Any, gradient: Sequence[Any]) -> Answer:
-        answer: Answer = ray.get(self.service.shards[shard].push.remote(request, gradient, {}), timeout=LIMIT_S)
-        return answer
-
-    def ask_result(self, push: Push, shard: int = 0, timeout_s: float = LIMIT_S) -> Any:
-        """The reference of a reply to a push."""
-        header, dtypes = push.header, ["float32"]
-        return self.service.shards[shard].pull.remote(
-            header.timeline, header.sequence, header.rank, header.incarnation, header.attempt, dtypes, "held", timeout_s
-        )
-
-    def result(self, push: Push, shard: int = 0) -> Reply:
-        """The reply to a push."""
-        reply: Reply = ray.get(self.ask_result(push, shard), timeout=LIMIT_S)[0]
-        return reply
+    def send_bytes(self, shard: int, push: Any, gradient: Sequence[Any]) -> Any:
+        """Send a shard what may be a push; the reference to its answer."""
+        target = Target("held", ("float32",))
+        request = pack_exchange(Exchange(push, None, target, LIMIT_S))
+        return self.service.shards[shard].exchange.remote(request, gradient)
 
     def step(self, attempt: int = 0) -> None:
         """One step on both sides."""
-        pushes = [self.pushes(rank, attempt=attempt) for rank in range(self.oracle.world_size)]
-        for each in pushes:
-            self.send(each)
-        results = [self.result(each[shard], shard) for each in pushes for shard in range(len(each))]
+        sent = [self.send(self.pushes(rank, attempt=attempt)) for rank in range(self.oracle.world_size)]
         expected = self.oracle.step(attempt=attempt)
-        assert results == [expected] * len(results)
+        assert [reply for refs in sent for reply in answers(refs)] == [expected] * sum(map(len, sent))
 
     def state(self) -> State:
         """Every slot of every shard, as its actor exports it."""
@@ -121,3 +126,13 @@ class HandJob:
             step_counts=tuple(status.step_counts),
             counters=(status.sequence, status.step, status.skipped_steps),
         )
+
+
+def answers(refs: Sequence[Any]) -> list[Reply]:
+    """What shards answer; waits for it."""
+    return [reply for reply, _ in ray.get(list(refs), timeout=LIMIT_S)]
+
+
+def are_waiting(refs: Sequence[Any]) -> bool:
+    """Whether no shard has answered, a moment after it was asked."""
+    return not ray.wait(list(refs), num_returns=len(refs), timeout=MOMENT_S)[0]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import ray
 import torch
 
 from stepwell.optim import ProdigyRule
@@ -34,7 +33,7 @@ from stepwell.sharding.errors import (
 )
 from stepwell.sharding.reports import StepResult
 from stepwell.sharding.vote import Decision
-from tests.integration.by_hand import LIMIT_S, HandJob
+from tests.integration.by_hand import HandJob, answers, are_waiting
 from tests.integration.conftest import Launch
 from tests.zoo import assert_same_state, small
 
@@ -59,21 +58,21 @@ def job(module_job: HandJob) -> Iterator[HandJob]:
 
 
 def test_step_that_waits_for_a_rank_has_moved_nothing(job: HandJob) -> None:
-    assert job.send(job.pushes(1)) == ["waiting"] * 3
+    assert are_waiting(job.send(job.pushes(1)))
     assert_same_state(job.state(), job.oracle.state())
     job.step()
 
 
 def test_repeated_push_counts_once(job: HandJob) -> None:
-    for _ in range(3):
-        assert job.send(job.pushes(0)) == ["waiting"] * 3
+    repeats = [ref for _ in range(3) for ref in job.send(job.pushes(0))]
     other = {index: torch.ones_like(grad) for index, grad in job.oracle.gradients(0).items()}
-    assert job.send(job.pushes(0, gradients=other)) == ["waiting"] * 3, "of the same attempt, so taken for a repeat"
+    repeats += job.send(job.pushes(0, gradients=other))  # of the same attempt, so taken for a repeat
+    assert are_waiting(repeats)
     last = [job.pushes(0), job.pushes(1)]
     job.step()
+    assert answers(repeats) == [last_result(job)] * 12
     for pushes in last:
-        assert job.send(pushes) == ["decided"] * 3
-        assert [job.result(pushes[0]), job.result(pushes[2], shard=2)] == [last_result(job)] * 2
+        assert answers(job.send(pushes)) == [last_result(job)] * 3
     assert_same_state(job.state(), job.oracle.state())
 
 
@@ -84,14 +83,9 @@ def last_result(job: HandJob) -> StepResult:
 
 def test_order_of_ranks_and_shards_does_not_matter(job: HandJob) -> None:
     first, second = job.pushes(0), job.pushes(1)
-    waiting = job.ask_result(first[1], shard=1)  # a request for the result that overtook its push
-    job.send(second, [2, 0])
-    job.send(first, [1, 0])
-    job.send(second, [1])
-    job.send(first, [2])
+    sent = [*job.send(second, [2, 0]), *job.send(first, [1, 0]), *job.send(second, [1]), *job.send(first, [2])]
     job.oracle.step()
-    assert ray.get(waiting, timeout=LIMIT_S)[0] == last_result(job)
-    assert job.result(second[0]) == last_result(job)
+    assert answers(sent) == [last_result(job)] * 6
     assert_same_state(job.state(), job.oracle.state())
 
 
@@ -112,7 +106,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[StepwellError]]] = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_push_is_refused_by_every_shard(job: HandJob, case: str) -> None:
     changes, error = REFUSALS[case]
-    for answer in job.send(job.pushes(0, **changes)):
+    for answer in answers(job.send(job.pushes(0, **changes))):
         assert type(answer) is error
     assert_same_state(job.state(), job.oracle.state())
 
@@ -120,30 +114,30 @@ def test_push_is_refused_by_every_shard(job: HandJob, case: str) -> None:
 def test_push_of_a_rank_that_is_none_is_refused(job: HandJob) -> None:
     push = job.pushes(1)[0]
     header = dataclasses.replace(push.header, rank=2)
-    assert type(job.send_bytes(0, pack_push(header), [to_wire(part) for part in push.gradient])) is UnknownRankError
+    sent = job.send_bytes(0, pack_push(header), [to_wire(part) for part in push.gradient])
+    assert type(answers([sent])[0]) is UnknownRankError
     assert_same_state(job.state(), job.oracle.state())
 
 
 def test_older_attempt_is_refused_and_the_newer_one_counts(job: HandJob) -> None:
     zeros = {index: torch.zeros_like(grad) for index, grad in job.oracle.gradients(0).items()}
     job.send(job.pushes(0, attempt=1, gradients=zeros))
-    assert job.send(job.pushes(0, attempt=3)) == ["waiting"] * 3
-    for answer in job.send(job.pushes(0, attempt=2, gradients=zeros)):
+    newer = job.send(job.pushes(0, attempt=3))
+    assert are_waiting(newer)
+    for answer in answers(job.send(job.pushes(0, attempt=2, gradients=zeros))):
         assert type(answer) is AttemptError
-    last = job.pushes(1)
-    job.send(last)
+    last = job.send(job.pushes(1))
     job.oracle.step()
-    assert job.result(last[0]) == last_result(job)
+    assert answers([*newer, *last]) == [last_result(job)] * 6
     assert_same_state(job.state(), job.oracle.state())
 
 
-BAD_BYTES: dict[str, tuple[Callable[[bytes], object], type[RequestError]]] = {
+BAD_BYTES: dict[str, tuple[Callable[[bytes], bytes], type[RequestError]]] = {
     "cut short": (lambda data: data[:-3], TruncatedMessageError),
     "of another version": (lambda data: data.replace(b"\xa7version\x01", b"\xa7version\x02"), UnknownVersionError),
     "of another kind": (lambda data: data.replace(b"\xa4kind\xa4push", b"\xa4kind\xa4pull"), MessageError),
     "random": (lambda data: b"\xc1" + data, MessageError),
     "none": (lambda data: b"", TruncatedMessageError),
-    "no bytes": (lambda data: "push", MessageError),
 }
 
 
@@ -151,8 +145,8 @@ BAD_BYTES: dict[str, tuple[Callable[[bytes], object], type[RequestError]]] = {
 def test_bytes_that_are_no_push_are_refused(job: HandJob, case: str) -> None:
     change, error = BAD_BYTES[case]
     push = job.pushes(0)[0]
-    answer = job.send_bytes(0, change(pack_push(push.header)), [to_wire(part) for part in push.gradient])
-    assert type(answer) is error
+    sent = job.send_bytes(0, change(pack_push(push.header)), [to_wire(part) for part in push.gradient])
+    assert type(answers([sent])[0]) is error
     assert_same_state(job.state(), job.oracle.state())
 
 
@@ -170,20 +164,19 @@ def test_gradient_of_a_wrong_form_is_refused(job: HandJob) -> None:
         ([None], MessageError),
     ]
     for gradient, error in cases:
-        assert type(job.send_bytes(0, request, gradient)) is error
+        assert type(answers([job.send_bytes(0, request, gradient)])[0]) is error
     assert_same_state(job.state(), job.oracle.state())
 
 
 def test_wrong_shape_on_one_shard_gives_the_step_up_on_all(job: HandJob) -> None:
     """Shard 0 refuses rank 1; the others have both ranks and wait for it."""
     first, second = job.pushes(0), job.pushes(1)
-    assert job.send(first) == ["waiting"] * 3
+    sent = job.send(first)
+    assert are_waiting(sent)
     cut = [to_wire(second[0].gradient[0][:-256])]
-    assert isinstance(job.send_bytes(0, pack_push(second[0].header), cut), ShapeMismatchError)
-    assert job.send(second, [1, 2]) == ["complete"] * 2
-    for pushes in (first, second):
-        for shard in (1, 2):
-            expect_abort(job.result(pushes[shard], shard), MissingRankError, "rank 1 of 2 did not push to shard 0")
+    assert isinstance(answers([job.send_bytes(0, pack_push(second[0].header), cut)])[0], ShapeMismatchError)
+    for reply in answers([*sent, *job.send(second, [1, 2])]):
+        expect_abort(reply, MissingRankError, "rank 1 of 2 did not push to shard 0")
     assert_same_state(job.state(), job.oracle.state())
 
 
@@ -195,26 +188,19 @@ def expect_abort(reply: object, error: type[StepAbortedError], text: str) -> Non
 
 
 def test_missing_rank_gives_the_step_up_on_all(job: HandJob) -> None:
-    pushes = job.pushes(1)
     began = time.monotonic()
-    job.send(pushes)
-    for shard, push in enumerate(pushes):
-        expect_abort(job.result(push, shard), MissingRankError, "rank 0 of 2 did not push to shard 0 in time")
+    for reply in answers(job.send(job.pushes(1))):
+        expect_abort(reply, MissingRankError, "rank 0 of 2 did not push to shard 0 in time")
     assert WORKER_TIMEOUT_S / 2 < time.monotonic() - began < 10 * WORKER_TIMEOUT_S
     assert_same_state(job.state(), job.oracle.state())
 
 
 def test_different_attempts_on_the_shards_give_the_step_up_at_once(job: HandJob) -> None:
     first, again, second = job.pushes(0), job.pushes(0, attempt=1), job.pushes(1)
-    job.send(first, [0])
-    job.send(again, [1, 2])
+    sent = [*job.send(first, [0]), *job.send(again, [1, 2])]
     began = time.monotonic()
-    job.send(second)
-    for shard in range(3):
-        expect_abort(job.result(second[shard], shard), StepAbortedError, "the shards hold different attempts of it")
-    # A result that is asked for after the decision is still there.
-    expect_abort(job.result(first[0]), StepAbortedError, "different attempts")
-    expect_abort(job.result(again[2], 2), StepAbortedError, "different attempts")
+    for reply in answers([*sent, *job.send(second)]):
+        expect_abort(reply, StepAbortedError, "the shards hold different attempts of it")
     assert time.monotonic() - began < WORKER_TIMEOUT_S
     assert_same_state(job.state(), job.oracle.state())
 
@@ -224,11 +210,8 @@ def test_one_rank_with_a_gradient_that_is_not_finite_skips_the_step(job: HandJob
     bad = {index: grad.clone() for index, grad in job.oracle.gradients(0, rank=1).items()}
     bad[max(bad)].view(-1)[-1] = value
     before = job.state()
-    first, second = job.pushes(0), job.pushes(1, gradients=bad)
-    job.send(first)
-    job.send(second)
-    skipped = StepResult(before.counters[0] + 1, Decision.SKIP, before.scalars)
-    assert [job.result(push, shard) for pushes in (first, second) for shard, push in enumerate(pushes)] == [skipped] * 6
+    sent = [*job.send(job.pushes(0)), *job.send(job.pushes(1, gradients=bad))]
+    assert answers(sent) == [StepResult(before.counters[0] + 1, Decision.SKIP, before.scalars)] * 6
     for pushes in (job.oracle.pushes(0), job.oracle.pushes(1, gradients=bad)):
         job.oracle.group.push(pushes)
     after = job.state()
@@ -242,15 +225,16 @@ def test_one_rank_with_a_gradient_that_is_not_finite_skips_the_step(job: HandJob
 def test_successor_of_a_worker_takes_its_rank_over(job: HandJob) -> None:
     """The push of the process that died is replaced on every shard, even where it had come in."""
     zeros = {index: torch.zeros_like(grad) for index, grad in job.oracle.gradients(0).items()}
-    job.send(job.pushes(1, gradients=zeros))
+    replaced = job.send(job.pushes(1, gradients=zeros))
     job.register(1, "successor")
-    for answer in job.send(job.pushes(1)):
+    for answer in answers(job.send(job.pushes(1))):
         assert type(answer) is IncarnationError
-    last, second = job.pushes(0), job.pushes(1, incarnation="successor")
-    assert job.send(second) == ["waiting"] * 3
-    assert job.send(last) == ["complete"] * 3
+    sent = job.send(job.pushes(1, incarnation="successor"))
+    assert are_waiting(sent)
+    sent += job.send(job.pushes(0))
     job.oracle.step()
-    assert job.result(last[0]) == last_result(job)
+    assert answers(sent) == [last_result(job)] * 6
+    assert {type(answer) for answer in answers(replaced)} == {IncarnationError}
     job.register(1)
     assert_same_state(job.state(), job.oracle.state())
 
@@ -258,9 +242,8 @@ def test_successor_of_a_worker_takes_its_rank_over(job: HandJob) -> None:
 def test_worker_that_died_before_it_reached_all_shards_gives_the_step_up(job: HandJob) -> None:
     """Shard 0 has both ranks and votes; the others have heard of nobody."""
     pushes = [job.pushes(0), job.pushes(1)]
-    for each in pushes:
-        job.send(each, [0])
-    expect_abort(job.result(pushes[0][0]), MissingRankError, "rank 0 of 2 did not push to shard 1 in time")
+    for reply in answers([ref for each in pushes for ref in job.send(each, [0])]):
+        expect_abort(reply, MissingRankError, "rank 0 of 2 did not push to shard 1 in time")
     assert_same_state(job.state(), job.oracle.state())
 
 
@@ -268,10 +251,8 @@ def test_load_frees_a_shard_from_a_step_that_the_others_will_not_begin(launch: L
     """Shard 0 has both ranks and waits for the vote of others, who go on to another timeline."""
     job = HandJob(launch(3), small(), ProdigyRule(d0=0.1))
     pushes = [job.pushes(0), job.pushes(1)]
-    for each in pushes:
-        job.send(each, [0])
-    asked = job.ask_result(pushes[1][0])
+    sent = [ref for each in pushes for ref in job.send(each, [0])]
     job.load()
-    assert isinstance(ray.get(asked, timeout=LIMIT_S)[0], (ShardLostError, TimelineError))
+    assert all(isinstance(answer, (ShardLostError, TimelineError)) for answer in answers(sent))
     job.step()
     assert_same_state(job.state(), job.oracle.state())
