@@ -39,7 +39,7 @@ def run_compiled(
         num_threads: How many threads share a call on the CPU.
 
     Raises:
-        KernelError: If it cannot be compiled, or torch.compile was turned off meanwhile.
+        KernelError: If it cannot be compiled.
     """
     compiled = _compiled(function, rule, stride, num_threads)
     operands = _Operands(rows, coefficients, args).with_two_tensors()
@@ -92,12 +92,8 @@ class _CompiledPass:
 def _guarded(
     function: Pass, rule: Rule, stride: int, rows: Rows, coefficients: Coefficients, *args: Any
 ) -> list[Tensor]:
-    """A pass, which refuses to run eagerly, as its bits would differ from the job's others."""
-    if not torch.compiler.is_compiling():
-        raise KernelError(
-            "expected kernels to be compiled, as this job's others were; torch.compile was turned off in this process "
-            "(torch.compiler.set_stance or TORCH_COMPILE_DISABLE). Turn it on, or begin with kernel='eager'"
-        )
+    """A pass, which does not run eagerly, whoever has turned torch.compile off: see :func:`require_compiling`."""
+    assert torch.compiler.is_compiling(), "it was on when the step began"
     return function(rule, stride, rows, coefficients, *args)
 
 

@@ -99,6 +99,19 @@ def take_compiled_code(code: bytes) -> None:
         torch.compiler.load_cache_artifacts(code)
 
 
+def require_compiling() -> None:
+    """See that torch.compile is on, before a step moves anything: eager passes would have other bits.
+
+    Raises:
+        KernelError: If it was turned off in this process.
+    """
+    if torch._dynamo.config.disable or torch._dynamo.eval_frame._stance.stance == "force_eager":
+        raise KernelError(
+            "expected kernels to be compiled, as this job's others were; torch.compile was turned off in this process "
+            "(torch.compiler.set_stance or TORCH_COMPILE_DISABLE). Turn it on, or begin with kernel='eager'"
+        )
+
+
 @contextmanager
 def told_if_slow(what: str) -> Iterator[None]:
     """Say what is being compiled if it takes long, as nobody expects to wait there."""

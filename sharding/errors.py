@@ -22,6 +22,7 @@ StepwellError
  ├─ StepAbortedError             the step was given up on all shards; nothing has changed
  │   └─ MissingRankError
  ├─ NonFiniteGradientError       the step was skipped on all shards, and the caller asked to be told
+ ├─ KernelError                  kernels cannot be compiled here as the job asks for
  ├─ CheckpointError              a checkpoint is missing, damaged, or cannot be written
  └─ ServiceError                 the service cannot be reached or started
      ├─ ServiceNotFoundError

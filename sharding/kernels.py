@@ -14,7 +14,7 @@ from ..optim import Coefficients, ReducingRule, Rule, Scope
 from .buffers import Buffers, ExtentBuffers
 from .channels import ChannelMap
 from .compiled import run_compiled
-from .compiling import Kernel
+from .compiling import Kernel, require_compiling
 from .gradient import Gradient, Stretch, with_all_terms, written_out
 from .keys import Keys
 from .partials import SumTable
@@ -74,7 +74,13 @@ class Kernels:
         self._num_threads = torch.get_num_threads()
 
     def prepare(self, gradient: Gradient, buffers: Buffers) -> Gradient:
-        """The gradient as this kind of kernel reads it best, with the same bits."""
+        """The gradient as this kind of kernel reads it best, with the same bits. Called before anything moves.
+
+        Raises:
+            KernelError: If kernels were compiled so far and cannot be now.
+        """
+        if self.kernel == "compiled":
+            require_compiling()
         return tuple(
             tuple(self._prepared(stretch, extent) for stretch in stretches)
             for stretches, extent in zip(gradient, buffers.extents, strict=True)

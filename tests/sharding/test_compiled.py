@@ -163,7 +163,7 @@ def test_parameters_are_handed_over_in_the_models_dtype(dtype: str) -> None:
 
 
 def test_kernels_turned_off_in_mid_run_are_an_error() -> None:
-    run = Run(small(), ProdigyRule(), kernel="compiled").steps(1)
+    run = Run(small(), ProdigyRule(), kernel="compiled", rank_0={"max_abs": 100.0}).steps(1)
     before = run.state()
     with torch.compiler.set_stance("force_eager"), pytest.raises(KernelError, match=r"turned off.*Turn it on"):
         run.step()
