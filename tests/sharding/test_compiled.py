@@ -213,25 +213,21 @@ def test_choice_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         resolve_kernel("compiled", cpu)
 
 
-@pytest.mark.parametrize(
-    ("missing", "value", "match"),
-    [
-        (
-            "sharding.compiling._python_header",
-            lambda: Path("/nowhere/Python.h"),
-            "/nowhere/Python.h; install python3-dev",
-        ),
-        ("torch._dynamo.is_dynamo_supported", lambda: False, "compiles nothing under Python"),
-        ("torch._dynamo.config.disable", True, "TORCH_COMPILE_DISABLE"),
-    ],
-)
-def test_what_keeps_kernels_from_being_compiled_is_named(
-    missing: str, value: object, match: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(missing if missing.startswith("torch") else f"stepwell.{missing}", value)
+def require_named(match: str) -> None:
+    """Kernels are not compiled, and who insists is told why."""
     assert resolve_kernel("auto", torch.device("cpu")) == "eager"
     with pytest.raises(KernelError, match=match):
         resolve_kernel("compiled", torch.device("cpu"))
+
+
+def test_what_keeps_kernels_from_being_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch._dynamo.config.patch(disable=True):
+        require_named("TORCH_COMPILE_DISABLE")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._dynamo, "is_dynamo_supported", lambda: False)
+        require_named("compiles nothing under Python")
+    monkeypatch.setattr(compiling, "_python_header", lambda: Path("/nowhere/Python.h"))
+    require_named("/nowhere/Python.h; install python3-dev")
 
 
 def test_unknown_choice_is_refused() -> None:
