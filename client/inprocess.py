@@ -24,17 +24,11 @@ from ..sharding.coverage import Holdings
 from ..sharding.delivery import Sink
 from ..sharding.errors import JobMismatchError, NotRegisteredError, StepAbortedError
 from ..sharding.files import remove_file
+from ..sharding.folder import Checkpoint, Destination, list_checkpoints, read_complete
 from ..sharding.inprocess import ShardGroup
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
-from ..sharding.manifest import (
-    build_manifest,
-    check_restorable,
-    read_manifest,
-    shard_file_name,
-    tell_of_other_kernels,
-    write_manifest,
-)
+from ..sharding.manifest import build_manifest, check_restorable, shard_file_name, tell_of_other_kernels
 from ..sharding.pending_save import PendingSave
 from ..sharding.pieces import PieceValues
 from ..sharding.push import Push, PushHeader
@@ -95,15 +89,15 @@ class InProcessService:
         }
 
     @overload
-    def save(self, uri: str, *, wait: Literal[True] = True) -> int: ...
+    def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...
 
     @overload
-    def save(self, uri: str, *, wait: Literal[False]) -> PendingSave: ...
+    def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[False]) -> PendingSave: ...
 
-    def save(self, uri: str, *, wait: bool = True) -> int | PendingSave:
+    def save(self, uri: str, *, keep_last: int | None = None, wait: bool = True) -> int | PendingSave:
         """As :meth:`stepwell.Service.save`."""
         with self._saving:
-            save = self._begin_save(uri)
+            save = self._begin_save(uri, keep_last)
         if wait:
             return save.result()
         save.watch(ends_with_process=True)
@@ -112,13 +106,18 @@ class InProcessService:
     def restore(self, uri: str) -> int:
         """As :meth:`stepwell.Service.restore`; call ``optimizer.refresh()`` afterwards."""
         with self._replacing:
-            manifest = read_manifest(uri)
+            manifest = read_complete(uri)
             check_restorable(manifest, self.group.spec, uri)
-            self.group.take_batches(manifest.spec.batches)
             with CheckpointReader(uri, manifest) as reader:
+                reader.require_intact()
+                self.group.take_batches(manifest.spec.batches)
                 self.group.load(reader.source(), timeline=self.group.shards[0].timeline + 1)
         tell_of_other_kernels(manifest, self.group.shards[0].status().kernel_identity, uri)
         return manifest.step
+
+    def checkpoints(self, uri: str) -> list[Checkpoint]:
+        """As :meth:`stepwell.Service.checkpoints`."""
+        return list_checkpoints(uri)
 
     def shutdown(self) -> None:
         """Forget the state, once a checkpoint of it that is being written is complete."""
@@ -126,33 +125,34 @@ class InProcessService:
             self._pending.finish()
         self._group, self._saved = None, None
 
-    def _begin_save(self, uri: str) -> PendingSave:
+    def _begin_save(self, uri: str, keep_last: int | None) -> PendingSave:
         if self._pending is not None:
             self._pending.wait()
         spec, shards = self.group.spec, self.group.shards
         status = shards[0].status()
-        if self._saved is not None and self._saved.serves(uri, spec, status):
-            return PendingSave.complete(uri, status.step)
-        write = functools.partial(self._write, [shard.snapshot() for shard in shards], uri, spec)
-        self._pending = PendingSave.in_thread(uri, status.step, write)
+        to = Destination.of(uri, keep_last, status.step)
+        if self._saved is not None and self._saved.serves(to.uri, spec, status):
+            return PendingSave.complete(to.uri, status.step)
+        write = functools.partial(self._write, [shard.snapshot() for shard in shards], to, spec)
+        self._pending = PendingSave.in_thread(to.uri, status.step, write)
         return self._pending
 
-    def _write(self, snapshots: Sequence[Snapshot], uri: str, spec: JobSpec) -> None:
+    def _write(self, snapshots: Sequence[Snapshot], to: Destination, spec: JobSpec) -> None:
         """Write a checkpoint of what was kept, on a thread of its own."""
         save_id = uuid.uuid4().hex[:12]
         names = [shard_file_name(save_id, index, len(snapshots)) for index in range(len(snapshots))]
         is_complete = False
         try:
-            files = [write_shard(snapshot, uri, name) for snapshot, name in zip(snapshots, names, strict=True)]
-            with self._replacing:  # a restore of the checkpoint that this one replaces may be reading its files
-                write_manifest(uri, build_manifest(spec, files, snapshots[0].status))
+            files = [write_shard(snapshot, to.uri, name) for snapshot, name in zip(snapshots, names, strict=True)]
+            with self._replacing:  # a restore of a checkpoint that this one replaces may be reading its files
+                to.complete(build_manifest(spec, files, snapshots[0].status))
             is_complete = True
-            self._saved = SavedCheckpoint.just_written(uri, spec, snapshots[0].status)
+            self._saved = SavedCheckpoint.just_written(to.uri, spec, snapshots[0].status)
         finally:
             if not is_complete:
                 for snapshot, name in zip(snapshots, names, strict=True):
                     snapshot.close("another shard could not write its part")
-                    remove_file(uri, name)
+                    remove_file(to.uri, name)
 
     @property
     def group(self) -> ShardGroup:

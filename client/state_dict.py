@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..optim import Rule, Scope, split_scalar
 from ..server.messages import LoadHeader
 from ..sharding.buffers import MASTER
 from ..sharding.errors import CheckpointError, JobMismatchError
+from ..sharding.folder import step_uri
 from ..sharding.job import JobSpec
 from ..sharding.keys import Keys
 from ..sharding.layout import ParamSpec, dtype_from_name
@@ -148,11 +148,11 @@ def load_header(
 
 
 def save_reference(worker: Worker, checkpoint_uri: str) -> dict[str, Any]:
-    """Save through the service to ``<checkpoint_uri>/step-<n>``; what a state dict holds in place of the state.
+    """Save through the service to the run folder ``checkpoint_uri``; what a state dict holds in place of the state.
 
     Every rank may call it between the same two steps: the service writes once.
     """
-    uri = posixpath.join(checkpoint_uri, f"step-{worker.num_steps}")
+    uri = step_uri(checkpoint_uri, worker.num_steps)
     step = worker.transport.service.save(uri)
     return {"uri": uri, "step": step, "digest": manifest_digest(uri)}
 

@@ -23,14 +23,9 @@ from ..sharding.errors import (
     StepwellError,
     UnknownRankError,
 )
+from ..sharding.folder import Destination, read_complete
 from ..sharding.job import JobSpec
-from ..sharding.manifest import (
-    build_manifest,
-    check_restorable,
-    read_manifest,
-    tell_of_other_kernels,
-    write_manifest,
-)
+from ..sharding.manifest import build_manifest, check_restorable, tell_of_other_kernels
 from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
 from .calls import gather
@@ -186,34 +181,43 @@ class Coordinator:
         return await self._extending.arrive(rank, asked, world_size=world_size, timeout_s=timeout_s)
 
     async def restore(self, uri: str) -> Registration:
-        """Load a checkpoint, beginning a new timeline; without a job yet, the checkpoint's own."""
+        """Load a checkpoint, beginning a new timeline; without a job yet, the checkpoint's own.
+
+        All of it is read and compared with its digests while steps go on; so damage changes nothing.
+        """
         async with self._changing:
-            manifest = await asyncio.to_thread(read_manifest, uri)
+            manifest = await asyncio.to_thread(read_complete, uri)
+            if self._spec is not None:
+                check_restorable(manifest, self._spec, uri)
+            await self._await_restarts()
+            packed = manifest.pack()
+            await self._all("verify", uri, packed, what=f"the shards to verify {uri}")
             if self._spec is None:
                 await self._lay_out(self._as_served(manifest.spec))
-            else:
-                check_restorable(manifest, self._spec, uri)
             try:
-                await self._await_restarts()
                 await self._all("hold", what="the shards to come to rest")
                 await self._mend()
                 await self._take_batches(manifest.spec)
                 self._timeline += 1
-                await self._all("restore", uri, self._timeline, what=f"the shards to read {uri}")
+                await self._all("restore", uri, packed, self._timeline, what=f"the shards to read {uri}")
             finally:
                 await self._all("release", what="the shards to go on")
             self._loaded.set()
             tell_of_other_kernels(manifest, (await self._statuses())[0].kernel_identity, uri)
             return await self._registration()
 
-    async def begin_save(self, uri: str) -> tuple[str, int]:
+    async def begin_save(self, uri: str, keep_last: int | None = None) -> tuple[str, str, int]:
         """Keep the state as it is between two steps, and begin to write it while steps go on.
 
         Saves are written one after the other: this waits for the one before. Ranks that ask for the same one, between
         the same two steps, get it written once.
 
+        Args:
+            uri: The checkpoint's folder; or that of the run's checkpoints.
+            keep_last: In the latter case, how many of them stay.
+
         Returns:
-            A name for :meth:`end_save`, and the number of steps in the checkpoint.
+            A name for :meth:`end_save`, the checkpoint's URI, and the number of steps in it.
         """
         async with self._saving:
             await self._written.wait()
@@ -221,13 +225,14 @@ class Coordinator:
                 spec, save_id = self._require_spec(), uuid.uuid4().hex[:12]
                 try:
                     status = await self._settle()
-                    if self._saved is None or not await asyncio.to_thread(self._saved.serves, uri, spec, status):
+                    to = Destination.of(uri, keep_last, status.step)
+                    if self._saved is None or not await asyncio.to_thread(self._saved.serves, to.uri, spec, status):
                         await self._all("snapshot", save_id, what="the shards to keep their state")
                         self._written.clear()
-                        self._saves[save_id] = asyncio.create_task(self._write(save_id, uri, spec, status))
+                        self._saves[save_id] = asyncio.create_task(self._write(save_id, to, spec, status))
                 finally:
                     await self._all("release", what="the shards to go on")
-            return save_id, status.step
+            return save_id, to.uri, status.step
 
     async def end_save(self, save_id: str) -> None:
         """Wait until the checkpoint is complete; to be called once."""
@@ -255,20 +260,20 @@ class Coordinator:
 
     # Within
 
-    async def _write(self, save_id: str, uri: str, spec: JobSpec, status: ShardStatus) -> None:
+    async def _write(self, save_id: str, to: Destination, spec: JobSpec, status: ShardStatus) -> None:
         """Have the shards write what they keep for a save, then the manifest."""
         is_complete = False
         try:
-            files = await self._all("save", save_id, uri, what=f"the shards to write {uri}")
+            files = await self._all("save", save_id, to.uri, what=f"the shards to write {to.uri}")
             manifest = build_manifest(spec, files, status)
-            async with self._changing:  # a restore of the checkpoint that this one replaces may be reading its files
-                await asyncio.to_thread(write_manifest, uri, manifest)
+            async with self._changing:  # a restore of a checkpoint that this one replaces may be reading its files
+                await asyncio.to_thread(to.complete, manifest)
             is_complete = True
-            self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, uri, spec, status)
+            self._saved = await asyncio.to_thread(SavedCheckpoint.just_written, to.uri, spec, status)
         finally:
             if not is_complete:
                 with contextlib.suppress(StepwellError):  # what made the save fail is the news
-                    await self._all("give_up_save", save_id, uri, what="the shards to give the save up")
+                    await self._all("give_up_save", save_id, to.uri, what="the shards to give the save up")
             self._written.set()
 
     async def _await_ranks(self) -> None:

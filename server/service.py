@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..sharding.compiling import KernelChoice
 from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoundError, StepwellError
+from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
 from . import cluster
 from .calls import resolved, wait_for
@@ -81,19 +82,21 @@ class Service:
         }
 
     @overload
-    def save(self, uri: str, *, wait: Literal[True] = True) -> int: ...
+    def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...
 
     @overload
-    def save(self, uri: str, *, wait: Literal[False]) -> PendingSave: ...
+    def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[False]) -> PendingSave: ...
 
-    def save(self, uri: str, *, wait: bool = True) -> int | PendingSave:
+    def save(self, uri: str, *, keep_last: int | None = None, wait: bool = True) -> int | PendingSave:
         """Write a checkpoint of the state between two steps to ``uri``, a path or fsspec URI that every shard reaches.
 
         Called by one process, at any time. Steps go on while it is written. A save that fails leaves the checkpoint
         that was there before. Saves are written one after the other; a second one waits for the first.
 
         Args:
-            uri: The checkpoint's folder.
+            uri: The checkpoint's folder; with ``keep_last`` the run's, where it gets one of its own, ``step-<n>``.
+            keep_last: How many complete checkpoints of the run stay, 1 at least. Once this one is complete, the older
+                ones and what interrupted saves have left are removed. None removes nothing.
             wait: Whether to return when it is complete; else as soon as its step is settled. A service that ends with
                 this process, and the process, then wait for the checkpoint before they end.
 
@@ -101,14 +104,16 @@ class Service:
             The number of steps in it; without ``wait`` a :class:`stepwell.PendingSave`, whose ``result()`` gives it.
 
         Raises:
-            CheckpointError: If it cannot be written.
+            CheckpointError: If it cannot be written. Steps go on, and the checkpoints from before are whole.
             NotRegisteredError: If the service has no job yet.
+            ValueError: If ``keep_last`` is less than 1.
         """
-        save_id, step = self._call("begin_save", uri, what=f"a step to save to {uri}")
+        require_keep_last(keep_last)
+        save_id, target, step = self._call("begin_save", uri, keep_last, what=f"a step to save to {uri}")
         written = resolved(
-            self.coordinator.end_save.remote(save_id), what=f"service {self.name!r}: the checkpoint {uri}"
+            self.coordinator.end_save.remote(save_id), what=f"service {self.name!r}: the checkpoint {target}"
         )
-        save = PendingSave(uri, step, written)
+        save = PendingSave(target, step, written)
         if wait:
             return save.result()
         save.watch(ends_with_process=not self.config.detached)
@@ -118,17 +123,31 @@ class Service:
     def restore(self, uri: str) -> int:
         """Take over the checkpoint at ``uri``, written by any number of shards. Called by one process.
 
+        All of it is read and compared with its digests first, while steps go on: a damaged one changes nothing.
         Workers that are connected call ``optimizer.refresh()`` afterwards.
 
         Returns:
             The number of steps in it.
 
         Raises:
-            CheckpointError: If there is none, or it is damaged.
+            CheckpointError: If there is none, or it is damaged; the message names the file and the tensor.
             JobMismatchError: If it is of another model or rule.
         """
         step: int = self._call("restore", uri, what=f"the checkpoint {uri}").step
         return step
+
+    def checkpoints(self, uri: str) -> list[Checkpoint]:
+        """The complete checkpoints in a run's folder, the one that was written last at the end.
+
+        Their files are there with their sizes; ``stepwell checkpoint verify`` looks at every byte.
+
+        Args:
+            uri: The run's folder, see ``keep_last`` of :meth:`save`; or that of a single checkpoint.
+
+        Raises:
+            CheckpointError: If the folder cannot be read.
+        """
+        return list_checkpoints(uri)
 
     def shutdown(self) -> None:
         """End the service and free its place in the cluster. State that was not saved is gone."""

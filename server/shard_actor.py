@@ -19,7 +19,7 @@ from ..sharding.delivery import Sink
 from ..sharding.errors import NotRegisteredError, PlacementError, SegmentError, ServiceError, StepwellError
 from ..sharding.files import remove_file
 from ..sharding.layout import dtype_from_name
-from ..sharding.manifest import ShardFile, read_manifest, shard_file_name
+from ..sharding.manifest import Manifest, ShardFile, shard_file_name
 from ..sharding.push import Push
 from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.segments import open_segment
@@ -161,11 +161,20 @@ class ShardActor:
         self._steps.job().adopt_extension(timeline=timeline)
         self._steps.dismiss_pushes()
 
-    async def restore(self, uri: str, timeline: int) -> None:
-        """Take the state of a checkpoint."""
+    async def verify(self, uri: str, manifest: bytes) -> None:
+        """Read this shard's share of a checkpoint and compare it with its digests; steps go on."""
+
+        def verify() -> None:
+            with CheckpointReader(uri, Manifest.unpack(manifest, uri)) as reader:
+                reader.require_intact(self._index, self._config.num_shards)
+
+        await asyncio.get_running_loop().run_in_executor(None, verify)
+
+    async def restore(self, uri: str, manifest: bytes, timeline: int) -> None:
+        """Take the state of a checkpoint that all shards have verified."""
 
         def restore() -> None:
-            with CheckpointReader(uri, read_manifest(uri)) as reader:
+            with CheckpointReader(uri, Manifest.unpack(manifest, uri)) as reader:
                 self._steps.job().load(reader.source(), timeline=timeline)
 
         await self._steps.load(restore)

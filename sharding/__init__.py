@@ -7,10 +7,11 @@ a :class:`JobSpec`'s flat space; :class:`ShardGroup` drives several of them in o
 from .buffers import MASTER, StateSource
 from .checkpoint import CheckpointReader, write_shard
 from .errors import StepwellError
+from .folder import read_complete, write_manifest
 from .inprocess import ShardGroup
 from .job import JobSpec
 from .layout import Layout, ParamSpec
-from .manifest import Manifest, ShardFile, read_manifest, write_manifest
+from .manifest import Manifest, ShardFile
 from .push import Push, PushHeader, pack_present, unpack_present
 from .reports import Receipt, ShardStatus, StepResult
 from .shard import Reduction, Shard
@@ -38,7 +39,7 @@ __all__ = [
     "StepResult",
     "StepwellError",
     "pack_present",
-    "read_manifest",
+    "read_complete",
     "unpack_present",
     "write_manifest",
     "write_shard",

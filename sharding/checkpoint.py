@@ -6,14 +6,18 @@ docs/checkpoint.md describes the bytes, :mod:`.manifest` what binds the files to
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import posixpath
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from .buffers import StateSource
+from .digests import digest_of
 from .errors import CheckpointError
 from .files import locate, write_file
-from .manifest import Manifest, ShardFile, TensorPiece, piece_key
+from .folder import size_problem
+from .manifest import FileEntry, Manifest, ShardFile, TensorPiece, piece_key
 from .pieces import MissingPieceError, read_across
 from .snapshot import Snapshot
 from .tensor_file import TensorFile, pack_header
@@ -29,16 +33,45 @@ def write_shard(snapshot: Snapshot, uri: str, name: str) -> ShardFile:
     """
     try:
         pieces = list(snapshot.pieces())
-        tensors = [(piece_key(piece.param, slot, piece.offset), dtype, piece.numel) for slot, piece, dtype in pieces]
+        header = pack_header(
+            [(piece_key(piece.param, slot, piece.offset), dtype, piece.numel) for slot, piece, dtype in pieces]
+        )
         with write_file(uri, name) as stream:
-            size_bytes = stream.write(pack_header(tensors)) + snapshot.write(stream)
+            stream.write(header)
+            digests = snapshot.write(stream)
     except OSError as error:
-        raise CheckpointError(f"{uri}: {name} cannot be written ({error})") from error
+        raise CheckpointError(
+            f"{uri}: {name} cannot be written ({error}); free or mend that place, or save to another. "
+            "The checkpoint that was there before is whole, and steps go on"
+        ) from error
     finally:
         snapshot.close("it has been written, or could not be")
+    size_bytes = len(header) + sum(piece.numel * dtype.itemsize for _, piece, dtype in pieces)
     return ShardFile(
-        name, size_bytes, tuple((piece.param, slot, piece.offset, piece.numel) for slot, piece, _ in pieces)
+        FileEntry(name, size_bytes, digest_of(header)),
+        tuple(
+            (piece.param, slot, piece.offset, piece.numel, digest)
+            for (slot, piece, _), digest in zip(pieces, digests, strict=True)
+        ),
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Damage:
+    """Something in a checkpoint that is not as it was written.
+
+    Attributes:
+        file: The file's name.
+        tensor: Names the tensor; empty if it is the file as a whole.
+        problem: What is wrong with it; follows the name of what it is wrong with.
+    """
+
+    file: str
+    tensor: str
+    problem: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.file, self.tensor, self.problem)))
 
 
 class CheckpointReader:
@@ -63,6 +96,35 @@ class CheckpointReader:
     def __exit__(self, *_: object) -> None:
         self._open.clear()
         self._streams.close()
+
+    def require_intact(self, shard: int = 0, num_shards: int = 1) -> None:
+        """Read one shard's share of the files, every byte of them, and compare with their digests.
+
+        Called by every shard before a restore changes any of them.
+
+        Raises:
+            CheckpointError: Naming the first damage.
+        """
+        for index in range(shard, len(self._manifest.files), num_shards):
+            for damage in self.damages(index):
+                raise CheckpointError(f"{self._uri}: {damage}; use another checkpoint")
+
+    def damages(self, file: int) -> Iterator[Damage]:
+        """What is not as it was written in a file, all of which is read."""
+        entry, pieces = self._manifest.files[file], self._manifest.file_pieces[file]
+        problem = size_problem(self._uri, entry)
+        if problem is not None:
+            yield Damage(entry.name, "", problem)
+            return
+        try:
+            opened = self._file(file)
+            for piece in sorted(pieces, key=lambda piece: opened.places[piece.key].begin):
+                if opened.digest(opened.places[piece.key]) != piece.digest:
+                    yield Damage(
+                        entry.name, self._manifest.describe(piece), "is damaged: it has not the digest it should"
+                    )
+        except (OSError, ValueError) as error:
+            yield Damage(entry.name, "", f"is damaged ({error})")
 
     def source(self) -> StateSource:
         """The checkpoint as a state to load. Reads happen while it is loaded."""
@@ -91,14 +153,28 @@ class CheckpointReader:
     def _read_piece(self, piece: TensorPiece, first: int, out: Tensor) -> None:
         try:
             self._file(piece.file).read_into(piece.key, piece.numel, first, out)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            name = self._manifest.files[piece.file][0]
-            raise CheckpointError(f"{self._uri}: {name} is damaged ({type(error).__name__}: {error})") from error
+        except (OSError, ValueError) as error:
+            name = self._manifest.files[piece.file].name
+            raise CheckpointError(f"{self._uri}: {name} is damaged ({error}); use another checkpoint") from error
 
     def _file(self, index: int) -> TensorFile:
+        """A file, opened, with the very tensors in it that the manifest says.
+
+        Raises:
+            ValueError: If its header is damaged or says otherwise.
+        """
         if index not in self._open:
-            name, size_bytes = self._manifest.files[index]
+            entry = self._manifest.files[index]
             fs, path = locate(self._uri)
-            stream = self._streams.enter_context(fs.open(posixpath.join(path, name), "rb"))
-            self._open[index] = TensorFile(stream, size_bytes)
+            stream = self._streams.enter_context(fs.open(posixpath.join(path, entry.name), "rb"))
+            file = TensorFile(
+                stream,
+                size_bytes=entry.size_bytes,
+                header_bytes=self._manifest.header_bytes(index),
+                header_digest=entry.header_digest,
+            )
+            file.require_tensors(
+                {piece.key: (self._manifest.dtype(piece), piece.numel) for piece in self._manifest.file_pieces[index]}
+            )
+            self._open[index] = file
         return self._open[index]

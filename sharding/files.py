@@ -12,6 +12,9 @@ from fsspec import AbstractFileSystem
 
 from .errors import CheckpointError
 
+TEMPORARY = ".tmp"
+"""Follows a file's name while it is written."""
+
 
 def locate(uri: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a URI, and its path there.
@@ -37,7 +40,7 @@ def write_file(uri: str, name: str) -> Iterator[BinaryIO]:
     """
     fs, folder = locate(uri)
     target = posixpath.join(folder, name)
-    temporary, is_complete = target + ".tmp", False
+    temporary, is_complete = target + TEMPORARY, False
     fs.makedirs(folder, exist_ok=True)
     try:
         with fs.open(temporary, "wb") as stream:
@@ -46,7 +49,37 @@ def write_file(uri: str, name: str) -> Iterator[BinaryIO]:
         is_complete = True
     finally:
         if not is_complete:
-            remove_file(uri, name + ".tmp")  # what made the block fail is the news
+            remove_file(uri, name + TEMPORARY)  # what made the block fail is the news
+
+
+def read_file(uri: str, name: str, *, max_bytes: int) -> bytes:
+    """All bytes of a file in the folder ``uri``.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        OSError: If the file system refuses.
+        ValueError: If it is larger than ``max_bytes``.
+    """
+    fs, folder = locate(uri)
+    with fs.open(posixpath.join(folder, name), "rb") as stream:
+        data: bytes = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{name} has more than {max_bytes} bytes")
+    return data
+
+
+def list_names(uri: str) -> list[str]:
+    """The names of what lies in the folder ``uri`` now; none if there is no such folder.
+
+    Raises:
+        OSError: If the file system refuses.
+    """
+    fs, folder = locate(uri)
+    fs.invalidate_cache()  # others write here too, shards in processes of their own among them
+    try:
+        return sorted(posixpath.basename(path.rstrip("/")) for path in fs.ls(folder, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def remove_file(uri: str, name: str) -> None:
@@ -54,3 +87,10 @@ def remove_file(uri: str, name: str) -> None:
     fs, folder = locate(uri)
     with contextlib.suppress(OSError):
         fs.rm_file(posixpath.join(folder, name))
+
+
+def remove_folder(uri: str) -> None:
+    """Remove the folder ``uri`` if it is empty; object stores have no empty ones."""
+    fs, folder = locate(uri)
+    with contextlib.suppress(OSError):
+        fs.rmdir(folder)

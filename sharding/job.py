@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,10 +101,11 @@ class JobSpec:
             ]
             for param in params:
                 dtype_from_name(param.dtype)
-                if not 0 <= param.group < int(fields["num_groups"]) or min(param.shape, default=0) < 0:
+                if not 0 <= param.group < int(fields["num_groups"]) or not _is_shape(param.shape):
                     raise ValueError(f"{param} is in no group, or has no size")
-            if int(fields["world_size"]) < 1:
-                raise ValueError(f"world_size is {fields['world_size']}")
+            for key, limit in _LIMITS.items():
+                if not 1 <= int(fields[key]) <= limit:
+                    raise ValueError(f"{key}: expected 1 to {limit}, got {fields[key]}")
             return cls(
                 rule=RULES.build(fields["rule"], fields["rule_fields"]),
                 params=tuple(params),
@@ -159,6 +161,18 @@ class JobSpec:
             slots = [", ".join(slot.name for slot in rule.slots) for rule in (self.rule, other.rule)]
             return f"state: {ours} {slots[0]}, {theirs} {slots[1]}"
         return None
+
+
+_LIMITS = {"num_groups": 2**16, "world_size": 2**20}
+"""What is laid out for each of these is small, and many more of them than anybody has would take for ever."""
+_MAX_DIMS = 64
+"""torch's own limit."""
+
+
+def _is_shape(shape: tuple[object, ...]) -> bool:
+    """Whether these are the sizes of a tensor that torch could have."""
+    sizes = [size for size in shape if type(size) is int and 0 <= size < 2**63]
+    return len(sizes) == len(shape) <= _MAX_DIMS and math.prod(size for size in sizes if size) < 2**63
 
 
 def _same(param: ParamSpec, other: ParamSpec) -> bool:

@@ -1,29 +1,35 @@
 """A checkpoint's manifest: what there is and where it lies. docs/checkpoint.md describes its bytes.
 
-A checkpoint is keyed by parameter index; how many shards wrote it does not matter to whoever reads it. Files get names
-of their own for each save and the manifest is renamed into place last, so that a save which is cut short leaves the
-checkpoint that was there before.
+A checkpoint is keyed by parameter index; how many shards wrote it does not matter to whoever reads it. Whatever bytes
+are given for a manifest, it is read in time and memory that their number limits, and what comes of it fits together.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgpack
-from fsspec import AbstractFileSystem
+import torch
 
 from .buffers import MASTER
+from .digests import DIGEST_BYTES, digest_of, to_bytes
 from .errors import CheckpointError, MessageError
-from .files import locate, remove_file, write_file
 from .job import JobSpec
 from .reports import ShardStatus
 
-FORMAT_VERSION = 1
+FORMAT = "stepwell-checkpoint"
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.msgpack"
+MAX_MANIFEST_BYTES = 2**28
+"""Some millions of pieces; what is larger is no manifest and is not read into memory."""
+HEADER_BYTES_PER_TENSOR = 1024
+"""More than a file's header has for each tensor; what a header may have beside that is one page."""
 
 logger = logging.getLogger("stepwell")
 
@@ -43,6 +49,7 @@ class TensorPiece:
         offset: Where it starts in the slot's flattened tensor.
         numel: Its elements.
         file: Index into the manifest's files.
+        digest: Of its bytes.
     """
 
     param: int
@@ -50,6 +57,7 @@ class TensorPiece:
     offset: int
     numel: int
     file: int
+    digest: int
 
     @property
     def key(self) -> str:
@@ -58,12 +66,20 @@ class TensorPiece:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ShardFile:
-    """One shard's file: its name beside the manifest, its size, and ``[param, slot, offset, numel]`` of each tensor."""
+class FileEntry:
+    """A file of tensors: its name beside the manifest, its size, and the digest of its header."""
 
     name: str
     size_bytes: int
-    pieces: tuple[tuple[int, str, int, int], ...]
+    header_digest: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardFile:
+    """What one shard has written: its file, and ``(param, slot, offset, numel, digest)`` of each tensor in it."""
+
+    entry: FileEntry
+    pieces: tuple[tuple[int, str, int, int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +92,8 @@ class Manifest:
         scalars: The rule's scalars.
         step_counts: Steps of each parameter.
         kernel_identity: What computed it.
-        files: File names, with their sizes in bytes.
+        saved_at: When it was written, in seconds since 1970 by the writer's clock.
+        files: The files.
         pieces: Every piece.
     """
 
@@ -87,13 +104,42 @@ class Manifest:
     scalars: Mapping[str, float]
     step_counts: tuple[int, ...]
     kernel_identity: str
-    files: tuple[tuple[str, int], ...]
+    saved_at: float
+    files: tuple[FileEntry, ...]
     pieces: tuple[TensorPiece, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.size_bytes for file in self.files)
+
+    @functools.cached_property
+    def file_pieces(self) -> tuple[tuple[TensorPiece, ...], ...]:
+        """The pieces of each file."""
+        by_file: list[list[TensorPiece]] = [[] for _ in self.files]
+        for piece in self.pieces:
+            by_file[piece.file].append(piece)
+        return tuple(map(tuple, by_file))
+
+    def dtype(self, piece: TensorPiece) -> torch.dtype:
+        """The dtype of a piece in its file."""
+        return self._slot_dtypes[piece.slot](self.spec.params[piece.param].state_dtype)
+
+    def header_bytes(self, file: int) -> int:
+        """How many bytes stand before a file's tensors."""
+        tensors = sum(piece.numel * self.dtype(piece).itemsize for piece in self.file_pieces[file])
+        return self.files[file].size_bytes - tensors
+
+    def describe(self, piece: TensorPiece) -> str:
+        """Names a piece for people."""
+        param = self.spec.params[piece.param]
+        name = f" '{param.name}'" if param.name else ""
+        return f"{piece.key} ({piece.slot} of parameter {piece.param}{name}, {piece.numel} elements)"
 
     def pack(self) -> bytes:
         """The manifest's bytes."""
         fields = {
-            "format": "stepwell-checkpoint",
+            "format": FORMAT,
             "version": FORMAT_VERSION,
             "job": self.spec.to_dict(),
             "sequence": self.sequence,
@@ -102,83 +148,84 @@ class Manifest:
             "scalars": dict(self.scalars),
             "step_counts": list(self.step_counts),
             "kernel_identity": self.kernel_identity,
-            "files": [list(file) for file in self.files],
-            "pieces": [[piece.param, piece.slot, piece.offset, piece.numel, piece.file] for piece in self.pieces],
+            "saved_at": self.saved_at,
+            "files": [dataclasses.astuple(file) for file in self.files],
+            "pieces": [dataclasses.astuple(piece) for piece in self.pieces],
         }
         packed: bytes = msgpack.packb(fields)
-        return packed
+        return packed + to_bytes(digest_of(packed))
 
     @classmethod
     def unpack(cls, data: bytes, uri: str) -> Manifest:
         """The reverse of :meth:`pack`.
 
         Raises:
-            CheckpointError: If the bytes are no manifest, a damaged one, or one of a newer format.
+            CheckpointError: If the bytes are no manifest, a damaged one, or one of another format.
         """
-        try:
-            fields: dict[str, Any] = msgpack.unpackb(data)
-            if fields["format"] != "stepwell-checkpoint":
-                raise ValueError(f"format is {fields['format']!r}")
-            if fields["version"] > FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{uri}: expected a checkpoint of format {FORMAT_VERSION} or older, got {fields['version']}; "
-                    "read it with a newer Stepwell"
-                )
-            # Before kernels were compiled, checkpoints did not say that theirs were not.
-            spec = JobSpec.from_dict({"kernel": "eager", **fields["job"]})
-            spec.rule.check_scalars(fields["scalars"], spec.num_groups)
-            return cls(
-                spec=spec,
-                sequence=_count(fields["sequence"]),
-                step=_count(fields["step"]),
-                skipped_steps=_count(fields["skipped_steps"]),
-                scalars=fields["scalars"],
-                step_counts=tuple(_count(count) for count in fields["step_counts"]),
-                kernel_identity=str(fields["kernel_identity"]),
-                files=tuple(_file_entry(name, size) for name, size in fields["files"]),
-                pieces=tuple(_piece(len(fields["files"]), *piece) for piece in fields["pieces"]),
+        packed = data[:-DIGEST_BYTES]
+        if to_bytes(digest_of(packed)) != data[-DIGEST_BYTES:]:
+            _refuse_version(data, uri)  # before digests there was one version
+            raise CheckpointError(
+                f"{uri}: the manifest is damaged: its bytes have not the digest at its end; use another checkpoint"
             )
-        except (ValueError, KeyError, TypeError, AttributeError, MessageError, msgpack.UnpackException) as error:
+        _refuse_version(packed, uri)
+        try:
+            manifest = cls._of_fields(msgpack.unpackb(packed))
+            manifest._require_whole()
+        except _DAMAGE as error:
             raise CheckpointError(
                 f"{uri}: the manifest is damaged ({type(error).__name__}: {error}); use another checkpoint"
             ) from error
+        return manifest
 
+    @classmethod
+    def _of_fields(cls, fields: Mapping[str, Any]) -> Manifest:
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format is {fields['format']!r}")
+        spec = JobSpec.from_dict(fields["job"])
+        spec.rule.check_scalars(fields["scalars"], spec.num_groups)
+        files = tuple(_file_entry(*file) for file in fields["files"])
+        if len({file.name for file in files}) != len(files):
+            raise ValueError("it names a file twice")
+        return cls(
+            spec=spec,
+            sequence=_count(fields["sequence"]),
+            step=_count(fields["step"]),
+            skipped_steps=_count(fields["skipped_steps"]),
+            scalars=fields["scalars"],
+            step_counts=tuple(_count(count) for count in fields["step_counts"]),
+            kernel_identity=str(fields["kernel_identity"]),
+            saved_at=float(fields["saved_at"]),
+            files=files,
+            pieces=tuple(_piece(len(files), *piece) for piece in fields["pieces"]),
+        )
 
-def write_manifest(uri: str, manifest: Manifest) -> None:
-    """Write the manifest under a temporary name, rename it, and drop the files that the one it replaces named.
+    @functools.cached_property
+    def _slot_dtypes(self) -> dict[str, Callable[[torch.dtype], torch.dtype]]:
+        rule = self.spec.rule
+        of_slots = {slot.name: slot.dtype for slot in (MASTER, *rule.slots)}
+        return of_slots | {slot.name: lambda _: torch.float64 for slot in rule.key_slots}
 
-    Raises:
-        CheckpointError: If it cannot be written.
-    """
-    fs, path = locate(uri)
-    try:
-        replaced = _named_files(fs, posixpath.join(path, MANIFEST_NAME)) - {name for name, _ in manifest.files}
-        with write_file(uri, MANIFEST_NAME) as stream:
-            stream.write(manifest.pack())
-    except OSError as error:
-        raise CheckpointError(f"{uri}: the manifest cannot be written ({error})") from error
-    for name in replaced:
-        remove_file(uri, name)
+    def _require_whole(self) -> None:
+        """See that every element of every slot lies in exactly one piece, and that the pieces fit into their files.
 
-
-def read_manifest(uri: str) -> Manifest:
-    """Read a checkpoint's manifest and see that its files are there, whole.
-
-    Raises:
-        CheckpointError: If there is none, or something is missing or damaged.
-    """
-    fs, path = locate(uri)
-    try:
-        data: bytes = fs.cat_file(posixpath.join(path, MANIFEST_NAME))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{uri}: there is no complete checkpoint here ({MANIFEST_NAME} is missing)") from error
-    except OSError as error:
-        raise CheckpointError(f"{uri}: cannot be read ({error})") from error
-    manifest = Manifest.unpack(data, uri)
-    _require_whole(manifest, uri)
-    for name, size_bytes in manifest.files:
-        _require_size(fs, uri, posixpath.join(path, name), size_bytes)
-    return manifest
+        Raises:
+            ValueError: If not.
+        """
+        if len(self.step_counts) != len(self.spec.params):
+            raise ValueError(f"it has {len(self.step_counts)} step counts for {len(self.spec.params)} parameters")
+        by_slot: dict[tuple[int, str], list[TensorPiece]] = {}
+        for piece in self.pieces:
+            if piece.param >= len(self.spec.params) or piece.slot not in self._slot_dtypes:
+                raise ValueError(f"its job has no {piece.key}")
+            by_slot.setdefault((piece.param, piece.slot), []).append(piece)
+        for index, file in enumerate(self.files):
+            header_bytes, num_tensors = self.header_bytes(index), len(self.file_pieces[index])
+            if not 8 < header_bytes <= 2 * 4096 + HEADER_BYTES_PER_TENSOR * num_tensors:
+                raise ValueError(f"{num_tensors} tensors in {file.name} leave {header_bytes} bytes to its header")
+        for index, lengths in enumerate(_slot_lengths(self.spec)):
+            for name, expected in lengths.items():
+                _require_cover(by_slot.get((index, name), []), expected, f"{name} of parameter {index}")
 
 
 def check_restorable(manifest: Manifest, spec: JobSpec, uri: str) -> None:
@@ -210,7 +257,11 @@ def tell_of_other_kernels(manifest: Manifest, kernel_identity: str, uri: str) ->
 
 def build_manifest(spec: JobSpec, files: Sequence[ShardFile], status: ShardStatus) -> Manifest:
     """Put the shards' files together; ``status`` is that of any shard, at rest."""
-    pieces = [TensorPiece(*piece, file=index) for index, file in enumerate(files) for piece in file.pieces]
+    pieces = [
+        TensorPiece(param, slot, offset, numel, index, digest)
+        for index, file in enumerate(files)
+        for param, slot, offset, numel, digest in file.pieces
+    ]
     return Manifest(
         spec=spec,
         sequence=status.sequence,
@@ -219,7 +270,8 @@ def build_manifest(spec: JobSpec, files: Sequence[ShardFile], status: ShardStatu
         scalars=status.scalars,
         step_counts=status.step_counts,
         kernel_identity=status.kernel_identity,
-        files=tuple((file.name, file.size_bytes) for file in files),
+        saved_at=time.time(),
+        files=tuple(file.entry for file in files),
         pieces=tuple(pieces),
     )
 
@@ -229,33 +281,54 @@ def shard_file_name(save_id: str, shard: int, num_shards: int) -> str:
     return f"{save_id}-shard-{shard:05d}-of-{num_shards:05d}.safetensors"
 
 
-def _named_files(fs: AbstractFileSystem, manifest_path: str) -> set[str]:
-    """The files that the manifest at a path names; none if there is no readable one."""
+def is_shard_file(name: str) -> bool:
+    """Whether a file of this name was written by a save, or was to be; only these are ever removed."""
+    return re.fullmatch(r"[0-9a-z-]+-shard-\d{5}-of-\d{5}\.safetensors(\.tmp)?", name) is not None
+
+
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    MessageError,
+    msgpack.UnpackException,
+)
+"""What reading fields that are not as they should be may raise."""
+
+
+def _refuse_version(packed: bytes, uri: str) -> None:
+    """Refuse a manifest of another version than this one reads; what is no manifest at all is for others to say.
+
+    Raises:
+        CheckpointError: Naming both versions.
+    """
     try:
-        return {name for name, _ in Manifest.unpack(fs.cat_file(manifest_path), manifest_path).files}
-    except (FileNotFoundError, CheckpointError):
-        return set()
+        fields = msgpack.unpackb(packed)
+    except _DAMAGE:
+        return
+    version = fields.get("version") if isinstance(fields, dict) and fields.get("format") == FORMAT else FORMAT_VERSION
+    if version != FORMAT_VERSION:
+        is_newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "read it with a newer Stepwell" if is_newer else "restore it with the Stepwell that wrote it"
+        raise CheckpointError(
+            f"{uri}: expected a checkpoint of format version {FORMAT_VERSION}, the only one that this Stepwell reads, "
+            f"got version {version}; {remedy}"
+        )
 
 
-def _require_whole(manifest: Manifest, uri: str) -> None:
-    """See that every element of every slot lies in exactly one piece."""
-    by_slot: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    for piece in manifest.pieces:
-        by_slot.setdefault((piece.param, piece.slot), []).append((piece.offset, piece.numel))
-    for index, lengths in enumerate(_slot_lengths(manifest.spec)):
-        for name, expected in lengths.items():
-            reached = 0
-            for offset, numel in sorted(by_slot.pop((index, name), [])):
-                reached = reached + numel if offset == reached else -1
-                if reached < 0:
-                    break
-            if reached != expected:
-                raise CheckpointError(
-                    f"{uri}: the manifest is damaged: {name} of parameter {index} does not cover its {expected} "
-                    "elements once; use another checkpoint"
-                )
-    if by_slot or len(manifest.step_counts) != len(manifest.spec.params):
-        raise CheckpointError(f"{uri}: the manifest is damaged: it does not fit its own job; use another checkpoint")
+def _require_cover(pieces: Sequence[TensorPiece], expected: int, what: str) -> None:
+    reached = 0
+    for piece in sorted(pieces, key=lambda piece: piece.offset):
+        if piece.offset != reached or not piece.numel:
+            break
+        reached += piece.numel
+    else:
+        if reached == expected:
+            return
+    raise ValueError(f"{what} does not cover its {expected} elements once")
 
 
 def _slot_lengths(spec: JobSpec) -> Iterator[dict[str, int]]:
@@ -267,32 +340,27 @@ def _slot_lengths(spec: JobSpec) -> Iterator[dict[str, int]]:
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or value < 0:
+    if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is no count")
     return value
 
 
-def _file_entry(name: object, size_bytes: object) -> tuple[str, int]:
-    """A file beside the manifest and its size; a name with a folder in it is refused."""
-    if not isinstance(name, str) or not isinstance(size_bytes, int) or name in ("", ".", "..") or "/" in name:
+def _digest(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**64:
+        raise ValueError(f"{value!r} is no digest")
+    return value
+
+
+def _file_entry(name: object, size_bytes: object, header_digest: object) -> FileEntry:
+    """A file beside the manifest; a name that leads elsewhere is refused."""
+    if not isinstance(name, str) or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", name) is None:
         raise ValueError(f"{name!r} is no name of a file beside it")
-    return name, size_bytes
+    return FileEntry(name, _count(size_bytes), _digest(header_digest))
 
 
-def _piece(num_files: int, param: object, slot: object, offset: object, numel: object, file: object) -> TensorPiece:
-    numbers = [value for value in (param, offset, numel, file) if isinstance(value, int) and value >= 0]
-    if len(numbers) != 4 or not isinstance(slot, str) or numbers[3] >= num_files:
+def _piece(
+    num_files: int, param: object, slot: object, offset: object, numel: object, file: object, digest: object
+) -> TensorPiece:
+    if not isinstance(slot, str) or _count(file) >= num_files:
         raise ValueError(f"{[param, slot, offset, numel, file]!r} is no piece")
-    return TensorPiece(numbers[0], slot, numbers[1], numbers[2], numbers[3])
-
-
-def _require_size(fs: AbstractFileSystem, uri: str, path: str, size_bytes: int) -> None:
-    try:
-        found = fs.size(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{uri}: {posixpath.basename(path)} is missing; use another checkpoint") from error
-    if found != size_bytes:
-        raise CheckpointError(
-            f"{uri}: {posixpath.basename(path)} was cut short: expected {size_bytes} bytes, got {found}; "
-            "use another checkpoint"
-        )
+    return TensorPiece(_count(param), slot, _count(offset), _count(numel), _count(file), _digest(digest))

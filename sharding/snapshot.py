@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..optim import Rule, Slot
 from .buffers import MASTER, Buffers, ExtentBuffers
+from .digests import PieceDigests
 from .errors import CheckpointError
 from .layout import Piece
 from .reports import ShardStatus
@@ -64,18 +65,20 @@ class Snapshot:
                 if piece.numel:
                     yield slot.name, piece, _dtype(slot, extent)
 
-    def write(self, stream: BinaryIO) -> int:
-        """Write all elements of :meth:`pieces`, in that order; returns the bytes.
+    def write(self, stream: BinaryIO) -> list[int]:
+        """Write all elements of :meth:`pieces`, in that order; returns the digest of each.
 
         Raises:
             CheckpointError: If the snapshot is closed.
             OSError: If the stream cannot be written.
         """
-        size_bytes = sum(write_values(stream, values) for _, _, values in self._buffers.export_key_state())
+        digests = PieceDigests([piece.numel * dtype.itemsize for _, piece, dtype in self.pieces()])
+        for _, _, values in self._buffers.export_key_state():
+            write_values(stream, values, digests)
         for index, (_, extent) in enumerate(self._slots):
             for first in range(0, len(extent.tiles), UNIT_TILES):
-                size_bytes += self._write_unit(stream, (index, first))
-        return size_bytes
+                self._write_unit(stream, (index, first), digests)
+        return digests.values()
 
     def detach(self, *, for_step: bool) -> None:
         """Copy what is still to be written from the shard's memory, before that changes.
@@ -99,23 +102,23 @@ class Snapshot:
             self._shared.clear()
             self._copies.clear()
 
-    def _write_unit(self, stream: BinaryIO, unit: Unit) -> int:
+    def _write_unit(self, stream: BinaryIO, unit: Unit, digests: PieceDigests) -> None:
         """Write a unit straight from the shard's memory; again, from the copy, if it was changed meanwhile."""
         shared, can_rewrite = self._rows(unit), stream.seekable()
         if shared.is_cuda or not can_rewrite:
             self._copy(unit)
-        begin, copied = stream.tell() if can_rewrite else 0, self._copy_of(unit)
-        size_bytes = self._write_rows(stream, unit, shared if copied is None else copied)
+        begin, mark, copied = stream.tell() if can_rewrite else 0, digests.mark(), self._copy_of(unit)
+        self._write_rows(stream, unit, shared if copied is None else copied, digests)
         copied_since = self._let_go(unit)
         if copied is None and copied_since is not None:
             stream.seek(begin)
-            self._write_rows(stream, unit, copied_since)
-        return size_bytes
+            digests.rewind(mark)
+            self._write_rows(stream, unit, copied_since, digests)
 
-    def _write_rows(self, stream: BinaryIO, unit: Unit, rows: Tensor) -> int:
+    def _write_rows(self, stream: BinaryIO, unit: Unit, rows: Tensor, digests: PieceDigests) -> None:
         (slot, extent), first = self._slots[unit[0]], unit[1]
-        runs = extent.without_padding(slot.name, slice(first, first + len(rows)), rows)
-        return sum(write_values(stream, run) for run in runs)
+        for run in extent.without_padding(slot.name, slice(first, first + len(rows)), rows):
+            write_values(stream, run, digests)
 
     def _copy(self, unit: Unit) -> None:
         """Copy a unit unless it was copied or written before; without memory for it, close."""

@@ -33,6 +33,7 @@ from .client.optimizers import (
     SUAdam,
 )
 from .sharding.errors import StepwellError
+from .sharding.folder import Checkpoint
 from .sharding.pending_save import PendingSave
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ __all__ = [
     "AdamGCC",
     "AdamW",
     "BAdam",
+    "Checkpoint",
     "DuvAdam",
     "GradScaler",
     "InProcessService",

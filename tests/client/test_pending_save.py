@@ -106,12 +106,12 @@ def test_save_that_does_not_end_is_not_waited_for_for_ever(
 PROCESS = """
     import sys, threading, torch, stepwell
     from tests.gated_files import GatedFileSystem, Gate
-    from stepwell.sharding.manifest import read_manifest
+    from stepwell.sharding.folder import read_complete
     import atexit
 
     param = torch.nn.Parameter(torch.ones(1000))
     param.grad = torch.ones(1000)
-    atexit.register(lambda: print("read", read_manifest(uri).step))  # runs after what was registered later
+    atexit.register(lambda: print("read", read_complete(uri).step))  # runs after what was registered later
     optimizer = stepwell.AdamW([param])
     optimizer.step()
     gate, uri = Gate(), "gated://at-exit"

@@ -57,9 +57,9 @@ def test_reference_resumes_to_the_bit_in_any_optimizer(
     train(net, optimizer, range(4))
     optimizer.param_groups[0]["lr"] = 0.005
     saved = optimizer.state_dict()
-    manifest = (tmp_path / "step-4" / MANIFEST_NAME).read_bytes()
+    manifest = (tmp_path / "step-00000004" / MANIFEST_NAME).read_bytes()
     digest = hashlib.sha256(manifest).hexdigest()
-    assert saved["stepwell"] == {"uri": str(tmp_path / "step-4"), "step": 4, "digest": digest}
+    assert saved["stepwell"] == {"uri": str(tmp_path / "step-00000004"), "step": 4, "digest": digest}
     assert (saved["state"], saved["param_groups"]) == ({}, _whole(optimizer)["param_groups"])
     options = _form(tmp_path / "other") if form == "reference" else {}
     successor = make(resumed.parameters(), num_shards=3, **options)
@@ -81,7 +81,7 @@ def test_reference_lies_under_any_uri() -> None:
     optimizer = stepwell.AdamW(net.parameters(), **_form("memory://run-7/"))
     train(net, optimizer, range(2))
     saved = optimizer.state_dict()
-    assert saved["stepwell"]["uri"] == "memory://run-7/step-2"
+    assert saved["stepwell"]["uri"] == "memory://run-7/step-00000002"
     train(net, optimizer, range(2, 4))
     optimizer.load_state_dict(saved)
     assert optimizer.service.status()["step"] == 2
@@ -111,7 +111,7 @@ def test_state_dict_is_saved_anew_when_the_first_is_gone_or_old(what: str, tmp_p
     if what == "folder":
         shutil.rmtree(tmp_path)
     elif what == "manifest":
-        (tmp_path / "step-2" / MANIFEST_NAME).write_bytes(b"another")
+        (tmp_path / "step-00000002" / MANIFEST_NAME).write_bytes(b"another")
     else:
         optimizer.load_state_dict(_whole(optimizer))
     second = optimizer.state_dict()
@@ -164,7 +164,7 @@ def test_all_ranks_get_the_same_reference_and_load_it(tmp_path: Path) -> None:
 
 def test_copy_saves_in_the_same_form(tmp_path: Path) -> None:
     optimizer = copy.deepcopy(stepwell.AdamW(make_net().parameters(), **_form(tmp_path)))
-    assert optimizer.state_dict()["stepwell"]["uri"] == str(tmp_path / "step-0")
+    assert optimizer.state_dict()["stepwell"]["uri"] == str(tmp_path / "step-00000000")
 
 
 # What it refuses

@@ -17,7 +17,7 @@ import torch
 import stepwell
 from stepwell.sharding.checkpoint import CheckpointReader
 from stepwell.sharding.errors import CheckpointError, JobMismatchError, TimelineError
-from stepwell.sharding.manifest import read_manifest
+from stepwell.sharding.folder import read_complete
 from tests.integration.conftest import Launch
 from tests.integration.training import (
     D0,
@@ -143,7 +143,7 @@ def test_save_from_another_process_is_of_one_step(pair: Pair, local_ray: str, tm
 
 def require_checkpoint_of(step: int, uri: str) -> None:
     """See that a checkpoint holds what an undisturbed run has after a step, to the bit."""
-    manifest, oracle = read_manifest(uri), Oracle(2).to(step).run.state()
+    manifest, oracle = read_complete(uri), Oracle(2).to(step).run.state()
     assert (manifest.step, dict(manifest.scalars), manifest.step_counts) == (
         step,
         dict(oracle.scalars),
@@ -186,7 +186,7 @@ def test_shutdown_waits_for_the_save(launch: Launch, tmp_path: Path) -> None:
     save = service.save(str(tmp_path), wait=False)
     service.shutdown()
     assert save.done()
-    assert read_manifest(str(tmp_path)).step == worker.step
+    assert read_complete(str(tmp_path)).step == worker.step
 
 
 def test_save_to_an_unwritable_place_names_it_and_leaves_the_last_checkpoint(pair: Pair, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_save_to_an_unwritable_place_names_it_and_leaves_the_last_checkpoint(pai
     (uri / "manifest.msgpack.tmp").mkdir()
     with pytest.raises(CheckpointError, match=f"{uri}: the manifest cannot be written"):
         pair.service.save(str(uri))
-    assert read_manifest(str(uri)).step == step
+    assert read_complete(str(uri)).step == step
     pair.service.restore(str(uri))
     pair.refresh(step)
 

@@ -14,7 +14,7 @@ from stepwell.server.messages import LoadHeader, values_to_wire
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.checkpoint import CheckpointReader
 from stepwell.sharding.errors import CheckpointError, NotRegisteredError
-from stepwell.sharding.manifest import read_manifest
+from stepwell.sharding.folder import read_complete
 from tests.gated_files import Gate, GatedFileSystem, gated
 from tests.server.test_coordinator import HALVES, LIMIT_S, NUMEL, Handle, Service
 
@@ -44,7 +44,7 @@ async def load(service: Service, value: float) -> None:
 
 
 def saved_master(uri: str) -> torch.Tensor:
-    manifest = read_manifest(uri)
+    manifest = read_complete(uri)
     with CheckpointReader(uri, manifest) as reader:
         parts = [torch.empty(NUMEL) for _ in manifest.spec.params]
         for index, part in enumerate(parts):
@@ -54,8 +54,8 @@ def saved_master(uri: str) -> torch.Tensor:
 
 async def begin_save(service: Service, gate: Gate, uri: str) -> str:
     """Returns when the file stands before the gate."""
-    save_id, step = await service.coordinator.begin_save(uri)
-    assert step == 0
+    save_id, at, step = await service.coordinator.begin_save(uri)
+    assert (at, step) == (uri, 0)
     await asyncio.to_thread(gate.wait_until_reached)
     return save_id
 
@@ -68,7 +68,7 @@ async def test_service_goes_on_while_a_save_is_written(service: Service, gate: G
     told = await asyncio.gather(*(service.extend(rank, cut) for rank, cut in enumerate(HALVES)))
     assert told[0].timeline == told[1].timeline
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        read_manifest(uri)
+        read_complete(uri)
     gate.open()
     await service.coordinator.end_save(save_id)
     assert torch.equal(saved_master(uri), torch.ones(NUMEL))
@@ -109,7 +109,7 @@ async def test_save_that_fails_leaves_no_file_and_the_next_one_works(service: Se
     assert fsspec.filesystem("gated").ls(uri) == []
     assert not service.actor._snapshots
     gate.fails = False
-    again, _ = await service.coordinator.begin_save(uri)
+    again, _, _ = await service.coordinator.begin_save(uri)
     await service.coordinator.end_save(again)
     assert torch.equal(saved_master(uri), torch.ones(NUMEL))
 

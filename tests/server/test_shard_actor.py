@@ -508,6 +508,6 @@ async def test_load_that_fails_tells_those_whose_pushes_it_swept_away(line: Line
 async def test_load_that_fails_before_it_changes_anything_leaves_the_pushes(line: Line) -> None:
     reply = await line.push(0)
     with pytest.raises(CheckpointError, match="/nowhere"):
-        await line.actor.restore("/nowhere", 2)
+        await line.actor.restore("/nowhere", b"", 2)
     await line.push(1)
     assert (await reply).decision is Decision.COMMIT

@@ -16,24 +16,24 @@ import fsspec
 import msgpack
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, StableAdamRule
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.checkpoint import CheckpointReader, write_shard
 from stepwell.sharding.errors import CheckpointError, JobMismatchError, NotRegisteredError
+from stepwell.sharding.folder import read_complete, write_manifest
 from stepwell.sharding.manifest import (
     MANIFEST_NAME,
+    FileEntry,
     Manifest,
     build_manifest,
     check_restorable,
-    read_manifest,
     shard_file_name,
-    write_manifest,
 )
 from tests.zoo import Problem, Run, ZooTensor, assert_same_state, constant, small
 
@@ -78,7 +78,7 @@ def save(run: Run, uri: str) -> Manifest:
 
 
 def restore(uri: str, rule: Rule, num_shards: int) -> Run:
-    with CheckpointReader(uri, read_manifest(uri)) as reader:
+    with CheckpointReader(uri, read_complete(uri)) as reader:
         return Run(problem(), rule, num_shards=num_shards, source=reader.source())
 
 
@@ -99,16 +99,17 @@ def test_checkpoint_can_be_read_without_us(tmp_path: Path, name: str, num_shards
     save(run, str(tmp_path))
     state = run.state()
 
-    manifest = msgpack.unpackb((tmp_path / "manifest.msgpack").read_bytes())
-    assert (manifest["format"], manifest["version"]) == ("stepwell-checkpoint", 1)
+    manifest = msgpack.unpackb((tmp_path / "manifest.msgpack").read_bytes()[:-8])
+    assert (manifest["format"], manifest["version"]) == ("stepwell-checkpoint", 2)
     assert len(manifest["files"]) == num_shards
     found: dict[tuple[int, str], list[Tensor]] = {}
-    for param, slot, offset, numel, file in sorted(manifest["pieces"]):
-        file_name, size_bytes = manifest["files"][file]
+    for param, slot, offset, numel, file, digest in sorted(manifest["pieces"]):
+        file_name, size_bytes, _ = manifest["files"][file]
         assert (tmp_path / file_name).stat().st_size == size_bytes
         with safe_open(tmp_path / file_name, framework="pt") as tensors:
             piece = tensors.get_tensor(f"{param}/{slot}/{offset}")
         assert piece.shape == (numel,)
+        assert xxhash.xxh3_64_intdigest(piece.view(torch.uint8).numpy()) == digest
         assert sum(part.numel() for part in found.get((param, slot), [])) == offset
         found.setdefault((param, slot), []).append(piece)
     for slot, values in state.slots.items():
@@ -120,13 +121,13 @@ def test_checkpoint_can_be_read_without_us(tmp_path: Path, name: str, num_shards
     assert tuple(manifest["step_counts"]) == state.step_counts
     assert (manifest["sequence"], manifest["step"], manifest["skipped_steps"]) == state.counters
     assert manifest["job"]["params"][0] == ["p0", [40, 13], "float32", 0, True]
-    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_NAME, *(name for name, _ in manifest["files"])}
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_NAME, *(name for name, _, _ in manifest["files"])}
 
 
 def test_manifest_survives_its_bytes(tmp_path: Path) -> None:
     manifest = save(trained(), str(tmp_path))
     assert Manifest.unpack(manifest.pack(), "here") == manifest
-    assert read_manifest(str(tmp_path)) == manifest
+    assert read_complete(str(tmp_path)) == manifest
 
 
 # Resharding
@@ -196,7 +197,7 @@ def test_save_over_a_checkpoint_replaces_it_and_its_files(tmp_path: Path) -> Non
     kept.write_bytes(b"somebody else's")
     second = restore(str(tmp_path), RULES["Prodigy"], 2).steps(15, schedule=constant)
     manifest = save(second, str(tmp_path))
-    names = {name for name, _ in manifest.files}
+    names = {file.name for file in manifest.files}
     assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_NAME, kept.name, *names}
     assert len(names) == 2
     assert_same_state(restore(str(tmp_path), RULES["Prodigy"], 3).state(), second.state())
@@ -236,7 +237,7 @@ def test_save_whose_manifest_cannot_be_written_leaves_the_checkpoint_before_it(
 def test_first_save_that_is_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     write_tensors(trained(), str(tmp_path))
     with pytest.raises(CheckpointError, match="no complete checkpoint here"):
-        read_manifest(str(tmp_path))
+        read_complete(str(tmp_path))
 
 
 # Damage
@@ -245,46 +246,47 @@ def test_first_save_that_is_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
 def test_place_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     for uri in (str(tmp_path), str(tmp_path / "nowhere"), f"memory://{uuid.uuid4().hex}"):
         with pytest.raises(CheckpointError, match=r"manifest\.msgpack is missing"):
-            read_manifest(uri)
+            read_complete(uri)
     with pytest.raises(CheckpointError, match="expected a path or an fsspec URI"):
-        read_manifest("nosuch://bucket/checkpoint")
+        read_complete("nosuch://bucket/checkpoint")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
 def test_shard_file_that_was_cut_short_is_an_error(tmp_path: Path, kept: float) -> None:
     manifest = save(trained(), str(tmp_path))
-    victim = tmp_path / manifest.files[1][0]
+    victim = tmp_path / manifest.files[1].name
     data = victim.read_bytes()
     victim.write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(CheckpointError, match=rf"{victim.name} was cut short: expected {len(data)} bytes"):
-        read_manifest(str(tmp_path))
+        read_complete(str(tmp_path))
 
 
 def test_shard_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
     manifest = save(trained(), str(tmp_path))
-    (tmp_path / manifest.files[2][0]).unlink()
-    with pytest.raises(CheckpointError, match=rf"{manifest.files[2][0]} is missing"):
-        read_manifest(str(tmp_path))
+    (tmp_path / manifest.files[2].name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{manifest.files[2].name} is missing"):
+        read_complete(str(tmp_path))
 
 
 def test_shard_file_that_is_overwritten_is_an_error_when_it_is_read(tmp_path: Path) -> None:
     """Of the same size, so that only its content shows it."""
     manifest = save(trained(), str(tmp_path))
-    victim = tmp_path / manifest.files[0][0]
-    victim.write_bytes(b"\xff" * manifest.files[0][1])
+    victim = tmp_path / manifest.files[0].name
+    victim.write_bytes(b"\xff" * manifest.files[0].size_bytes)
     with pytest.raises(CheckpointError, match="is damaged"):
         restore(str(tmp_path), RULES["Prodigy"], 2)
 
 
 def test_tensor_that_is_missing_from_its_file_is_an_error(tmp_path: Path) -> None:
     manifest = save(trained(), str(tmp_path))
-    victim = tmp_path / manifest.files[0][0]
-    tensors = load_file(victim)
-    tensors.pop("0/s/0")
-    save_file(tensors, victim)
-    resized = ((victim.name, victim.stat().st_size), *manifest.files[1:])
-    write_manifest(str(tmp_path), dataclasses.replace(manifest, files=resized))
-    with pytest.raises(CheckpointError, match="0/s/0"):
+    victim = tmp_path / manifest.files[0].name
+    data = victim.read_bytes()
+    length = manifest.header_bytes(0)
+    header = data[:length].replace(b'"0/s/0"', b'"9/s/0"')
+    victim.write_bytes(header + data[length:])
+    other = FileEntry(victim.name, len(data), xxhash.xxh3_64_intdigest(header))
+    write_manifest(str(tmp_path), dataclasses.replace(manifest, files=(other, *manifest.files[1:])))
+    with pytest.raises(CheckpointError, match=r"0/s/0: expected .* got None"):
         restore(str(tmp_path), RULES["Prodigy"], 2)
 
 
@@ -297,8 +299,14 @@ def packed_manifest() -> bytes:
 
 
 def fields_of(packed: bytes) -> dict[str, Any]:
-    fields: dict[str, Any] = msgpack.unpackb(packed)
+    fields: dict[str, Any] = msgpack.unpackb(packed[:-8])
     return fields
+
+
+def sealed(fields: object) -> bytes:
+    """A manifest's bytes with a digest that fits, whatever the fields are."""
+    packed: bytes = msgpack.packb(fields)
+    return packed + xxhash.xxh3_64_intdigest(packed).to_bytes(8, "little")
 
 
 @given(st.data())
@@ -309,15 +317,24 @@ def test_truncated_manifest_is_an_error(data: st.DataObject) -> None:
         Manifest.unpack(packed[:length], "here")
 
 
+def test_manifest_with_a_flipped_bit_is_an_error() -> None:
+    """Any bit of it, at any place."""
+    packed = packed_manifest()
+    for position in range(len(packed)):
+        flipped = bytearray(packed)
+        flipped[position] ^= 1 << position % 8
+        with pytest.raises(CheckpointError, match="the manifest is damaged"):
+            Manifest.unpack(bytes(flipped), "here")
+
+
 @settings(max_examples=300)
 @given(st.data())
-def test_manifest_with_a_changed_byte_is_an_error_or_a_manifest(data: st.DataObject) -> None:
-    """There is no checksum: a changed digit goes unseen, but nothing else than our error is raised."""
-    packed = bytearray(packed_manifest())
+def test_manifest_with_changed_bytes_and_a_fitting_digest_is_an_error_or_a_manifest(data: st.DataObject) -> None:
+    packed = bytearray(packed_manifest()[:-8])
     for _ in range(data.draw(st.integers(1, 3))):
         packed[data.draw(st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
     try:
-        Manifest.unpack(bytes(packed), "here")
+        Manifest.unpack(bytes(packed) + xxhash.xxh3_64_intdigest(packed).to_bytes(8, "little"), "here")
     except CheckpointError:
         return
 
@@ -330,31 +347,86 @@ def test_bytes_that_are_no_manifest_are_an_error(data: bytes) -> None:
 
 def test_manifest_without_a_field_is_an_error() -> None:
     fields = fields_of(packed_manifest())
-    assert len(fields) == 11
+    assert len(fields) == 12
     for key in fields:
         with pytest.raises(CheckpointError, match=key):
-            Manifest.unpack(msgpack.packb({name: value for name, value in fields.items() if name != key}), "here")
+            Manifest.unpack(sealed({name: value for name, value in fields.items() if name != key}), "here")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
         ("format", "tar", "format is 'tar'"),
-        ("version", 2, "expected a checkpoint of format 1 or older, got 2; read it with a newer"),
+        ("version", 3, "format version 2, .*, got version 3; read it with a newer"),
+        ("version", 1, "format version 2, .*, got version 1; restore it with the Stepwell that wrote it"),
+        ("version", "two", "got version two"),
+        ("version", None, "got version None"),
         ("sequence", -1, "damaged"),
         ("step", "5", "damaged"),
         ("scalars", {"d": "large"}, "damaged"),
         ("scalars", {"d": float("nan")}, "damaged"),
         ("scalars", {"momentum": 0.9}, "momentum"),
         ("step_counts", [1.5], "damaged"),
-        ("files", [["../elsewhere", 5]], "no name of a file beside it"),
-        ("files", [["/etc/passwd", 5]], "no name of a file beside it"),
+        ("files", [["../elsewhere", 5, 0]], "no name of a file beside it"),
+        ("files", [["/etc/passwd", 5, 0]], "no name of a file beside it"),
+        ("files", [["..", 5, 0]], "no name of a file beside it"),
+        ("files", [["a\0b", 5, 0]], "no name of a file beside it"),
+        ("files", [["a", 5, 0], ["a", 5, 0]], "names a file twice"),
+        ("files", [["a", 5, -1]], "no digest"),
+        ("files", [["a", True, 0]], "no count"),
         ("files", [], "is no piece"),
+        ("saved_at", "today", "damaged"),
     ],
 )
 def test_manifest_with_a_field_that_cannot_be_is_an_error(key: str, value: object, match: str) -> None:
     with pytest.raises(CheckpointError, match=match):
-        Manifest.unpack(msgpack.packb({**fields_of(packed_manifest()), key: value}), "here")
+        Manifest.unpack(sealed({**fields_of(packed_manifest()), key: value}), "here")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_groups", 2**62),
+        ("world_size", 2**62),
+        ("params", [["a", [2**62], "float32", 0, True]]),
+        ("params", [["a", [2**32, 2**32], "float32", 0, True]]),
+        ("params", [["a", [2**32, 2**32, 0], "float32", 0, True]]),
+        ("params", [["a", [2**62] * 200_000, "float32", 0, True]]),
+        ("params", [["a", [1.5], "float32", 0, True]]),
+        ("rule_fields", {"slice_p": 0}),
+        ("rule_fields", {"slice_p": 2**62}),
+        ("rule_fields", {"betas": []}),
+        ("rule_fields", {"lr": [1, 2]}),
+        ("rule_fields", {"d_scope": "group"}),
+        ("batches", [2**62]),
+        ("batches", [-1]),
+    ],
+)
+def test_manifest_whose_job_is_monstrous_is_an_error_at_once(key: str, value: object) -> None:
+    fields = fields_of(packed_manifest())
+    fields["job"][key] = value
+    with pytest.raises(CheckpointError, match="the manifest is damaged"):
+        Manifest.unpack(sealed(fields), "here")
+
+
+@pytest.mark.parametrize("size_bytes", [0, 4096, 2**62])
+def test_pieces_that_do_not_fit_into_their_file_are_an_error(size_bytes: int) -> None:
+    fields = fields_of(packed_manifest())
+    fields["files"][1][1] = size_bytes
+    with pytest.raises(CheckpointError, match=r"leave -?[0-9]+ bytes to its header"):
+        Manifest.unpack(sealed(fields), "here")
+
+
+def test_manifest_of_the_version_before_digests_is_named() -> None:
+    fields = {**fields_of(packed_manifest()), "version": 1}
+    with pytest.raises(CheckpointError, match=r"format version 2, the only one .* got version 1"):
+        Manifest.unpack(msgpack.packb(fields), "here")
+
+
+def test_manifest_that_is_nested_without_end_is_an_error() -> None:
+    deep = b"\x91" * 100_000
+    with pytest.raises(CheckpointError, match="the manifest is damaged"):
+        Manifest.unpack(deep + xxhash.xxh3_64_intdigest(deep).to_bytes(8, "little"), "here")
 
 
 DAMAGES: dict[str, Callable[[Manifest], dict[str, Any]]] = {
@@ -372,7 +444,7 @@ def test_manifest_that_does_not_cover_the_job_is_an_error(tmp_path: Path, name: 
     manifest = save(trained(), str(tmp_path))
     write_manifest(str(tmp_path), dataclasses.replace(manifest, **DAMAGES[name](manifest)))
     with pytest.raises(CheckpointError, match="the manifest is damaged"):
-        read_manifest(str(tmp_path))
+        read_complete(str(tmp_path))
 
 
 # Other models
@@ -407,11 +479,11 @@ def test_restore_that_fails_leaves_a_lost_shard_that_another_restore_brings_back
     save(run, good)
     expected = run.state()
     manifest = save(run, bad)
-    (tmp_path / "bad" / manifest.files[0][0]).write_bytes(b"\xff" * manifest.files[0][1])
+    (tmp_path / "bad" / manifest.files[0].name).write_bytes(b"\xff" * manifest.files[0].size_bytes)
     with CheckpointReader(bad, manifest) as reader, pytest.raises(CheckpointError):
         run.group.load(reader.source(), timeline=2)
     with pytest.raises(NotRegisteredError, match="interrupted while it loaded"):
         run.group.shards[0].require_whole()
-    with CheckpointReader(good, read_manifest(good)) as reader:
+    with CheckpointReader(good, read_complete(good)) as reader:
         run.group.load(reader.source(), timeline=3)
     assert_same_state(run.state(), expected)

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from stepwell.sharding.tensor_file import ALIGNMENT, TensorFile, byte_view, pack_header
+from stepwell.sharding.digests import PieceDigests
+from stepwell.sharding.tensor_file import ALIGNMENT, TensorFile, byte_view, pack_header, write_values
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -35,8 +37,15 @@ def packed(tensors: dict[str, Tensor]) -> bytes:
     return header + b"".join(bytes(byte_view(values)) for values in tensors.values())
 
 
+def opened(data: bytes) -> TensorFile:
+    """With the header's true length and digest, so that what it says counts."""
+    header_bytes = min(8 + int.from_bytes(data[:8], "little"), 2**61)
+    digest = xxhash.xxh3_64_intdigest(data[:header_bytes])
+    return TensorFile(io.BytesIO(data), size_bytes=len(data), header_bytes=header_bytes, header_digest=digest)
+
+
 def read(data: bytes, name: str, numel: int, first: int, out: Tensor) -> None:
-    TensorFile(io.BytesIO(data), len(data)).read_into(name, numel, first, out)
+    opened(data).read_into(name, numel, first, out)
 
 
 @given(tensor_lists)
@@ -106,15 +115,68 @@ def header(**tensors: object) -> bytes:
         header(a={"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}),
         header(a={"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}),
         header(a={"dtype": "F32", "shape": [4], "data_offsets": [0.5, 16.5]}),
+        header(a={"dtype": "F32", "shape": [-4], "data_offsets": [0, -16]}),
+        header(a={"dtype": "F32", "shape": [4, 1], "data_offsets": [0, 16]}),
+        header(a={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, b={}),
+        header(
+            a={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+            b={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        ),
+        header(
+            a={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+            b={"dtype": "F32", "shape": [1], "data_offsets": [12, 16]},
+        ),
+        header(b={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}),
+        (2**20).to_bytes(8, "little") + b"[" * 2**20,
+        (5000).to_bytes(8, "little") + b'{"a":' + b"9" * 4994 + b"}",
     ],
 )
 def test_file_that_does_not_hold_the_tensor_is_an_error(data: bytes) -> None:
-    with pytest.raises((ValueError, KeyError, TypeError)):
+    with pytest.raises(ValueError, match=r"header|expected 4 elements|tensors end at"):
         read(data, "a", 4, 0, torch.empty(4))
 
 
 def test_file_that_has_become_shorter_is_an_error() -> None:
     whole = packed({"a": torch.ones(100)})
-    stream = io.BytesIO(whole[:-4])
+    file = opened(whole)
+    file._stream = io.BytesIO(whole[:-4])
     with pytest.raises(ValueError, match="ends 4 bytes too early"):
-        TensorFile(stream, len(whole)).read_into("a", 100, 0, torch.empty(100))
+        file.read_into("a", 100, 0, torch.empty(100))
+    with pytest.raises(ValueError, match="ends 4 bytes too early"):
+        file.digest(file.places["a"])
+
+
+def test_header_with_another_digest_or_length_is_an_error() -> None:
+    data = packed({"a": torch.ones(100)})
+    for length, digest in ((8 + 4096, 0), (4096, xxhash.xxh3_64_intdigest(data[:4096])), (2, 0), (2**62, 0)):
+        with pytest.raises(ValueError, match="its header"):
+            TensorFile(io.BytesIO(data), size_bytes=len(data), header_bytes=length, header_digest=digest)
+
+
+@given(tensor_lists, st.data())
+def test_digests_are_those_of_the_pieces_however_they_are_cut(
+    kinds: list[tuple[torch.dtype, int]], data: st.DataObject
+) -> None:
+    tensors = [values for values in tensors_of(kinds).values() if values.numel()]
+    digests = PieceDigests([values.nbytes for values in tensors])
+    stream, left = io.BytesIO(), b"".join(bytes(byte_view(values)) for values in tensors)
+    while left:
+        length = data.draw(st.integers(1, len(left)))
+        if data.draw(st.booleans()):  # overtaken: other bytes were written first
+            begin, mark = stream.tell(), digests.mark()
+            write_values(stream, torch.full((length,), 7, dtype=torch.uint8), digests)
+            stream.seek(begin)
+            digests.rewind(mark)
+        write_values(stream, torch.frombuffer(bytearray(left[:length]), dtype=torch.uint8), digests)
+        left = left[length:]
+    assert digests.values() == [xxhash.xxh3_64_intdigest(bytes(byte_view(values))) for values in tensors]
+    assert stream.getvalue() == b"".join(bytes(byte_view(values)) for values in tensors)
+
+
+def test_digests_of_more_or_fewer_bytes_than_there_are_pieces_are_an_error() -> None:
+    digests = PieceDigests([4, 4])
+    digests.update(memoryview(bytes(7)))
+    with pytest.raises(ValueError, match="expected 2 pieces, got 1 whole"):
+        digests.values()
+    with pytest.raises(ValueError, match="expected 8 bytes in all, got 1 more"):
+        digests.update(memoryview(bytes(2)))
