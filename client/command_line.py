@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from ..server import commands
+from ..server import checkpoint_commands, commands
 from ..sharding.errors import StepwellError
 from .demo.command import demo
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 for command in (demo, commands.up, commands.status, commands.save, commands.down):
     app.command()(command)
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration
 from ..sharding.coverage import Holdings
+from ..sharding.folder import Checkpoint
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
 from ..sharding.pending_save import PendingSave
@@ -39,16 +40,19 @@ class ServiceHandle(Protocol):
         """Where the service stands, as plain values."""
 
     @overload
-    def save(self, uri: str, *, wait: Literal[True] = True) -> int: ...
+    def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...
 
     @overload
-    def save(self, uri: str, *, wait: Literal[False]) -> PendingSave: ...
+    def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[False]) -> PendingSave: ...
 
-    def save(self, uri: str, *, wait: bool = True) -> int | PendingSave:
+    def save(self, uri: str, *, keep_last: int | None = None, wait: bool = True) -> int | PendingSave:
         """Write a checkpoint; the number of steps in it, or without ``wait`` what it will be."""
 
     def restore(self, uri: str) -> int:
         """Take over a checkpoint; the number of steps in it."""
+
+    def checkpoints(self, uri: str) -> list[Checkpoint]:
+        """The complete checkpoints in a run's folder."""
 
     def shutdown(self) -> None:
         """End the service."""

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..sharding.compiling import KERNEL_CHOICES, KernelChoice
 from ..sharding.errors import ServiceNotFoundError, StepwellError
+from ..sharding.folder import Destination
 from . import cluster
 from .config import Placement
 from .service import connect, launch, service_names
@@ -100,18 +101,28 @@ def status(
             console.print(_status_table(fields))
 
 
-def save(name: Name, uri: Uri, address: Address = None, as_json: Json = False) -> None:
+def save(
+    name: Name,
+    uri: Uri,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write into a folder of its own in URI, and keep so many of the checkpoints there."),
+    ] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
     """Write a checkpoint of a running service, between two steps.
 
-    Example: stepwell save trainer /checkpoints/trainer
+    Example: stepwell save trainer /checkpoints/trainer --keep-last 3
     """
     service = connect(name, address=address)
     with notes.status(escape(f"saving service {name!r} to {uri} ...")):
-        step = service.save(uri)
+        step = service.save(uri, keep_last=keep_last)
+    target = Destination.of(uri, keep_last, step).uri
     if as_json:
-        _print_json({"name": name, "uri": uri, "step": step})
+        _print_json({"name": name, "uri": target, "step": step})
     else:
-        _say(f"saved step {step} of service [bold]{escape(name)}[/] to {escape(uri)}")
+        _say(f"saved step {step} of service [bold]{escape(name)}[/] to {escape(target)}")
 
 
 def down(name: Name, address: Address = None, as_json: Json = False) -> None:

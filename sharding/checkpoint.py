@@ -16,8 +16,8 @@ from .buffers import StateSource
 from .digests import digest_of
 from .errors import CheckpointError
 from .files import locate, write_file
-from .folder import size_problem
-from .manifest import FileEntry, Manifest, ShardFile, TensorPiece, piece_key
+from .folder import read_manifest, size_problem
+from .manifest import MANIFEST_NAME, FileEntry, Manifest, ShardFile, TensorPiece, piece_key, shorten
 from .pieces import MissingPieceError, read_across
 from .snapshot import Snapshot
 from .tensor_file import TensorFile, pack_header
@@ -74,6 +74,16 @@ class Damage:
         return ": ".join(filter(None, (self.file, self.tensor, self.problem)))
 
 
+def find_damages(uri: str) -> list[Damage]:
+    """Read all of a checkpoint; what is not as it was written. Called by one process, with or without a service."""
+    try:
+        manifest = read_manifest(uri)
+    except CheckpointError as error:
+        return [Damage(MANIFEST_NAME, "", str(error))]
+    with CheckpointReader(uri, manifest) as reader:
+        return [damage for index in range(len(manifest.files)) for damage in reader.damages(index)]
+
+
 class CheckpointReader:
     """Reads tensors of a checkpoint piece by piece; a context manager, as it holds files open.
 
@@ -124,7 +134,7 @@ class CheckpointReader:
                         entry.name, self._manifest.describe(piece), "is damaged: it has not the digest it should"
                     )
         except (OSError, ValueError) as error:
-            yield Damage(entry.name, "", f"is damaged ({error})")
+            yield Damage(entry.name, "", f"is damaged ({shorten(str(error))})")
 
     def source(self) -> StateSource:
         """The checkpoint as a state to load. Reads happen while it is loaded."""
@@ -155,7 +165,9 @@ class CheckpointReader:
             self._file(piece.file).read_into(piece.key, piece.numel, first, out)
         except (OSError, ValueError) as error:
             name = self._manifest.files[piece.file].name
-            raise CheckpointError(f"{self._uri}: {name} is damaged ({error}); use another checkpoint") from error
+            raise CheckpointError(
+                f"{self._uri}: {name} is damaged ({shorten(str(error))}); use another checkpoint"
+            ) from error
 
     def _file(self, index: int) -> TensorFile:
         """A file, opened, with the very tensors in it that the manifest says.

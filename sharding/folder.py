@@ -187,7 +187,7 @@ def remove_all_but_last(folder_uri: str, num_kept: int, *, newest_uri: str) -> N
         uris = _step_uris(folder_uri)
     except CheckpointError:
         return  # the next save that succeeds does it
-    kept = {newest_uri, *complete[len(complete) - num_kept + 1 :]}
+    kept = {newest_uri, *complete[max(len(complete) - num_kept + 1, 0) :]}
     for uri in uris:
         if uri not in kept:
             remove_file(

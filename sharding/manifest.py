@@ -30,6 +30,8 @@ MAX_MANIFEST_BYTES = 2**28
 """Some millions of pieces; what is larger is no manifest and is not read into memory."""
 HEADER_BYTES_PER_TENSOR = 1024
 """More than a file's header has for each tensor; what a header may have beside that is one page."""
+MAX_TEXT = 500
+"""Characters of a text for people that a manifest holds."""
 
 logger = logging.getLogger("stepwell")
 
@@ -173,9 +175,8 @@ class Manifest:
             manifest = cls._of_fields(msgpack.unpackb(packed))
             manifest._require_whole()
         except _DAMAGE as error:
-            raise CheckpointError(
-                f"{uri}: the manifest is damaged ({type(error).__name__}: {error}); use another checkpoint"
-            ) from error
+            what = f"{type(error).__name__}: {shorten(str(error))}"
+            raise CheckpointError(f"{uri}: the manifest is damaged ({what}); use another checkpoint") from error
         return manifest
 
     @classmethod
@@ -194,8 +195,8 @@ class Manifest:
             skipped_steps=_count(fields["skipped_steps"]),
             scalars=fields["scalars"],
             step_counts=tuple(_count(count) for count in fields["step_counts"]),
-            kernel_identity=str(fields["kernel_identity"]),
-            saved_at=float(fields["saved_at"]),
+            kernel_identity=_text(fields["kernel_identity"]),
+            saved_at=_moment(fields["saved_at"]),
             files=files,
             pieces=tuple(_piece(len(files), *piece) for piece in fields["pieces"]),
         )
@@ -281,6 +282,11 @@ def shard_file_name(save_id: str, shard: int, num_shards: int) -> str:
     return f"{save_id}-shard-{shard:05d}-of-{num_shards:05d}.safetensors"
 
 
+def shorten(text: str) -> str:
+    """A text as far as a line of an error has room for it: what comes from a file may be of any length."""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..."
+
+
 def is_shard_file(name: str) -> bool:
     """Whether a file of this name was written by a save, or was to be; only these are ever removed."""
     return re.fullmatch(r"[0-9a-z-]+-shard-\d{5}-of-\d{5}\.safetensors(\.tmp)?", name) is not None
@@ -315,7 +321,7 @@ def _refuse_version(packed: bytes, uri: str) -> None:
         remedy = "read it with a newer Stepwell" if is_newer else "restore it with the Stepwell that wrote it"
         raise CheckpointError(
             f"{uri}: expected a checkpoint of format version {FORMAT_VERSION}, the only one that this Stepwell reads, "
-            f"got version {version}; {remedy}"
+            f"got version {shorten(str(version))}; {remedy}"
         )
 
 
@@ -342,6 +348,18 @@ def _slot_lengths(spec: JobSpec) -> Iterator[dict[str, int]]:
 def _count(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ValueError(f"{value!r} is no line of text")
+    return value
+
+
+def _moment(value: object) -> float:
+    if not isinstance(value, float) or not 0 <= value < 2**37:  # some thousand years
+        raise ValueError(f"{value!r} is no moment")
     return value
 
 

@@ -21,7 +21,8 @@ from .digests import PieceDigests, digest_of
 ALIGNMENT = 4096
 """The tensors begin at a multiple of this, a page, for whoever maps them into memory; spaces behind the header."""
 WRITE_BYTES = 2**20
-"""Written at once. For longer writes Linux looks for larger runs of free memory, and at times takes much longer."""
+"""Written at once, or read for a digest. For longer writes Linux looks for larger runs of free memory, and at times
+takes much longer."""
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 STAGED_BYTES = 2**22
@@ -127,7 +128,7 @@ class TensorFile:
         """
         self._stream.seek(place.begin)
         digests, left = PieceDigests([place.size_bytes]), place.size_bytes
-        staged = memoryview(bytearray(min(left, STAGED_BYTES)))
+        staged = memoryview(bytearray(min(left, WRITE_BYTES)))
         while left:
             part = staged[:left]
             self._fill(part)

@@ -180,6 +180,16 @@ def test_save_that_nobody_waits_for_tells_its_failure(pair: Pair, tmp_path: Path
     assert [path.name for path in uri.iterdir()] == ["manifest.msgpack.tmp"]
 
 
+def test_service_keeps_the_last_checkpoints_of_a_run(pair: Pair, tmp_path: Path) -> None:
+    for _ in range(3):
+        pair.train(1)
+        assert pair.service.save(str(tmp_path), keep_last=2) == pair.step
+    first, last = pair.service.checkpoints(str(tmp_path))
+    assert (first.step, last.step) == (pair.step - 1, pair.step)
+    assert len(list(tmp_path.iterdir())) == 2
+    require_checkpoint_of(last.step, last.uri)
+
+
 def test_shutdown_waits_for_the_save(launch: Launch, tmp_path: Path) -> None:
     service = launch(2)
     worker = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, service=service).run(3)
@@ -203,6 +213,25 @@ def test_save_to_an_unwritable_place_names_it_and_leaves_the_last_checkpoint(pai
     assert read_complete(str(uri)).step == step
     pair.service.restore(str(uri))
     pair.refresh(step)
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_restore_of_a_damaged_checkpoint_changes_nothing(
+    pair: Pair, launch: Launch, tmp_path: Path, shard: int
+) -> None:
+    pair.service.save(str(tmp_path))
+    victim = sorted(tmp_path.glob("*.safetensors"))[shard]
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    pair.train(1)
+    with pytest.raises(CheckpointError, match=f"{victim.name}: .* of parameter .*is damaged.*use another checkpoint"):
+        pair.service.restore(str(tmp_path))
+    pair.train(1)
+    fresh = launch(1)
+    with pytest.raises(CheckpointError, match=victim.name):
+        fresh.restore(str(tmp_path))
+    assert fresh.status()["rule"] is None
 
 
 def test_restore_that_fails_changes_nothing(pair: Pair, launch: Launch, tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,53 +13,8 @@ import ray
 import torch
 
 import stepwell
-from stepwell.client.command_line import main
+from tests.command_line import LIMIT_S, Cli, cli_process
 from tests.integration.processes import assert_all_end, processes_with
-
-LIMIT_S = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-    def require_error(self, *parts: str) -> None:
-        """One line on stderr that holds ``parts``, nothing on stdout."""
-        assert self.code == 1, self
-        assert self.out == ""
-        assert self.err.startswith("error: "), self.err
-        assert self.err.count("\n") == 1, self.err
-        assert "Traceback" not in self.err
-        for part in parts:
-            assert part in self.err
-
-
-Cli = Callable[..., Run]
-
-
-def cli_process(*arguments: str) -> Run:
-    command = [sys.executable, "-c", "from stepwell.client.command_line import main; main()", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    return Run(run.returncode, run.stdout, run.stderr)
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """The command line in this process, which spares the start of another."""
-
-    def run(*arguments: str) -> Run:
-        monkeypatch.setattr(sys, "argv", ["stepwell", *arguments])
-        capfd.readouterr()
-        try:
-            main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capfd.readouterr()
-        return Run(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +138,8 @@ def test_save_and_status_json_print_one_object(own_ray: Path, checkpoint: str, c
 
 def test_save_and_status_say_it_in_words(own_ray: Path, checkpoint: str, cli: Cli) -> None:
     assert f"saved step 3 of service trainer to {checkpoint}" in cli("save", "trainer", checkpoint).out
+    kept = cli("save", "trainer", str(own_ray / "run"), "--keep-last", "2", "--json")
+    assert json.loads(kept.out)["uri"] == str(own_ray / "run" / "step-00000003")
     assert "Prodigy" in cli("status").out
 
 

@@ -17,7 +17,7 @@ import torch
 from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, SGDRule, StableAdamRule
 from stepwell.sharding import snapshot as snapshot_module
 from stepwell.sharding.buffers import MASTER
-from stepwell.sharding.checkpoint import CheckpointReader, write_shard
+from stepwell.sharding.checkpoint import CheckpointReader, find_damages, write_shard
 from stepwell.sharding.errors import CheckpointError
 from stepwell.sharding.folder import read_complete, write_manifest
 from stepwell.sharding.manifest import build_manifest, shard_file_name
@@ -81,6 +81,7 @@ class Save:
         """What was written, read back by a run of its own."""
         files = [file.result(timeout=LIMIT_S) for file in self.writing]
         write_manifest(self.uri, build_manifest(self.spec, files, self.snapshots[0].status))
+        assert find_damages(self.uri) == []
         with CheckpointReader(self.uri, read_complete(self.uri)) as reader:
             return Run(problem(), self.spec.rule, num_shards=3, source=reader.source()).state()
 
