@@ -15,7 +15,7 @@ from torch import Tensor
 from .buffers import StateSource
 from .digests import digest_of
 from .errors import CheckpointError
-from .files import locate, write_file
+from .files import library_errors_told, locate, write_file
 from .folder import read_manifest, size_problem
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, ShardFile, TensorPiece, piece_key, shorten
 from .pieces import MissingPieceError, read_across
@@ -127,9 +127,12 @@ class CheckpointReader:
             yield Damage(entry.name, "", problem)
             return
         try:
-            opened = self._file(file)
-            for piece in sorted(pieces, key=lambda piece: opened.places[piece.key].begin):
-                if opened.digest(opened.places[piece.key]) != piece.digest:
+            with library_errors_told():
+                places = self._file(file).places
+            for piece in sorted(pieces, key=lambda piece: places[piece.key].begin):
+                with library_errors_told():
+                    digest = self._file(file).digest(places[piece.key])
+                if digest != piece.digest:
                     yield Damage(
                         entry.name, self._manifest.describe(piece), "is damaged: it has not the digest it should"
                     )
@@ -162,7 +165,8 @@ class CheckpointReader:
 
     def _read_piece(self, piece: TensorPiece, first: int, out: Tensor) -> None:
         try:
-            self._file(piece.file).read_into(piece.key, piece.numel, first, out)
+            with library_errors_told():
+                self._file(piece.file).read_into(piece.key, piece.numel, first, out)
         except (OSError, ValueError) as error:
             name = self._manifest.files[piece.file].name
             raise CheckpointError(

@@ -11,7 +11,7 @@ import posixpath
 import re
 
 from .errors import CheckpointError
-from .files import TEMPORARY, list_names, locate, read_file, remove_file, remove_folder, write_file
+from .files import TEMPORARY, list_names, read_file, remove_file, remove_folder, size_of, write_file
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, is_shard_file
 
 
@@ -34,21 +34,29 @@ class Checkpoint:
     rule: str
 
 
-def read_manifest(uri: str) -> Manifest:
-    """Read a checkpoint's manifest, without a look at its files.
+def manifest_bytes(uri: str) -> bytes:
+    """A checkpoint's manifest as it lies there.
 
     Raises:
-        CheckpointError: If there is none, or it is damaged.
+        CheckpointError: If there is none, or it cannot be read.
     """
     try:
-        data = read_file(uri, MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
+        return read_file(uri, MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(f"{uri}: there is no complete checkpoint here ({MANIFEST_NAME} is missing)") from error
     except OSError as error:
         raise CheckpointError(f"{uri}: cannot be read ({error})") from error
     except ValueError as error:
         raise CheckpointError(f"{uri}: the manifest is damaged ({error}); use another checkpoint") from error
-    return Manifest.unpack(data, uri)
+
+
+def read_manifest(uri: str) -> Manifest:
+    """Read a checkpoint's manifest, without a look at its files.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+    """
+    return Manifest.unpack(manifest_bytes(uri), uri)
 
 
 def read_complete(uri: str) -> Manifest:
@@ -67,10 +75,8 @@ def read_complete(uri: str) -> Manifest:
 
 def size_problem(uri: str, entry: FileEntry) -> str | None:
     """What is wrong with a file as far as its size tells; None if nothing is."""
-    fs, folder = locate(uri)
-    fs.invalidate_cache()  # a listing from before would be believed
     try:
-        found = fs.size(posixpath.join(folder, entry.name))
+        found = size_of(uri, entry.name)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

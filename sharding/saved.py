@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import posixpath
-
-import fsspec
 
 from .errors import CheckpointError
+from .folder import manifest_bytes
 from .job import JobSpec
-from .manifest import MANIFEST_NAME
 from .reports import ShardStatus
 
 
@@ -53,11 +50,4 @@ def manifest_digest(uri: str) -> str:
     Raises:
         CheckpointError: If there is none, or it cannot be read.
     """
-    try:
-        with fsspec.open(posixpath.join(uri, MANIFEST_NAME), "rb") as stream:
-            data: bytes = stream.read()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{uri}: there is no complete checkpoint here ({MANIFEST_NAME} is missing)") from error
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{uri}: cannot be read ({error})") from error
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(manifest_bytes(uri)).hexdigest()
