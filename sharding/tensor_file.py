@@ -46,7 +46,7 @@ def pack_header(tensors: Sequence[tuple[str, torch.dtype, int]]) -> bytes:
         for (name, dtype, numel), place in zip(tensors, itertools.pairwise(edges), strict=True)
     }
     header = json.dumps(fields, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % ALIGNMENT)
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
     return len(header).to_bytes(8, "little") + header
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 
 import fsspec
 import msgpack
+import numpy as np
 import pytest
 import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from torch import Tensor
 
 from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, StableAdamRule
 from stepwell.sharding.buffers import MASTER
@@ -35,8 +36,10 @@ from stepwell.sharding.manifest import (
     check_restorable,
     shard_file_name,
 )
+from tests.page_reader import read_checkpoint
 from tests.zoo import Problem, Run, ZooTensor, assert_same_state, constant, small
 
+PAGE = Path(__file__).parents[2] / "docs" / "checkpoint.md"
 RULES: dict[str, Rule] = {
     "Prodigy": ProdigyRule(d0=1e-3, slice_p=11),
     "AdamW": AdamWRule(amsgrad=True),
@@ -94,34 +97,45 @@ def memory() -> Iterator[str]:
 
 @pytest.mark.parametrize("num_shards", [1, 4])
 @pytest.mark.parametrize("name", RULES)
-def test_checkpoint_can_be_read_without_us(tmp_path: Path, name: str, num_shards: int) -> None:
+def test_checkpoint_can_be_read_from_its_page_alone(tmp_path: Path, name: str, num_shards: int) -> None:
     run = trained(name, num_shards)
     save(run, str(tmp_path))
     state = run.state()
-
-    manifest = msgpack.unpackb((tmp_path / "manifest.msgpack").read_bytes()[:-8])
-    assert (manifest["format"], manifest["version"]) == ("stepwell-checkpoint", 2)
-    assert len(manifest["files"]) == num_shards
-    found: dict[tuple[int, str], list[Tensor]] = {}
-    for param, slot, offset, numel, file, digest in sorted(manifest["pieces"]):
-        file_name, size_bytes, _ = manifest["files"][file]
-        assert (tmp_path / file_name).stat().st_size == size_bytes
-        with safe_open(tmp_path / file_name, framework="pt") as tensors:
-            piece = tensors.get_tensor(f"{param}/{slot}/{offset}")
-        assert piece.shape == (numel,)
-        assert xxhash.xxh3_64_intdigest(piece.view(torch.uint8).numpy()) == digest
-        assert sum(part.numel() for part in found.get((param, slot), [])) == offset
-        found.setdefault((param, slot), []).append(piece)
+    checkpoint = read_checkpoint(tmp_path)
+    found, manifest = dict(checkpoint.slots), checkpoint.manifest
     for slot, values in state.slots.items():
         for param, value in enumerate(values):
-            parts = found.pop((param, slot), [])
-            assert torch.equal(torch.cat([torch.zeros(0, dtype=value.dtype), *parts]), value)
+            read = torch.from_numpy(found.pop((param, slot), np.zeros(0)).copy())
+            assert torch.equal(read.to(value.dtype), value)
     assert not found
+    assert len(manifest["files"]) == num_shards
     assert manifest["scalars"] == state.scalars
     assert tuple(manifest["step_counts"]) == state.step_counts
     assert (manifest["sequence"], manifest["step"], manifest["skipped_steps"]) == state.counters
     assert manifest["job"]["params"][0] == ["p0", [40, 13], "float32", 0, True]
     assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_NAME, *(name for name, _, _ in manifest["files"])}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_page_s_own_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    run = trained(name, 4)
+    save(run, str(tmp_path / "checkpoint"))
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    namespace: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(PAGE), "exec"), namespace)
+    assert torch.equal(namespace["tensor"].view(-1), run.state().params[0].view(-1))
+    for slot, values in run.state().slots.items():
+        for param, value in enumerate(values):
+            assert torch.equal(namespace["read_slot"](Path("checkpoint"), param, slot).to(value.dtype), value)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_safetensors_reads_our_files(tmp_path: Path, num_shards: int) -> None:
+    manifest = save(trained("Prodigy", num_shards), str(tmp_path))
+    for piece in manifest.pieces:
+        with safe_open(tmp_path / manifest.files[piece.file].name, framework="pt") as tensors:
+            assert tensors.get_tensor(piece.key).shape == (piece.numel,)
 
 
 def test_manifest_survives_its_bytes(tmp_path: Path) -> None:
