@@ -7,8 +7,9 @@ import sys
 import typer
 from rich.console import Console
 
-from ..server import checkpoint_commands, commands
+from ..server import commands
 from ..sharding.errors import StepwellError
+from . import checkpoint_commands
 from .demo.command import demo
 
 app = typer.Typer(

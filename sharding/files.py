@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
+import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -41,9 +42,13 @@ def library_errors_told() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError | StepwellError) or type(error).__module__ == "builtins":
+        if isinstance(error, OSError | StepwellError) or _is_pythons(error):
             raise
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _is_pythons(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 def _open_new(fs: AbstractFileSystem, path: str) -> BinaryIO:
