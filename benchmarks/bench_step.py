@@ -3,7 +3,8 @@
 Everybody has the same parameters and the same gradients. Stepwell's shards have as many threads together as there are
 cores, the others run in one process with as many. Two forms:
 
-- gradient given: the step alone, over gradients that lie there;
+- gradient given: the step alone, over gradients that lie there. Ours lie where hooks have put them, within a backward
+  that is not timed; "copying" begins its step with copying them, and so does each with tensors too small for hooks;
 - behind a backward: a whole training step with a backward that costs little; the time is what it takes beyond the same
   backward alone, so that work moved into the backward counts.
 
@@ -29,6 +30,7 @@ from contestants import (
     MODEL_COPY_BYTES,
     STEP_BYTES,
     Workload,
+    backward_of,
     behind_backward,
     layered,
     lora,
@@ -66,19 +68,19 @@ class Entry:
         rule: One of ``STEP_BYTES``.
         num_shards: Shards of its service, or None for in process.
         against: Whom it is compared with, where these take part.
-        overlap: Whether gradients are gathered while backward runs.
+        overlap: Whether hooks copy gradients while backward runs.
     """
 
     rule: str
     num_shards: int | None
     against: tuple[str, ...]
-    overlap: bool = False
+    overlap: bool = True
 
     @property
     def name(self) -> str:
         """How the results call it."""
         where = "in process" if self.num_shards is None else f"{self.num_shards} shard{'s'[: self.num_shards > 1]}"
-        return f"{self.rule}, {where}{', overlap' if self.overlap else ''}"
+        return f"{self.rule}, {where}{'' if self.overlap else ', copying'}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,10 +107,11 @@ TWO = Entry("Prodigy", 2, (PRODIGYOPT, PYTORCH_OPTIMIZER, IN_PROCESS.name))
 OLD_TWO = Entry(OLD, 2, (PRODIGYOPT, OLD_IN_PROCESS.name))
 ADAMW_TWO = Entry("AdamW", 2, (FUSED, FOREACH, ADAMW_IN_PROCESS.name))
 ONE, FOUR = (Entry("Prodigy", num_shards, (PRODIGYOPT,)) for num_shards in (1, 4))
+COPYING, ADAMW_COPYING = (dataclasses.replace(each, overlap=False) for each in (TWO, ADAMW_TWO))
 
 EVERYBODY = Field(
     (PRODIGYOPT, PYTORCH_OPTIMIZER, FOREACH),
-    (IN_PROCESS, OLD_IN_PROCESS, ADAMW_IN_PROCESS, ONE, TWO, FOUR, OLD_TWO, ADAMW_TWO),
+    (IN_PROCESS, OLD_IN_PROCESS, ADAMW_IN_PROCESS, ONE, TWO, COPYING, FOUR, OLD_TWO, ADAMW_TWO),
 )
 LORA = Field(
     (PRODIGYOPT, PYTORCH_OPTIMIZER, FOREACH), (IN_PROCESS, OLD_IN_PROCESS, ADAMW_IN_PROCESS, TWO, OLD_TWO, ADAMW_TWO)
@@ -117,11 +120,11 @@ LARGE = (
     Field((PRODIGYOPT,), (IN_PROCESS, TWO)),
     Field((PRODIGYOPT,), (OLD_IN_PROCESS, OLD_TWO)),
     Field((FOREACH,), (ADAMW_IN_PROCESS, ADAMW_TWO)),
-    Field((PRODIGYOPT, PYTORCH_OPTIMIZER), (ONE, FOUR)),
+    Field((PRODIGYOPT,), (ONE, COPYING, FOUR)),
 )
 BEHIND = (
-    Field((PRODIGYOPT, FUSED), (IN_PROCESS, TWO, dataclasses.replace(TWO, overlap=True), ADAMW_TWO)),
-    Field((PRODIGYOPT, FUSED), (TWO, dataclasses.replace(TWO, overlap=True))),  # where memory has no room for more
+    Field((PRODIGYOPT, FUSED), (IN_PROCESS, TWO, COPYING, ADAMW_TWO, ADAMW_COPYING)),
+    Field((PRODIGYOPT, FUSED), (TWO, COPYING)),  # where memory has no room for more
 )
 
 
@@ -152,11 +155,11 @@ def sizes(quick: bool) -> list[Size]:
     if quick:
         return [
             Size("1 M", layered(million), (EVERYBODY,), BEHIND[0], 0.5, has_latency=True),
-            Size("LoRA", lora(60), (LORA,), BEHIND[0], 0.5, has_latency=True),
+            Size("LoRA", lora(60), (LORA,), BEHIND[0], 0.5),
         ]
     return [
         Size("1 M", layered(million), (EVERYBODY,), BEHIND[0], 10.0, has_latency=True),
-        Size("LoRA", lora(), (LORA,), BEHIND[0], 12.0, has_latency=True),
+        Size("LoRA", lora(), (LORA,), BEHIND[0], 12.0),
         Size("32 M", layered(32 * million), (EVERYBODY,), BEHIND[0], 20.0),
         Size("128 M", layered(128 * million), LARGE, BEHIND[1], 15.0),
         # Temporaries of more than 32 MiB are fresh memory each time: those who make some pay for it.
@@ -184,8 +187,12 @@ def given(size: Size, field: Field, *, is_first: bool) -> list[Row]:
     section, workload = f"step, {size.name}, gradient given", Workload(size.shapes)
     if missing := left_out(str(field), needed_bytes(field, workload.numel), section=section):
         return missing
+    overlapping = {entry.name for entry in field.entries if entry.overlap}
     with optimizers(workload, field, with_grads=True) as entered:
-        contestants = [Contestant(name, optimizer.step, num) for name, (optimizer, _, num) in entered.items()]
+        contestants = [
+            Contestant(name, optimizer.step, num, *([backward_of(workload, params)] if name in overlapping else []))
+            for name, (optimizer, params, num) in entered.items()
+        ]
         found = race(contestants, yardsticks=yardsticks(workload), budget_s=size.budget_s)
     result = found.machine(section) if is_first else []
     result += [
@@ -199,9 +206,8 @@ def given(size: Size, field: Field, *, is_first: bool) -> list[Row]:
         )
         for entry, other in pairs(field, found)
     ]
-    service, alone = TWO.name, IN_PROCESS.name
-    if size.has_latency and service in found and alone in found:
-        result.append(latency(found, service, alone, section=section, key=f"step/{size.name}/latency"))
+    if size.has_latency and TWO.name in found:
+        result.append(latency(found, TWO.name, IN_PROCESS.name, section=section, key=f"step/{size.name}/latency"))
     return result
 
 

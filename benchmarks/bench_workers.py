@@ -3,7 +3,8 @@
 The workers are processes of their own in a gloo group, with half of the cores each; the service has two shards. A time
 is that from when both begin until the second is done. Two forms:
 
-- gradient given: the service's step beside one all_reduce of all gradients, in one flat buffer, and a step on each;
+- gradient given: the service's step beside one all_reduce of all gradients, in one flat buffer, and a step on each. The
+  service's gradients lie where hooks have put them, within a backward that is not timed; "copying" copies them first;
 - behind a backward: a whole training step with a backward that costs little; the time is what it takes beyond the same
   backward without averaging. FSDP2's gathering of the parameters is part of its step, as the service's is of ours.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import prodigyopt
 import torch
@@ -23,6 +23,7 @@ from contestants import (
     FUSED,
     GROWTH_RATE,
     Workload,
+    backward_of,
     behind_backward,
     layered,
     loss_of,
@@ -46,14 +47,17 @@ PER_LAYER = 6
 BACKWARD = "the backward alone"
 REDUCED_PRODIGY, REDUCED_ADAMW = "all_reduce, prodigyopt", "all_reduce, AdamW fused"
 DDP_PRODIGY, DDP_ZERO, FSDP_ADAMW = "DDP, prodigyopt", "DDP, ZeroRedundancyOptimizer(AdamW)", "FSDP2, AdamW fused"
-PRODIGY, OVERLAPPED, ADAMW = "Prodigy, 2 shards", "Prodigy, 2 shards, overlap", "AdamW, 2 shards"
+PRODIGY, COPYING, ADAMW = "Prodigy, 2 shards", "Prodigy, 2 shards, copying", "AdamW, 2 shards"
 FSDP_PRODIGY = "FSDP2, Prodigy, 2 shards"
 
-GIVEN = ((PRODIGY, REDUCED_PRODIGY), (ADAMW, REDUCED_ADAMW))
+GIVEN = ((PRODIGY, REDUCED_PRODIGY), (COPYING, REDUCED_PRODIGY), (ADAMW, REDUCED_ADAMW))
 BEHIND = (
-    *((name, other) for name in (PRODIGY, OVERLAPPED) for other in (DDP_PRODIGY, DDP_ZERO, FSDP_ADAMW)),
+    *((name, other) for name in (PRODIGY, COPYING) for other in (DDP_PRODIGY, DDP_ZERO, FSDP_ADAMW)),
     (FSDP_PRODIGY, FSDP_ADAMW),
 )
+
+NUM_SERVICES = 3
+"""In each form."""
 
 Steps = dict[str, Callable[[], object]]
 
@@ -66,7 +70,7 @@ def rows(quick: bool) -> list[Row]:
         for form in (_race_given, _race_behind):
             tell(f"two workers, {form.__name__.rpartition('_')[2]}")
             with contextlib.ExitStack() as stack:
-                names = [stack.enter_context(service_of(2)).name for _ in range(_NUM_SERVICES[form])]
+                names = [stack.enter_context(service_of(2)).name for _ in range(NUM_SERVICES)]
                 found += run_ranks(form, 2, names, address(), numel, budget_s, timeout_s=TIMEOUT_S)
     return found
 
@@ -74,14 +78,17 @@ def rows(quick: bool) -> list[Row]:
 def _race_given(rank: int, world_size: int, names: list[str], where: str, numel: int, budget_s: float) -> list[Row]:
     workload = Workload(layered(numel), seed=rank)
     yardstick = torch.optim.AdamW(workload.params(with_grads=True), fused=True)
-    with _entered(("Prodigy", "AdamW"), names, where, workload, with_grads=True) as entered:
-        steps: Steps = {
-            **{f"{rule}, 2 shards": optimizer.step for rule, optimizer, _ in entered},
+    with contextlib.ExitStack() as stack:
+        contestants = []
+        for label, name in zip((PRODIGY, COPYING, ADAMW), names, strict=True):
+            optimizer, params = stack.enter_context(_entered(label, name, where, workload))
+            contestants.append(Contestant(label, optimizer.step, prepare=backward_of(workload, params)))
+        reduced: Steps = {
             REDUCED_PRODIGY: _reduced(workload, lambda params: prodigyopt.Prodigy(params, growth_rate=GROWTH_RATE)),
             REDUCED_ADAMW: _reduced(workload, lambda params: torch.optim.AdamW(params, fused=True)),
         }
         found = race(
-            [Contestant(name, step) for name, step in steps.items()],
+            [*contestants, *(Contestant(name, step) for name, step in reduced.items())],
             yardsticks=[Contestant(FUSED, yardstick.step, ADAMW_BYTES * workload.numel * world_size)],
             budget_s=budget_s,
             clock=timed_together,
@@ -99,10 +106,9 @@ def _race_behind(rank: int, world_size: int, names: list[str], where: str, numel
     alone = Contestant(BACKWARD, behind_backward(workload, workload.params(with_grads=False), None))
     with contextlib.ExitStack() as stack:
         steps = _torch_steps(workload)
-        for label, name in ((PRODIGY, names[0]), (OVERLAPPED, names[1])):
-            entered = _entered(("Prodigy",), [name], where, workload, with_grads=False, overlap=label == OVERLAPPED)
-            for _, optimizer, params in stack.enter_context(entered):
-                steps[label] = behind_backward(workload, params, optimizer)
+        for label, name in zip((PRODIGY, COPYING), names[:2], strict=True):
+            optimizer, params = stack.enter_context(_entered(label, name, where, workload))
+            steps[label] = behind_backward(workload, params, optimizer)
         net = _fsdp(workload)
         service = stepwell.connect(names[2], address=where)
         sharded = ours("Prodigy", list(net.parameters()), service=service)
@@ -119,22 +125,15 @@ def _race_behind(rank: int, world_size: int, names: list[str], where: str, numel
     ]
 
 
-_NUM_SERVICES: dict[Callable[..., list[Row]], int] = {_race_given: 2, _race_behind: 3}
-
-
 @contextlib.contextmanager
 def _entered(
-    rules: Sequence[str], names: Sequence[str], where: str, workload: Workload, *, with_grads: bool, **options: Any
-) -> Iterator[list[tuple[str, torch.optim.Optimizer, list[nn.Parameter]]]]:
-    """An optimizer of each rule, in a service each."""
-    with contextlib.ExitStack() as stack:
-        entered: list[tuple[str, torch.optim.Optimizer, list[nn.Parameter]]] = []
-        for rule, name in zip(rules, names, strict=True):
-            params = workload.params(with_grads=with_grads)
-            optimizer = ours(rule, params, service=stepwell.connect(name, address=where), **options)
-            stack.callback(optimizer.close)
-            entered.append((rule, optimizer, params))
-        yield entered
+    label: str, name: str, where: str, workload: Workload
+) -> Iterator[tuple[stepwell.ServiceOptimizer, list[nn.Parameter]]]:
+    """One of ours, in the service of this name."""
+    params, service = workload.params(with_grads=False), stepwell.connect(name, address=where)
+    optimizer = ours(label.partition(",")[0], params, service=service, overlap=label != COPYING)
+    with contextlib.closing(optimizer):
+        yield optimizer, params
 
 
 def _reduced(workload: Workload, build: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], None]:

@@ -102,6 +102,17 @@ def yardsticks(workload: Workload) -> list[Contestant]:
     ]
 
 
+def backward_of(workload: Workload, params: Sequence[Tensor]) -> Callable[[], None]:
+    """Fresh gradients, by a backward whose hooks run."""
+
+    def run() -> None:
+        for param in params:
+            param.grad = None
+        workload.backward(params)
+
+    return run
+
+
 def behind_backward(
     workload: Workload, params: Sequence[Tensor], optimizer: torch.optim.Optimizer | None
 ) -> Callable[[], None]:

@@ -39,11 +39,13 @@ class Contestant:
         name: Its name, unique in a race.
         step: What is timed.
         size_bytes: What one turn must read and write at the very least, each byte once; 0 if that says nothing.
+        prepare: What comes before each turn and is not timed.
     """
 
     name: str
     step: Callable[[], object]
     size_bytes: int = 0
+    prepare: Callable[[], object] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -250,9 +252,11 @@ def race(
     found, spent_s, num_rounds = Race(contestants, yardsticks), 0.0, 0
     for each in (*yardsticks, *contestants):
         for _ in range(num_warmups):
+            each.prepare()
             clock(each.step)
     while num_rounds < min_rounds or (spent_s < budget_s and num_rounds < max_rounds):
         for each in contestants if num_rounds % 2 == 0 else reversed(contestants):
+            each.prepare()
             for yardstick in yardsticks:
                 taken_s = clock(yardstick.step)
                 found.before[yardstick.name][each.name].append(taken_s)

@@ -50,7 +50,6 @@ class FlatBuffer:
         part: Which of the rank's two coverages it is.
         parts: Memory to use, of at least the sizes needed and with zeros as padding; None allocates it.
         dtype: What to hold, where there is no memory to use; None takes each extent's wire dtype.
-        in_place: Whether a model's parameters may be views of the buffer, see :class:`ParameterViews`.
         allocate: Where memory comes from otherwise.
 
     Attributes:
@@ -67,10 +66,9 @@ class FlatBuffer:
         part: Part = "held",
         parts: Sequence[Tensor] | None = None,
         dtype: torch.dtype | None = None,
-        in_place: bool = False,
         allocate: Allocate = allocate_zeros,
     ) -> None:
-        self.part, self.in_place = part, in_place
+        self.part = part
         self._coverage = Coverage.whole(layout) if coverage is None else coverage
         if parts is None:
             sizes = (self._coverage.numel(index) for index in range(len(layout.extents)))

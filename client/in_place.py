@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from .flat import FlatBuffer, Place
 from .holdings import is_distributed
@@ -21,21 +22,19 @@ class ParameterViews:
     Memory that a parameter had in the buffer may be written by every further step, whoever else refers to it by then.
 
     Args:
-        buffer: The buffer, on the CPU.
+        buffer: The buffer.
         params: The model's parameters, in index order.
     """
 
     def __init__(self, buffer: FlatBuffer, params: Sequence[Tensor]) -> None:
         self._params = params
         self._addresses: dict[int, int] = {}
-        raw = [part.view(torch.uint8).numpy() for part in buffer.parts]
         for place in buffer.places:
-            param, part = params[place.param], buffer.parts[place.part]
+            param = params[place.param]
             if not _is_movable(param, place):
                 continue
-            view = torch.frombuffer(
-                raw[place.part], dtype=part.dtype, count=param.numel(), offset=place.start * part.element_size()
-            ).view(param.shape)
+            # Of a view that went through DLPack the storage is what the view shows, and no more.
+            view = from_dlpack(place.view.view(param.shape))
             with torch.no_grad():
                 view.copy_(param)
             param.data = view
@@ -69,7 +68,7 @@ class ParameterViews:
 def _is_movable(param: Tensor, place: Place) -> bool:
     return (
         not is_distributed(param)
-        and param.device.type == place.view.device.type == "cpu"
+        and param.device == place.view.device
         and param.dtype == place.view.dtype
         and param.numel() == place.view.numel()
         and param.is_contiguous()
@@ -80,8 +79,9 @@ def _is_movable(param: Tensor, place: Place) -> bool:
 def _has_memory_of_its_own(param: Tensor) -> bool:
     """Whether nothing else refers to a tensor's storage: no other process, tensor or array."""
     storage, lone = param.untyped_storage(), torch.empty(1)
+    is_shared = param.device.type == "cpu" and param.is_shared()  # type: ignore[no-untyped-call]
     return (
-        not param.is_shared()  # type: ignore[no-untyped-call]
+        not is_shared
         and storage.nbytes() == param.numel() * param.element_size()
         and _num_uses(storage) == _num_uses(lone.untyped_storage())
     )

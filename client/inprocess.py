@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..server.config import default_kernel
 from ..server.messages import LoadHeader, Registration, pack_job, source_of
-from ..sharding.buffers import MASTER
 from ..sharding.checkpoint import CheckpointReader, write_shard
 from ..sharding.compiling import KernelChoice, resolve_kernel
 from ..sharding.coverage import Holdings
@@ -202,13 +201,6 @@ class InProcessTransport(Transport):
     def attach(self, layout: Layout, rank: int) -> None:
         """See :class:`Transport`."""
         self._layout, self._rank = layout, rank
-
-    def masters(self) -> Sequence[Tensor] | None:
-        """See :class:`Transport`; several shards have a part each."""
-        group = self.service.group
-        if len(group.shards) > 1 or group.spec.world_size > 1:
-            return None
-        return [extent.slots[MASTER.name].view(-1) for extent in group.shards[0].buffers.extents]
 
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""

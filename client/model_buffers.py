@@ -74,15 +74,12 @@ class ModelBuffers:
         rank: This worker's rank.
         holdings: What it holds of a sharded model.
         group: Over which replicas exchange parameters, see :func:`replica_group`.
-        masters: Memory that holds all parameters after a step, see :meth:`Transport.masters`.
-        in_place: Whether the model's parameters become views of ``held``, if that is on the CPU; see
-            :class:`ParameterViews`.
         options: How gradients are gathered.
         allocate: Where their memory comes from.
 
     Attributes:
         pushed: For gradients.
-        held: For parameters, all that this rank holds.
+        held: For parameters, all that this rank holds; the model's are views of it, see :class:`ParameterViews`.
         pulled: What a step brings of them: ``held``, or a replica's share, see :meth:`take`.
 
     Raises:
@@ -98,15 +95,12 @@ class ModelBuffers:
         *,
         holdings: Holdings | None = None,
         group: dist.ProcessGroup | None = None,
-        masters: Sequence[Tensor] | None = None,
-        in_place: bool = False,
         options: GatherOptions = DEFAULT_OPTIONS,
         allocate: Allocate = allocate_zeros,
     ) -> None:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = common_device(params)
-        in_place = in_place and device.type == "cpu"
         self._is_plain = not any(map(is_distributed, self._params))
         self._shapes = [local.shape for local in self._local_parts()]
         self._make_pushed = functools.partial(
@@ -114,19 +108,16 @@ class ModelBuffers:
         )
         self._replicas = None if group is None else Replicas(layout, spec, rank, device, group, allocate)
         if self._replicas is None:
-            memory = masters if masters is not None and all(part.device == device for part in masters) else None
-            self.held = self.pulled = FlatBuffer(
-                layout, device, coverage=held, parts=memory, in_place=in_place, allocate=allocate
-            )
+            self.held = self.pulled = FlatBuffer(layout, device, coverage=held, allocate=allocate)
         else:
-            self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts, in_place=in_place)
+            self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
         self._early: EarlyCopies | None = None
         self._renew_pushed()
         if options.overlap:
             self._early = self._copy_early()
         self._present: tuple[list[bool], bytes] = [], b""
-        self._views = ParameterViews(self.held, self._params) if self.held.in_place else None
+        self._views = ParameterViews(self.held, self._params)
         self._copied = self._to_copy()
         self._versions = [-1] * len(self._params)
 
@@ -194,21 +185,19 @@ class ModelBuffers:
 
     def write_parameters(self) -> None:
         """Give the model what is in ``held``."""
-        if self._views is not None and self._views.let_go():
+        if self._views.let_go():
             self._copied = self._to_copy()
         targets, sources = self._copied
         with torch.no_grad():
             copy_all(targets if self._is_plain else [local_part(target) for target in targets], sources)
-        if self._views is not None:
-            self._views.mark_written()
+        self._views.mark_written()
         self._versions = self._versions_now()
 
     def close(self) -> None:
         """Leave the model as any other: without hooks, its parameters in memory of their own."""
         if self._early is not None:
             self._early.close()
-        if self._views is not None:
-            self._views.release()
+        self._views.release()
 
     def values(self) -> dict[int, tuple[int, Tensor]]:
         """What this rank answers for of the parameters, see :func:`values_of`."""
@@ -245,7 +234,7 @@ class ModelBuffers:
 
     def _to_copy(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters that are not in place, and what is held of them."""
-        in_place = () if self._views is None else self._views.indices
+        in_place = self._views.indices
         places = [place for place in self.held.places if place.param not in in_place]
         held = [place.view.view(self._shapes[place.param]) for place in places]
         return [self._params[place.param] for place in places], held

@@ -65,11 +65,6 @@ class ObjectStoreTransport(Transport):
         self._memory = NodeMemory()
         self._placements: weakref.WeakKeyDictionary[FlatBuffer, list[Placement | None]] = weakref.WeakKeyDictionary()
 
-    @property
-    def shares_memory(self) -> bool:
-        """See :class:`Transport`; with some shards at least."""
-        return any(self._memory.is_near)
-
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """See :class:`Transport`."""
         # Not left to the optimizer, which may be gone long before the process ends, while other ranks still train.

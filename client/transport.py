@@ -63,11 +63,6 @@ class Transport(abc.ABC):
 
     service: ServiceHandle
 
-    @property
-    def shares_memory(self) -> bool:
-        """Whether shards write what a step brings to memory of :meth:`allocate`, so that nobody else need copy it."""
-        return False
-
     @abc.abstractmethod
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """Register this worker, and what it holds of a sharded model. Called once by every rank."""
@@ -75,13 +70,6 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def attach(self, layout: Layout, rank: int) -> None:
         """Take note of the layout that the service named last."""
-
-    def masters(self) -> Sequence[Tensor] | None:
-        """Memory with all parameters in the state's dtype, per extent, that holds them anew after each step.
-
-        It is the shards' own and must not be written. None where there is no such memory in this process.
-        """
-        return None
 
     def allocate(self, sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor]:
         """Memory for this worker's buffers, see :data:`stepwell.client.flat.Allocate`. Called after :meth:`attach`."""

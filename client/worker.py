@@ -122,8 +122,6 @@ class Worker:
             self.rank,
             holdings=self._holdings,
             group=self._replica_group,
-            masters=self.transport.masters(),
-            in_place=self.transport.shares_memory,
             options=self._options,
             allocate=self.transport.allocate,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..sharding.errors import ShardLostError
 from ..sharding.reports import StepResult
-from ..sharding.shard import Reduction
+from ..sharding.running import Reduction
 
 c10d: Any = dist  # torch has no types for its stores and groups
 

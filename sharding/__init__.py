@@ -14,7 +14,8 @@ from .layout import Layout, ParamSpec
 from .manifest import Manifest, ShardFile
 from .push import Push, PushHeader, pack_present, unpack_present
 from .reports import Receipt, ShardStatus, StepResult
-from .shard import Reduction, Shard
+from .running import Reduction
+from .shard import Shard
 from .snapshot import Snapshot
 from .vote import Decision
 

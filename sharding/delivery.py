@@ -63,8 +63,6 @@ class Delivery:
         self.direct: list[list[tuple[range, Tensor]]] = [[] for _ in buffers.extents]
         for sink, runs in sinks:
             for target, extent, its_runs, direct in zip(sink.parts, buffers.extents, runs, self.direct, strict=True):
-                if target.data_ptr() == extent.slots[MASTER.name].data_ptr():
-                    continue  # the rank reads the masters themselves
                 tiles = _whole_tiles(its_runs)
                 if tiles is not None and target.device == extent.device:
                     direct.append((tiles, target.view(-1, TILE_NUMEL)))
@@ -82,9 +80,7 @@ class Delivery:
 
 
 def _fill(target: Tensor, extent: ExtentBuffers, runs: Runs) -> None:
-    source = packed(extent.slots[MASTER.name].view(-1), runs)
-    if target.data_ptr() != source.data_ptr():  # else the rank reads the masters themselves
-        target.copy_(source)
+    target.copy_(packed(extent.slots[MASTER.name].view(-1), runs))
 
 
 def _whole_tiles(runs: Runs) -> range | None:

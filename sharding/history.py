@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from .errors import AttemptError, FutureRequestError, StaleRequestError, TimelineError
 from .push import Push, PushHeader
 from .reports import StepResult
@@ -22,6 +24,7 @@ class History:
         num_steps: Steps so far, skipped ones included.
         num_skipped: Steps of these that were skipped.
         last_result: Of the last step; None if this timeline had none yet.
+        last_sums: What its vectors added up to over all shards.
     """
 
     def __init__(self, timeline: int) -> None:
@@ -32,11 +35,12 @@ class History:
         """Begin a new timeline."""
         self.timeline = timeline
         self.last_result: StepResult | None = None
+        self.last_sums: Sequence[Tensor] = ()
         self._taken: dict[int, PushHeader] = {}
 
-    def note(self, result: StepResult, pushes: Sequence[Push]) -> None:
-        """Count a step that was taken or skipped, with these pushes."""
-        self.last_result = result
+    def note(self, result: StepResult, pushes: Sequence[Push], sums: Sequence[Tensor]) -> None:
+        """Count a step that was taken or skipped, with these pushes and sums."""
+        self.last_result, self.last_sums = result, tuple(sums)
         self._taken = {push.header.rank: push.header for push in pushes}
         self.sequence += 1
         self.num_steps += 1

@@ -15,7 +15,8 @@ from .job import JobSpec
 from .partials import sum_vectors
 from .push import Push
 from .reports import Receipt, StepResult
-from .shard import Reduction, Shard
+from .running import Reduction, RunningStep
+from .shard import Shard
 
 
 class ShardGroup:
@@ -121,24 +122,15 @@ def run_in_lockstep(steps: Sequence[Reduction]) -> StepResult:
         StepAbortedError: If the shards came to different results, which a bug alone can do.
     """
     try:
-        results = _drive(steps)
+        running = [RunningStep(step) for step in steps]
+        while all(each.vector is not None for each in running):
+            total = sum_vectors([each.vector for each in running if each.vector is not None])
+            for each in running:
+                each.take(total)
     finally:
         for step in steps:
             step.close()
+    results = [each.result for each in running if each.result is not None]
     if len(results) != len(steps) or len({result.decision for result in results}) != 1:
         raise StepAbortedError(f"the shards disagree: {[result.decision.value for result in results]}")
     return results[0]
-
-
-def _drive(steps: Sequence[Reduction]) -> list[StepResult]:
-    vectors = [next(step) for step in steps]
-    results: list[StepResult] = []
-    while not results:
-        total = sum_vectors(vectors)
-        vectors = []
-        for step in steps:
-            try:
-                vectors.append(step.send(total))
-            except StopIteration as stop:
-                results.append(stop.value)
-    return results

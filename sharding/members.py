@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +67,11 @@ class Members:
         if rank not in self._by_rank:
             raise IncarnationError(f"rank {rank}: no worker has registered as this rank since the job's last change")
         return self._by_rank[rank]
+
+    @property
+    def by_rank(self) -> Mapping[int, Member]:
+        """All admitted workers."""
+        return self._by_rank
 
     def admit(self, rank: int, incarnation: str, holdings: Holdings | None) -> bool:
         """Let a worker's process push as ``rank``; an earlier one no longer may. Whether there was another.

@@ -7,6 +7,7 @@ shards in one process and shards on many machines alike.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -33,7 +34,9 @@ from .kernels import Apply, Kernels
 from .layout import Layout
 from .members import Member, Members
 from .push import Inbox, Push, PushHeader, unpack_present
+from .recovery import LoggedStep, Standing
 from .reports import Receipt, ShardStatus, StepResult
+from .running import Reduction, RunningStep
 from .snapshot import Snapshot
 from .tables import Tables
 from .vote import Decision, cast_vote, count_votes, open_votes
@@ -46,10 +49,6 @@ class Extension:
     spec: JobSpec
     layout: Layout
     buffers: Buffers
-
-
-Reduction = Generator[Tensor, Tensor, StepResult]
-"""Yields a vector, is sent its sum over all shards, returns the result."""
 
 
 class Shard:
@@ -84,6 +83,7 @@ class Shard:
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
+        self._sums: list[Tensor] = []
         self._lost: str | None = f"shard {shard} has no parameters yet"
 
     def _allocate(self, spec: JobSpec, layout: Layout) -> Buffers:
@@ -167,6 +167,11 @@ class Shard:
         if self._snapshot is not None:
             self._snapshot.detach(for_step=for_step)
 
+    def standing(self) -> Standing:
+        """Where the shard stands, for the others, when some were lost."""
+        under_way = {} if self._deciding is None else {self.sequence + 1: tuple(self._sums)}
+        return Standing(self.sequence, {self.sequence: self.history.last_sums, **under_way})
+
     def deliver(self, rank: int, sink: Sink) -> None:
         """Fill a rank's memory with the parameters as they are; raises as :meth:`receive`."""
         runs = self.members[rank].runs(sink.part)
@@ -236,6 +241,30 @@ class Shard:
         self._lost = None
         self._begin(timeline)
 
+    def rebuild(self, source: StateSource, history: History, workers: Mapping[int, Member]) -> None:
+        """Become what another shard object was between two steps, on the same timeline.
+
+        Args:
+            source: Its state.
+            history: Its history.
+            workers: Whom it had admitted, by rank.
+        """
+        self.load(source, timeline=history.timeline)
+        self.history = copy.copy(history)
+        for rank, member in workers.items():
+            self.admit(rank, member.incarnation, member.holdings)
+
+    def replay(self, logged: LoggedStep) -> RunningStep:
+        """Take a step again, up to the first sum that the log does not know.
+
+        The log has it from a shard that had checked its pushes; their senders may have been replaced since.
+        """
+        self._begin_with([dataclasses.replace(push, sink=None) for push in logged.pushes])
+        running = RunningStep(self.step())
+        for total in logged.sums:
+            running.take(total)
+        return running
+
     def set_workers(self, world_size: int, gradients: Gradients) -> None:
         """Change what the workers are, between two jobs' workers; those admitted so far are forgotten."""
         self.spec = dataclasses.replace(self.spec, world_size=world_size, gradients=gradients)
@@ -297,9 +326,12 @@ class Shard:
         For who receives pushes while :meth:`step` waits for its turn, which else does this itself. Must be followed by
         a step that is run until its first vector at least.
         """
-        self._deciding = self._inbox.take()
+        self._begin_with(self._inbox.take())
+
+    def _begin_with(self, pushes: list[Push]) -> None:
+        self._deciding, self._sums = pushes, []
         # A successor with other holdings may be admitted meanwhile.
-        self._senders = [self.members[push.header.rank] for push in self._deciding]
+        self._senders = [self.members[push.header.rank] for push in pushes]
 
     def step(self) -> Reduction:
         """Run the next step: vote, local pass, reduction, apply pass.
@@ -316,7 +348,7 @@ class Shard:
             limits = ClipLimits() if missing else limits_of(pushes[0].header)
             gradient = () if missing else self._gradient(pushes)
             num_nonfinite, square_sums = self._look(pushes, gradient, limits)
-            total = yield cast_vote(
+            vote = cast_vote(
                 self._shard,
                 self._num_shards,
                 timeline=self.timeline,
@@ -326,6 +358,7 @@ class Shard:
                 num_nonfinite=num_nonfinite + sum(push.header.found_inf for push in pushes),
                 square_sums=square_sums,
             )
+            total = yield from self._summed(vote)
             result = self._decide(total, limits)
             if result.decision is Decision.COMMIT:
                 self._detach_snapshot(for_step=not any(push.reloaded for push in pushes))
@@ -334,13 +367,19 @@ class Shard:
                 gradient = limited(gradient, limits.max_value, limits.coefficient(grad_norm), self.buffers)
                 result = dataclasses.replace((yield from self._commit(pushes, gradient)), grad_norm=grad_norm)
             if result.decision is not Decision.ABORT:
-                self.history.note(result, pushes)
+                self.history.note(result, pushes, self._sums)
             moving = False
             return result
         finally:
             if moving:
                 self._lost = f"shard {self._shard} was interrupted within step {self.sequence + 1}"
             self._deciding = None
+
+    def _summed(self, vector: Tensor) -> Generator[Tensor, Tensor, Tensor]:
+        """A vector's sum over all shards, which is kept for a shard that may not get it."""
+        total = yield vector
+        self._sums.append(total)
+        return total
 
     def _look(self, pushes: Sequence[Push], gradient: Gradient, limits: ClipLimits) -> tuple[int, Tensor]:
         """How many tiles of the gradient hold inf or NaN, and with a limit its sums of squares; none of none."""
@@ -398,7 +437,7 @@ class Shard:
             table, c = self._tables.sums, rule.local_coefficients(step)
             unmoved = Combined(step.scalars, key_state=step.key_state)
             then = self._second_pass(step, unmoved, totals, delivery) if self._is_one_pass else None
-            partials = yield self._kernels.local(self.buffers, gradient, c, table, then)
+            partials = yield from self._summed(self._kernels.local(self.buffers, gradient, c, table, then))
             totals = table.totals(rule.sums, partials)
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals

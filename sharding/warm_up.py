@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .buffers import MASTER, StateSource
+from .delivery import Sink
 from .inprocess import ShardGroup
 from .job import JobSpec
 from .layout import ParamSpec, dtype_name, wire_dtype
@@ -20,7 +21,8 @@ STAND_IN_SHAPE = (4, 2, 8, 4)
 def warm_up(spec: JobSpec, device: torch.device) -> None:
     """Take one step of a small stand-in for each dtype that the job has; nothing of the job is touched.
 
-    What not every step needs is compiled when one does: the look at a gradient, for its norm.
+    Each rank's parameters go to memory that is reached from here. What not every step needs is compiled when one does:
+    the look at a gradient, for its norm, and parameters that go to nobody's memory.
 
     Raises:
         KernelError: If its kernels cannot be compiled.
@@ -56,7 +58,8 @@ def _take_step(spec: JobSpec, dtype: torch.dtype, device: torch.device) -> None:
             hyper={name: [value] for name, value in hyper.items()} if rank == 0 else None,
             max_abs=1.0,
         )
-        group.push([Push(header, (gradient,))])
+        sink = Sink("held", (torch.empty_like(gradient, device=device),))
+        group.push([Push(header, (gradient,), sink=sink)])
 
 
 def _read_ones(param: int, slot: str, offset: int, out: Tensor) -> None:

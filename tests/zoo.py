@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.optim import TILE_NUMEL, Rule
+from stepwell.server.config import default_kernel
 from stepwell.sharding.buffers import MASTER, StateSource
-from stepwell.sharding.compiling import Kernel
+from stepwell.sharding.compiling import Kernel, resolve_kernel
 from stepwell.sharding.inprocess import ShardGroup
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import Layout, ParamSpec, dtype_from_name
@@ -127,10 +128,12 @@ class Problem:
         return groups
 
     def set_gradients(self, params: Sequence[nn.Parameter], step: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Give every parameter that has one its gradient of ``step``."""
+        """Give every parameter that has one its gradient of ``step``, by a backward pass."""
         for index, (tensor, param) in enumerate(zip(self.tensors, params, strict=True)):
             if tensor.has_grad:
-                param.grad = self.gradient(step, index, param.detach(), rank=rank, world_size=world_size)
+                param.grad = None
+                gradient = self.gradient(step, index, param.detach(), rank=rank, world_size=world_size)
+                torch.autograd.backward(param, gradient)
 
     @functools.cached_property
     def _initial(self) -> list[Tensor]:
@@ -269,6 +272,11 @@ class State:
         return self.slots[MASTER.name]
 
 
+def chosen_kernel() -> Kernel:
+    """How passes run where a test does not say."""
+    return resolve_kernel(default_kernel(), torch.device("cpu"))
+
+
 class Run:
     """A problem on shards in this process.
 
@@ -282,7 +290,7 @@ class Run:
         wire_dtype: What the gradients are pushed in; None for the state's dtype.
         source: The state to begin with; None for the problem's initial parameters.
         rank_0: Fields of the headers of rank 0, in each of its pushes.
-        kernel: How passes run.
+        kernel: How passes run; None for ``$STEPWELL_KERNEL``, as for services.
     """
 
     def __init__(
@@ -297,10 +305,11 @@ class Run:
         wire_dtype: torch.dtype | None = None,
         source: StateSource | None = None,
         rank_0: Mapping[str, object] | None = None,
-        kernel: Kernel = "eager",
+        kernel: Kernel | None = None,
     ) -> None:
         self.problem, self.rule, self.world_size, self.wire_dtype = problem, rule, world_size, wire_dtype
         self.rank_0 = dict(rank_0 or {})
+        kernel = kernel or chosen_kernel()
         spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, chunk_numel, kernel=kernel)
         self.group = ShardGroup(spec, num_shards=num_shards)
         self.group.load(source or initial_state(problem), timeline=1)

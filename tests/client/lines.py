@@ -141,6 +141,7 @@ class _SharedService(InProcessService):
     """As its base, but for several workers."""
 
     def register(self, spec: JobSpec) -> ShardGroup:
+        spec = dataclasses.replace(spec, kernel=self._kernel)
         if self._group is None:
             self._group = ShardGroup(spec, num_shards=self._num_shards)
         self._group.spec.require_same(spec, whose="a worker")

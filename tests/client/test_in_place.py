@@ -1,10 +1,10 @@
-"""Parameters that are views of the buffer which a step fills, and masters that are read where they are."""
+"""Parameters that are views of the buffer which a step fills, beside such as had to stay where they were."""
 
 from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +18,14 @@ from tests.client.lines import FaultyTransport, reached_by
 from tests.client.training import assert_equal, assert_same_state, loss_of, make_net, train, values_of
 
 
-class SharedMemory(FaultyTransport):
-    """A line to shards that write what a step brings straight into this process's buffer."""
-
-    shares_memory = True
+def optimizer_of(params: Any) -> stepwell.ServiceOptimizer:
+    return stepwell.Prodigy(params, weight_decay=0.1, service=InProcessService(num_shards=2))
 
 
-def optimizer_of(params: Any, **options: Any) -> stepwell.ServiceOptimizer:
-    transport = SharedMemory(InProcessTransport(InProcessService(num_shards=2)))
-    with reached_by(lambda rank: transport):
-        return stepwell.Prodigy(params, weight_decay=0.1, **options)
+def stay(params: Iterable[Tensor]) -> None:
+    """Keep parameters where they are: in memory that other processes may share."""
+    for param in params:
+        param.share_memory_()  # type: ignore[no-untyped-call]
 
 
 def in_place(optimizer: stepwell.ServiceOptimizer) -> list[int]:
@@ -41,9 +39,10 @@ def in_place(optimizer: stepwell.ServiceOptimizer) -> list[int]:
 
 def expected_net(dtype: torch.dtype = torch.float32, steps: int = 6) -> nn.Sequential:
     net = make_net(dtype)
-    train(
-        net, stepwell.Prodigy(net.parameters(), weight_decay=0.1, service=InProcessService(num_shards=2)), range(steps)
-    )
+    stay(net.parameters())
+    addresses = [param.data_ptr() for param in net.parameters()]
+    train(net, stepwell.Prodigy(net.parameters(), weight_decay=0.1), range(steps))
+    assert [param.data_ptr() for param in net.parameters()] == addresses
     return net
 
 
@@ -66,20 +65,13 @@ def test_parameters_are_views_with_storages_of_their_own_and_the_same_bits(dtype
         assert param.is_contiguous()
 
 
-def test_nothing_is_moved_unless_the_transport_shares_memory() -> None:
-    net = make_net()
-    addresses = [param.data_ptr() for param in net.parameters()]
-    train(net, stepwell.Prodigy(net.parameters()), range(2))
-    assert [param.data_ptr() for param in net.parameters()] == addresses
-
-
 # What is left where it is
 
 
 def test_parameters_that_cannot_be_moved_are_copied() -> None:
     base = torch.randn(100)
     shared = nn.Parameter(torch.randn(9))
-    shared.share_memory_()  # type: ignore[no-untyped-call]
+    stay([shared])
     params = [
         nn.Parameter(torch.randn(20, 30)),
         nn.Parameter(torch.randn(20, 30).t()),
@@ -91,6 +83,7 @@ def test_parameters_that_cannot_be_moved_are_copied() -> None:
     ]
     alias = params[6].detach()
     twins = [nn.Parameter(param.detach().clone()) for param in params]
+    stay(twins)
     optimizer, expected = optimizer_of(params), stepwell.Prodigy(twins, weight_decay=0.1)
     assert in_place(optimizer) == [0]
     for step in range(4):
@@ -213,6 +206,7 @@ def test_change_by_hand_is_taken_over(through: str) -> None:
         train(net, optimizer, range(2, 5))
 
     net, twin = make_net(), make_net()
+    stay(twin.parameters())
     optimizer = optimizer_of(net.parameters())
     expected = stepwell.Prodigy(twin.parameters(), weight_decay=0.1)
     trained(optimizer, net)
@@ -223,7 +217,7 @@ def test_change_by_hand_is_taken_over(through: str) -> None:
 
 def test_only_what_was_changed_is_sent_again() -> None:
     net = make_net()
-    transport = SharedMemory(InProcessTransport(InProcessService(num_shards=2)))
+    transport = FaultyTransport(InProcessTransport(InProcessService(num_shards=2)))
     with reached_by(lambda rank: transport):
         optimizer = stepwell.AdamW(net.parameters())
     train(net, optimizer, range(2))
@@ -293,6 +287,7 @@ def test_added_group_moves_all_into_the_new_buffer() -> None:
         optimizer.add_param_group({"params": list(net[2].parameters())})
         train(net, optimizer, range(2, 5))
 
+    stay(twin.parameters())
     optimizer = optimizer_of(net[0].parameters())
     trained(optimizer, net)
     trained(stepwell.Prodigy(twin[0].parameters(), weight_decay=0.1), twin)
@@ -313,42 +308,8 @@ def test_refresh_after_a_restore_brings_the_restored_parameters(tmp_path: Path) 
     assert in_place(optimizer) == ALL
 
 
-# Masters that are read where they are
-
-
-def masters_of(optimizer: stepwell.ServiceOptimizer) -> Sequence[Tensor]:
-    assert optimizer._worker is not None
-    masters = optimizer._worker.transport.masters()
-    assert masters is not None
-    return masters
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_one_shard_in_this_process_has_its_masters_read_where_they_are(dtype: torch.dtype) -> None:
-    net = make_net(dtype)
-    optimizer = stepwell.Prodigy(net.parameters(), weight_decay=0.1)
-    assert optimizer._worker is not None
-    for _ in range(2):
-        held = optimizer._worker._buffers.held
-        assert [part.data_ptr() for part in held.parts] == [part.data_ptr() for part in masters_of(optimizer)]
-        optimizer.refresh()
-    train(net, optimizer, range(6))
-    assert_equal(net.parameters(), expected_net(dtype).parameters())
-    addresses = {part.data_ptr() for part in masters_of(optimizer)}
-    assert not addresses & {param.data_ptr() for param in net.parameters()}
-
-
-def test_several_shards_have_no_masters_in_one_place() -> None:
-    assert InProcessTransport(_registered(InProcessService(num_shards=2))).masters() is None
-
-
-def _registered(service: InProcessService) -> InProcessService:
-    stepwell.AdamW(make_net().parameters(), service=service)
-    return service
-
-
-def test_masters_are_followed_when_a_group_is_added_and_a_checkpoint_restored(tmp_path: Path) -> None:
-    """A checkpoint of other batches lays the shard's memory out anew."""
+def test_checkpoint_of_other_batches_is_restored_into_parameters_in_place(tmp_path: Path) -> None:
+    """It lays the shard's memory out anew."""
 
     def grown(service: InProcessService) -> tuple[nn.Sequential, stepwell.ServiceOptimizer]:
         net = make_net()

@@ -91,7 +91,8 @@ def test_step_that_failed_after_it_was_taken_is_taken_over(
 
 
 def test_failed_step_leaves_parameters_and_groups_as_they_were() -> None:
-    params, optimizer, _ = _disturbed(Fault("step", FAILED_STEP, "after", ServiceTimeoutError("no answer")))
+    """One that no shard has taken; else its parameters are in the model as soon as a shard has them."""
+    params, optimizer, _ = _disturbed(Fault("step", FAILED_STEP, "before", ServiceTimeoutError("no answer")))
     drive(params, optimizer, range(2))
     before, shown = values_of(params), dict(optimizer.param_groups[0])
     with pytest.raises(ServiceTimeoutError):

@@ -39,6 +39,7 @@ from tests.zoo import (
     ZooTensor,
     assert_same_state,
     assert_same_tensors,
+    chosen_kernel,
     initial_state,
     small,
     straddling,
@@ -81,10 +82,11 @@ class PartedRun(Run):
         num_shards: int,
         world_size: int,
         holdings: Sequence[Holdings] | None = None,
-        kernel: Kernel = "eager",
+        kernel: Kernel | None = None,
     ) -> None:
         super().__init__(problem, rule)
         self.world_size = world_size
+        kernel = kernel or chosen_kernel()
         spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, gradients=gradients, kernel=kernel)
         self.group = ShardGroup(spec, num_shards=num_shards)
         self.group.load(initial_state(problem), timeline=1)

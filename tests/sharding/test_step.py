@@ -14,7 +14,7 @@ from stepwell.sharding.inprocess import run_in_lockstep
 from stepwell.sharding.partials import sum_vectors
 from stepwell.sharding.push import Push
 from stepwell.sharding.reports import Receipt, StepResult
-from stepwell.sharding.shard import Reduction
+from stepwell.sharding.running import Reduction
 from stepwell.sharding.vote import Decision
 from tests.zoo import Run, assert_same_state, assert_same_tensors, constant, initial_state, small
 
