@@ -94,9 +94,15 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
     Raises:
         CheckpointError: If it cannot be written.
     """
+    packed = manifest.pack()
+    if len(packed) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"{uri}: the manifest of {len(manifest.pieces)} pieces would have {len(packed)} bytes, expected at most "
+            f"{MAX_MANIFEST_BYTES}; use fewer shards, or larger chunks. The checkpoint that was there before is whole"
+        )
     try:
         with write_file(uri, MANIFEST_NAME) as stream:
-            stream.write(manifest.pack())
+            stream.write(packed)
     except OSError as error:
         raise CheckpointError(
             f"{uri}: the manifest cannot be written ({error}); free or mend that place, or save to another. "

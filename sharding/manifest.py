@@ -26,10 +26,10 @@ from .reports import ShardStatus
 FORMAT = "stepwell-checkpoint"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.msgpack"
-MAX_MANIFEST_BYTES = 2**28
-"""Some millions of pieces; what is larger is no manifest and is not read into memory."""
+MAX_MANIFEST_BYTES = 2**26
+"""Some two million pieces. What is larger is not written, and not read into memory, where it may take 64 times that."""
 HEADER_BYTES_PER_TENSOR = 1024
-"""More than a file's header has for each tensor; what a header may have beside that is one page."""
+"""More than a file's header has for each tensor; what a header may have beside that is two pages."""
 MAX_TEXT = 500
 """Characters of a text for people that a manifest holds."""
 

@@ -461,6 +461,23 @@ def test_manifest_that_does_not_cover_the_job_is_an_error(tmp_path: Path, name: 
         read_complete(str(tmp_path))
 
 
+@pytest.mark.parametrize("excess", [0, 1])
+def test_manifest_is_never_larger_than_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excess: int
+) -> None:
+    manifest = write_tensors(trained(), str(tmp_path))
+    monkeypatch.setattr("stepwell.sharding.folder.MAX_MANIFEST_BYTES", len(manifest.pack()) - excess)
+    if excess:
+        with pytest.raises(CheckpointError, match=r"the manifest of .* pieces would have .* fewer shards"):
+            write_manifest(str(tmp_path), manifest)
+        (tmp_path / MANIFEST_NAME).write_bytes(manifest.pack())
+        with pytest.raises(CheckpointError, match=r"the manifest is damaged .*has more than"):
+            read_complete(str(tmp_path))
+    else:
+        write_manifest(str(tmp_path), manifest)
+        assert read_complete(str(tmp_path)) == manifest
+
+
 # Other models
 
 

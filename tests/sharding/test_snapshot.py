@@ -214,7 +214,7 @@ def test_save_that_fails_names_its_file_and_frees_everything(num_before: int) ->
         for index, file in enumerate(save.writing):
             with pytest.raises(CheckpointError, match=rf"save-shard-0000{index}-of-00002.*No space left on device"):
                 file.result(timeout=LIMIT_S)
-        assert fsspec.filesystem("gated").ls(save.uri) == []
+        assert fsspec.filesystem("gated").find(save.uri) == []
         for snapshot in save.snapshots:
             assert not snapshot._copies
             assert not snapshot._shared
@@ -265,7 +265,7 @@ def test_next_snapshot_ends_the_one_before() -> None:
         gate.open()
         with pytest.raises(CheckpointError, match="the snapshot is closed: the shard was asked for another one"):
             save.writing[0].result(timeout=LIMIT_S)
-        assert fsspec.filesystem("gated").ls(save.uri) == []
+        assert fsspec.filesystem("gated").find(save.uri) == []
 
 
 def test_step_waits_for_no_write() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -134,6 +135,43 @@ def header(**tensors: object) -> bytes:
 def test_file_that_does_not_hold_the_tensor_is_an_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"header|expected 4 elements|tensors end at"):
         read(data, "a", 4, 0, torch.empty(4))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["F32", "BF16", "dtype", "", "a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a", "__metadata__"]), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F64", "BF16", "I8"]) | json_values,
+        "shape": st.lists(st.integers(-2, 5) | st.integers(), max_size=2) | json_values,
+        "data_offsets": st.lists(st.integers(-2, 20) | st.integers(), min_size=2, max_size=2) | json_values,
+    }
+)
+
+
+@given(st.dictionaries(st.text(max_size=3), entries | json_values, max_size=3) | json_values)
+def test_any_header_is_an_error_or_places_side_by_side(fields: object) -> None:
+    text = json.dumps(fields).encode()
+    data = len(text).to_bytes(8, "little") + text + bytes(16)
+    try:
+        places = opened(data).places.values()
+    except ValueError:
+        return
+    begins = sorted((place.begin, place.begin + place.size_bytes) for place in places)
+    edges = [8 + len(text), *(edge for place in begins for edge in place), len(data)]
+    assert edges == sorted(edges)
+    assert sum(place.size_bytes for place in places) == 16
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_are_an_error_or_a_file(data: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        opened(data)
 
 
 def test_file_that_has_become_shorter_is_an_error() -> None:
