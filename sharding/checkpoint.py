@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .buffers import StateSource
 from .digests import digest_of
-from .errors import CheckpointError
+from .errors import CheckpointAccessError, CheckpointError
 from .files import library_errors_told, locate, write_file
 from .folder import read_manifest, size_problem
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, ShardFile, TensorPiece, piece_key, shorten
@@ -42,7 +42,7 @@ def write_shard(snapshot: Snapshot, uri: str, name: str) -> ShardFile:
     except OSError as error:
         raise CheckpointError(
             f"{uri}: {name} cannot be written ({error}); free or mend that place, or save to another. "
-            "The checkpoint that was there before is whole, and steps go on"
+            "What was there before is as it was, and steps go on"
         ) from error
     finally:
         snapshot.close("it has been written, or could not be")
@@ -122,11 +122,11 @@ class CheckpointReader:
     def damages(self, file: int) -> Iterator[Damage]:
         """What is not as it was written in a file, all of which is read."""
         entry, pieces = self._manifest.files[file], self._manifest.file_pieces[file]
-        problem = size_problem(self._uri, entry)
-        if problem is not None:
-            yield Damage(entry.name, "", problem)
-            return
         try:
+            problem = size_problem(self._uri, entry)
+            if problem is not None:
+                yield Damage(entry.name, "", problem)
+                return
             with library_errors_told():
                 places = self._file(file).places
             for piece in sorted(pieces, key=lambda piece: places[piece.key].begin):
@@ -136,7 +136,9 @@ class CheckpointReader:
                     yield Damage(
                         entry.name, self._manifest.describe(piece), "is damaged: it has not the digest it should"
                     )
-        except (OSError, ValueError) as error:
+        except (OSError, CheckpointAccessError) as error:
+            yield Damage(entry.name, "", f"cannot be read ({shorten(str(error))})")
+        except ValueError as error:
             yield Damage(entry.name, "", f"is damaged ({shorten(str(error))})")
 
     def source(self) -> StateSource:

@@ -24,6 +24,7 @@ StepwellError
  ├─ NonFiniteGradientError       the step was skipped on all shards, and the caller asked to be told
  ├─ KernelError                  kernels cannot be compiled here as the job asks for
  ├─ CheckpointError              a checkpoint is missing, damaged, or cannot be written
+ │   └─ CheckpointAccessError    the file system does not let it be read; it may be whole
  └─ ServiceError                 the service cannot be reached or started
      ├─ ServiceNotFoundError
      ├─ ServiceExistsError
@@ -133,6 +134,10 @@ class KernelError(StepwellError):
 
 class CheckpointError(StepwellError):
     """A checkpoint is missing, damaged, or cannot be written."""
+
+
+class CheckpointAccessError(CheckpointError):
+    """The file system does not let a checkpoint be read; it may be whole."""
 
 
 class ServiceError(StepwellError):

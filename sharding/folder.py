@@ -10,7 +10,7 @@ import dataclasses
 import posixpath
 import re
 
-from .errors import CheckpointError
+from .errors import CheckpointAccessError, CheckpointError
 from .files import TEMPORARY, list_names, read_file, remove_file, remove_folder, size_of, write_file
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, is_shard_file
 
@@ -38,14 +38,15 @@ def manifest_bytes(uri: str) -> bytes:
     """A checkpoint's manifest as it lies there.
 
     Raises:
-        CheckpointError: If there is none, or it cannot be read.
+        CheckpointError: If there is none.
+        CheckpointAccessError: If it cannot be read.
     """
     try:
         return read_file(uri, MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(f"{uri}: there is no complete checkpoint here ({MANIFEST_NAME} is missing)") from error
     except OSError as error:
-        raise CheckpointError(f"{uri}: cannot be read ({error})") from error
+        raise _unreadable(uri, error) from error
     except ValueError as error:
         raise CheckpointError(f"{uri}: the manifest is damaged ({error}); use another checkpoint") from error
 
@@ -64,6 +65,7 @@ def read_complete(uri: str) -> Manifest:
 
     Raises:
         CheckpointError: If there is none, or something is missing or damaged.
+        CheckpointAccessError: If that cannot be told.
     """
     manifest = read_manifest(uri)
     for entry in manifest.files:
@@ -74,13 +76,17 @@ def read_complete(uri: str) -> Manifest:
 
 
 def size_problem(uri: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file as far as its size tells; None if nothing is."""
+    """What is wrong with a file as far as its size tells; None if nothing is.
+
+    Raises:
+        CheckpointAccessError: If the file system does not say.
+    """
     try:
         found = size_of(uri, entry.name)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
-        return f"cannot be read ({error})"
+        raise _unreadable(posixpath.join(uri, entry.name), error) from error
     if found == entry.size_bytes:
         return None
     return (
@@ -98,7 +104,7 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
     if len(packed) > MAX_MANIFEST_BYTES:
         raise CheckpointError(
             f"{uri}: the manifest of {len(manifest.pieces)} pieces would have {len(packed)} bytes, expected at most "
-            f"{MAX_MANIFEST_BYTES}; use fewer shards, or larger chunks. The checkpoint that was there before is whole"
+            f"{MAX_MANIFEST_BYTES}; use fewer shards, or larger chunks. What was there before is as it was"
         )
     try:
         with write_file(uri, MANIFEST_NAME) as stream:
@@ -106,7 +112,7 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{uri}: the manifest cannot be written ({error}); free or mend that place, or save to another. "
-            "The checkpoint that was there before is whole"
+            "What was there before is as it was"
         ) from error
     remove_leftovers(uri, kept={entry.name for entry in manifest.files})
 
@@ -178,7 +184,7 @@ def list_checkpoints(uri: str) -> list[Checkpoint]:
         uri: The run's folder; or that of a single checkpoint, which is listed alone.
 
     Raises:
-        CheckpointError: If the folder cannot be read.
+        CheckpointAccessError: If it cannot be told which are complete.
     """
     found = [_look_at(candidate) for candidate in (uri, *_step_uris(uri))]
     return sorted((each for each in found if each is not None), key=lambda each: (each.saved_at, each.step))
@@ -197,30 +203,44 @@ def remove_all_but_last(folder_uri: str, num_kept: int, *, newest_uri: str) -> N
     try:
         complete = [each.uri for each in list_checkpoints(folder_uri) if each.uri not in (folder_uri, newest_uri)]
         uris = _step_uris(folder_uri)
-    except CheckpointError:
-        return  # the next save that succeeds does it
+    except CheckpointAccessError:
+        return  # what cannot be read may be whole; the next save that succeeds does it
     kept = {newest_uri, *complete[max(len(complete) - num_kept + 1, 0) :]}
     for uri in uris:
         if uri not in kept:
-            remove_file(
-                uri, MANIFEST_NAME
-            )  # first: from here on there is no checkpoint any more, rather than half of one
-            remove_leftovers(uri, kept=set())
-            remove_folder(uri)
+            _remove_checkpoint(uri)
+
+
+def _remove_checkpoint(uri: str) -> None:
+    """Remove a checkpoint, its manifest first: there is none from there on, rather than half of one."""
+    remove_file(uri, MANIFEST_NAME)
+    try:
+        is_gone = MANIFEST_NAME not in list_names(uri)
+    except OSError:
+        return
+    if is_gone:
+        remove_leftovers(uri, kept=set())
+        remove_folder(uri)
 
 
 def _step_uris(folder_uri: str) -> list[str]:
     try:
         names = list_names(folder_uri)
     except OSError as error:
-        raise CheckpointError(f"{folder_uri}: cannot be read ({error})") from error
+        raise _unreadable(folder_uri, error) from error
     return [posixpath.join(folder_uri, name) for name in names if re.fullmatch(r"step-\d+", name)]
+
+
+def _unreadable(what: str, error: OSError) -> CheckpointAccessError:
+    return CheckpointAccessError(f"{what}: cannot be read ({error}); mend that place and try again")
 
 
 def _look_at(uri: str) -> Checkpoint | None:
     """What lies at a URI, if that is a complete checkpoint."""
     try:
         manifest = read_complete(uri)
+    except CheckpointAccessError:
+        raise
     except CheckpointError:
         return None
     return Checkpoint(uri, manifest.step, manifest.saved_at, manifest.size_bytes, manifest.spec.rule.name)

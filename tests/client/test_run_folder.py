@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 import stepwell
 from stepwell.sharding.checkpoint import find_damages, write_shard
-from stepwell.sharding.errors import CheckpointError, StepwellError
+from stepwell.sharding.errors import CheckpointAccessError, CheckpointError, StepwellError
 from stepwell.sharding.manifest import MANIFEST_NAME, shard_file_name
 from tests.client.training import make_net, train
 from tests.gated_files import LIMIT_S, gated
@@ -182,6 +184,42 @@ def test_saves_that_nobody_waits_for_keep_the_last(caplog: pytest.LogCaptureFixt
         run.optimizer.close()
         assert [checkpoint.step for checkpoint in run.service.checkpoints(uri)] == [3, 4]
     assert not caplog.text
+
+
+def test_checkpoint_that_cannot_be_read_now_is_not_removed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be whole, and is left to the next save."""
+    run.save(keep_last=3, num_saves=3)
+    real = LocalFileSystem.open
+
+    def flaky(self: LocalFileSystem, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode == "rb" and "step-00000002" in path:
+            raise TimeoutError("timed out")
+        return real(self, path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "open", flaky)
+        run.save(keep_last=1)
+        with pytest.raises(CheckpointAccessError, match="step-00000002: cannot be read"):
+            run.listed()
+    assert run.listed() == [1, 2, 3, 4]
+    run.save(keep_last=1)
+    assert run.listed() == [5]
+
+
+def test_checkpoint_whose_manifest_stays_keeps_its_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.save(keep_last=1)
+    real = LocalFileSystem.rm_file
+
+    def denied(self: LocalFileSystem, path: str) -> None:
+        if path.endswith(MANIFEST_NAME):
+            raise PermissionError("denied")
+        real(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "rm_file", denied)
+        run.save(keep_last=1)
+    assert run.listed() == [1, 2]
+    assert find_damages(f"{run.uri}/step-00000001") == []
 
 
 def test_folder_that_cannot_be_listed_is_an_error(run: Run) -> None:
