@@ -151,8 +151,10 @@ class Manifest:
             "step_counts": list(self.step_counts),
             "kernel_identity": self.kernel_identity,
             "saved_at": self.saved_at,
-            "files": [dataclasses.astuple(file) for file in self.files],
-            "pieces": [dataclasses.astuple(piece) for piece in self.pieces],
+            "files": [[file.name, file.size_bytes, file.header_digest] for file in self.files],
+            "pieces": [
+                [piece.param, piece.slot, piece.offset, piece.numel, piece.file, piece.digest] for piece in self.pieces
+            ],
         }
         packed: bytes = msgpack.packb(fields)
         return packed + to_bytes(digest_of(packed))
@@ -165,14 +167,13 @@ class Manifest:
             CheckpointError: If the bytes are no manifest, a damaged one, or one of another format.
         """
         packed = data[:-DIGEST_BYTES]
-        if to_bytes(digest_of(packed)) != data[-DIGEST_BYTES:]:
-            _refuse_version(data, uri)  # before digests there was one version
-            raise CheckpointError(
-                f"{uri}: the manifest is damaged: its bytes have not the digest at its end; use another checkpoint"
-            )
-        _refuse_version(packed, uri)
+        is_intact = to_bytes(digest_of(packed)) == data[-DIGEST_BYTES:]
+        fields = _fields_in(packed if is_intact else data)  # before there were digests, there was nothing behind them
+        _refuse_version(fields, uri)
         try:
-            manifest = cls._of_fields(msgpack.unpackb(packed))
+            if not is_intact:
+                raise ValueError("its bytes have not the digest at its end")
+            manifest = cls._of_fields(fields)
             manifest._require_whole()
         except _DAMAGE as error:
             what = f"{type(error).__name__}: {shorten(str(error))}"
@@ -305,17 +306,22 @@ _DAMAGE = (
 """What reading fields that are not as they should be may raise."""
 
 
-def _refuse_version(packed: bytes, uri: str) -> None:
+def _fields_in(packed: bytes) -> dict[str, Any]:
+    """The map that a manifest is; an empty one if it is none."""
+    try:
+        fields = msgpack.unpackb(packed)
+    except _DAMAGE:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _refuse_version(fields: Mapping[str, Any], uri: str) -> None:
     """Refuse a manifest of another version than this one reads; what is no manifest at all is for others to say.
 
     Raises:
         CheckpointError: Naming both versions.
     """
-    try:
-        fields = msgpack.unpackb(packed)
-    except _DAMAGE:
-        return
-    version = fields.get("version") if isinstance(fields, dict) and fields.get("format") == FORMAT else FORMAT_VERSION
+    version = fields.get("version") if fields.get("format") == FORMAT else FORMAT_VERSION
     if version != FORMAT_VERSION:
         is_newer = isinstance(version, int) and version > FORMAT_VERSION
         remedy = "read it with a newer Stepwell" if is_newer else "restore it with the Stepwell that wrote it"
