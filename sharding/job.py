@@ -103,6 +103,8 @@ class JobSpec:
                 dtype_from_name(param.dtype)
                 if not 0 <= param.group < int(fields["num_groups"]) or not _is_shape(param.shape):
                     raise ValueError(f"{param} is in no group, or has no size")
+            if len(fields["batches"]) > _LIMITS["num_groups"]:
+                raise ValueError(f"batches: expected at most {_LIMITS['num_groups']}, got {len(fields['batches'])}")
             for key, limit in _LIMITS.items():
                 if not 1 <= int(fields[key]) <= limit:
                     raise ValueError(f"{key}: expected 1 to {limit}, got {fields[key]}")

@@ -352,7 +352,7 @@ def _slot_lengths(spec: JobSpec) -> Iterator[dict[str, int]]:
 
 
 def _count(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
+    if type(value) is not int or not 0 <= value < 2**62:  # the next one must be an int64, too
         raise ValueError(f"{value!r} is no count")
     return value
 
