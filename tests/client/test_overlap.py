@@ -260,7 +260,7 @@ def test_small_and_frozen_parameters_have_no_hooks(monkeypatch: pytest.MonkeyPat
 
 def test_no_hooks_without_overlap() -> None:
     params = list(make_net().parameters())
-    optimizer = stepwell.AdamW(params)
+    optimizer = stepwell.AdamW(params, overlap=False)
     assert hooks_of(params) == [0] * NUM_PARAMS
     optimizer.close()
 
