@@ -73,7 +73,9 @@ class InProcessService:
         return {
             "name": self.name,
             "num_shards": self._num_shards,
-            "generation": 1,
+            "generation": "1.1",
+            "epoch": 1,
+            "restarts": 0,
             "rule": spec.rule.name,
             "world_size": spec.world_size,
             "num_params": len(spec.params),

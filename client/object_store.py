@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from ..server.messages import (
     values_to_wire,
 )
 from ..server.service import Service
+from ..server.shards import STATE_TIMEOUT_S
 from ..sharding.coverage import Holdings
 from ..sharding.errors import SegmentError, ServiceError, ShardLostError, StepwellError
 from ..sharding.job import JobSpec
@@ -46,7 +48,6 @@ from .flat import FlatBuffer, allocate_zeros
 from .node_memory import NodeMemory
 from .transport import Transport, join_pieces
 
-STATE_TIMEOUT_S = 1800.0
 LEAVE_TIMEOUT_S = 15.0
 
 
@@ -87,7 +88,7 @@ class ObjectStoreTransport(Transport):
 
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
-        return self._ask_where("load", _put(values), header, what="the shards to take the state")
+        return self._ask_where("load", _put(values), header, uuid.uuid4().hex, what="the shards to take the state")
 
     def hand_in(self, values: PieceValues) -> Registration:
         """See :class:`Transport`."""
@@ -174,9 +175,10 @@ class ObjectStoreTransport(Transport):
         with contextlib.suppress(ServiceError):  # who is gone already needs no goodbye
             if self._owned:
                 others = [other for other in range(world_size) if other != rank]
-                self._ask("wait_until_left", others, LEAVE_TIMEOUT_S, what="the other ranks")
+                limits = {"timeout_s": 2 * LEAVE_TIMEOUT_S}
+                self.service.ask("wait_until_left", others, LEAVE_TIMEOUT_S, what="the other ranks", **limits)
             else:
-                self._ask("leave", rank, what="the coordinator")
+                self.service.ask("leave", rank, what="the coordinator", timeout_s=LEAVE_TIMEOUT_S)
                 calls = [shard.forget.remote(rank) for shard in self.service.shards]
                 wait_for(calls, timeout_s=LEAVE_TIMEOUT_S, what="the shards to forget this worker")
         if self._owned:
@@ -221,15 +223,11 @@ class ObjectStoreTransport(Transport):
         return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
 
     def _ask_where(self, method: str, *args: Any, what: str) -> Registration:
-        registration: Registration = self._ask(method, *args, what=what)
-        self._look_around()
-        return registration
-
-    def _ask(self, method: str, *args: Any, what: str) -> Any:
-        call = getattr(self.service.coordinator, method).remote(*args)
         # Longer than the coordinator itself waits for other ranks, as it can name them.
         timeout_s = STATE_TIMEOUT_S + self.service.config.worker_timeout_s
-        return wait_for([call], timeout_s=timeout_s, what=f"service {self.service.name!r}: {what}")[0]
+        registration: Registration = self.service.ask(method, *args, what=what, timeout_s=timeout_s)
+        self._look_around()
+        return registration
 
 
 def _put(values: PieceValues) -> list[Any]:

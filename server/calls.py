@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
-from ..sharding.errors import ServiceTimeoutError, ShardLostError, StepwellError
+from ..sharding.errors import EpochError, ServiceNotFoundError, ServiceTimeoutError, ShardLostError, StepwellError
+
+RECONNECT_TIMEOUT_S = 120.0
+"""How long who calls a coordinator waits for one that is being started again."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+"""Between two tries; each is twice the one before."""
 
 
 def wait_for(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
@@ -72,19 +75,57 @@ async def gather(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[An
         raise translate(error, timeout_s=timeout_s, what=what) from None
 
 
-def resolved(ref: Any, *, what: str) -> Future[None]:
-    """An actor call without a result as a future of this process, which has no limit of its own."""
-    resolved_future: Future[None] = Future()
+def ask(coordinator: Any, method: str, *args: Any, timeout_s: float, what: str) -> Any:
+    """Call a method of a service's coordinator; once more if it was started again meanwhile.
 
-    def resolve(call: Future[None]) -> None:
-        error = call.exception()
-        if error is None:
-            resolved_future.set_result(None)
-        else:
-            resolved_future.set_exception(translate(error, timeout_s=math.inf, what=what))
+    Asking twice does no harm: what a coordinator is asked for is done once, and its successors know.
 
-    ref.future().add_done_callback(resolve)
-    return resolved_future
+    Args:
+        coordinator: Its handle.
+        method: The method.
+        args: What it takes.
+        timeout_s: Limit for the answer.
+        what: Names the service and the wait in messages.
+
+    Raises:
+        StepwellError: Whatever the service raised.
+        ServiceTimeoutError: If the limit ran out, or no coordinator came back within :data:`RECONNECT_TIMEOUT_S`.
+        ServiceNotFoundError: If the service has ended.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        call = getattr(coordinator, method).remote(*args)
+        try:
+            return ray.get(call, timeout=max(deadline - time.monotonic(), 0.0))
+        except (ActorUnavailableError, EpochError):
+            _await_coordinator(coordinator, f"{what} (`{method}`)")
+        except ActorDiedError:
+            raise _ended(what) from None
+        except (RayTaskError, GetTimeoutError) as error:
+            raise translate(error, timeout_s=timeout_s, what=what) from None
+
+
+def _await_coordinator(coordinator: Any, what: str) -> None:
+    """Wait until a coordinator answers that is being started again."""
+    deadline, pause_s = time.monotonic() + RECONNECT_TIMEOUT_S, FIRST_PAUSE_S
+    while True:
+        try:
+            ray.get(coordinator.describe.remote(), timeout=max(deadline - time.monotonic(), 0.0))
+            return
+        except (ActorUnavailableError, GetTimeoutError):
+            if time.monotonic() + pause_s > deadline:
+                raise ServiceTimeoutError(
+                    f"{what}: the coordinator is gone, and none was back within {RECONNECT_TIMEOUT_S:g} s; training "
+                    "goes on without it. See whether the cluster has room for it, and ask again"
+                ) from None
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        except ActorDiedError:
+            raise _ended(what) from None
+
+
+def _ended(what: str) -> ServiceNotFoundError:
+    return ServiceNotFoundError(f"{what}: the service has ended; start it again with `stepwell up` or stepwell.launch")
 
 
 def translate(error: BaseException, *, timeout_s: float, what: str) -> BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +18,24 @@ c10d: Any = dist  # torch has no types for its stores and groups
 
 POLL_S = 0.5
 """How soon a wait notices that its group was closed."""
+
+
+class Generation(NamedTuple):
+    """One incarnation of the shards' group; later ones are greater.
+
+    Attributes:
+        epoch: Of the coordinator that formed it.
+        number: How manieth it formed.
+    """
+
+    epoch: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.number}"
+
+
+NO_GENERATION = Generation(0, 0)
 
 
 class GroupStore:
@@ -38,7 +56,7 @@ class Collective:
     """All-reduces among the shards of one generation.
 
     Args:
-        generation: Number of the group; each has its own keys.
+        generation: Of the group; each has its own keys.
         shard: This shard's index.
         num_shards: How many shards there are.
         host: This shard's own address.
@@ -52,7 +70,7 @@ class Collective:
 
     def __init__(
         self,
-        generation: int,
+        generation: Generation,
         shard: int,
         num_shards: int,
         *,
@@ -148,7 +166,7 @@ def drive(step: Reduction, collective: Collective | None) -> StepResult:
 
 
 def _form(
-    generation: int, shard: int, num_shards: int, host: str, store_address: tuple[str, int], timeout_s: float
+    generation: Generation, shard: int, num_shards: int, host: str, store_address: tuple[str, int], timeout_s: float
 ) -> Any:
     limit = timedelta(seconds=timeout_s)
     store = c10d.PrefixStore(f"generation-{generation}", c10d.TCPStore(*store_address, is_master=False, timeout=limit))

@@ -17,7 +17,7 @@ from ..sharding.errors import ServiceNotFoundError, StepwellError
 from ..sharding.folder import Destination
 from . import cluster
 from .config import Placement
-from .service import connect, launch, service_names
+from .service import connect, end, launch, service_names
 
 Name = Annotated[str, typer.Argument(help="The service's name.", show_default=False)]
 Uri = Annotated[str, typer.Argument(help="A path or fsspec URI that every shard can reach.", show_default=False)]
@@ -130,9 +130,8 @@ def down(name: Name, address: Address = None, as_json: Json = False) -> None:
 
     Example: stepwell down trainer
     """
-    service = connect(name, address=address)
     with notes.status(escape(f"ending service {name!r} ...")):
-        service.shutdown()
+        end(name, address=address)
         ends_ray = cluster.is_own() and not [other for other in service_names() if other != name]
         if ends_ray:
             _leave_own_cluster()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import ray
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..sharding.compiling import KernelChoice
@@ -15,10 +16,11 @@ from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoun
 from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
 from . import cluster
-from .calls import resolved, wait_for
+from .calls import ask
 from .config import NAMESPACE, Placement, ServiceConfig, default_kernel
-from .coordinator import FORMING_TIMEOUT_S, STATE_TIMEOUT_S, Coordinator
+from .coordinator import CoordinatorActor
 from .shard_actor import ShardActor
+from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 
 ACTOR_START_TIMEOUT_S = 120.0
 
@@ -57,12 +59,18 @@ class Service:
         """Where the service stands, as plain values.
 
         Returns:
-            ``name``, ``num_shards``, ``generation``; with a job also ``rule``, ``world_size``, ``num_params``,
-            ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and
-            ``size_bytes`` per shard.
+            ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
+            ``restarts``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
+            ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
         """
-        config, spec, generation, shards = self._call("status", what="its status")
-        fields: dict[str, Any] = {"name": config.name, "num_shards": config.num_shards, "generation": generation}
+        config, spec, generation, epoch, shards = self.ask("status", what="its status")
+        fields: dict[str, Any] = {
+            "name": config.name,
+            "num_shards": config.num_shards,
+            "generation": str(generation),
+            "epoch": epoch,
+            "restarts": epoch - 1,
+        }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}
         first = shards[0]
@@ -109,11 +117,13 @@ class Service:
             ValueError: If ``keep_last`` is less than 1.
         """
         require_keep_last(keep_last)
-        save_id, target, step = self._call("begin_save", uri, keep_last, what=f"a step to save to {uri}")
-        written = resolved(
-            self.coordinator.end_save.remote(save_id), what=f"service {self.name!r}: the checkpoint {target}"
-        )
-        save = PendingSave(target, step, written)
+        save_id = uuid.uuid4().hex[:12]
+        is_new, at, step = self.ask("begin_save", save_id, uri, keep_last, what=f"a step to save to {uri}")
+
+        def end() -> None:
+            self.ask("end_save", save_id, at, what=f"the checkpoint {at}")
+
+        save = PendingSave.in_thread(at, step, end) if is_new else PendingSave.complete(at, step)
         if wait:
             return save.result()
         save.watch(ends_with_process=not self.config.detached)
@@ -133,7 +143,7 @@ class Service:
             CheckpointError: If there is none, or it is damaged; the message names the file and the tensor.
             JobMismatchError: If it is of another model or rule.
         """
-        step: int = self._call("restore", uri, what=f"the checkpoint {uri}").step
+        step: int = self.ask("restore", uri, uuid.uuid4().hex, what=f"the checkpoint {uri}").step
         return step
 
     def checkpoints(self, uri: str) -> list[Checkpoint]:
@@ -155,15 +165,13 @@ class Service:
             return
         if self._pending is not None:
             self._pending.finish()
-        for actor in (*self.shards, self.coordinator):
-            ray.kill(actor)
-        _remove_group(self.config)
+        _end([*self.shards, self.coordinator], self.name)
         if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
-    def _call(self, method: str, *args: Any, what: str) -> Any:
-        ref = getattr(self.coordinator, method).remote(*args)
-        return wait_for([ref], timeout_s=STATE_TIMEOUT_S, what=f"service {self.name!r}: {what}")[0]
+    def ask(self, method: str, *args: Any, what: str, timeout_s: float = STATE_TIMEOUT_S) -> Any:
+        """Call a method of the coordinator; see :func:`stepwell.server.calls.ask`."""
+        return ask(self.coordinator, method, *args, timeout_s=timeout_s, what=f"service {self.name!r}: {what}")
 
 
 def launch(
@@ -242,53 +250,68 @@ def connect(name: str, *, address: str | None = None) -> Service:
         ServiceNotFoundError: If there is no such service, or no cluster.
     """
     cluster.attach(address)
-    coordinator = _find_coordinator(name)
+    coordinator = _find_actor(f"{name}/coordinator")
     if coordinator is None:
-        running = service_names()
-        raise ServiceNotFoundError(
-            f"there is no service {name!r} in this cluster; running: {', '.join(running) or 'none'}. "
-            f"Start it with `stepwell up {name}`"
-        )
-    config, shards = wait_for([coordinator.describe.remote()], timeout_s=FORMING_TIMEOUT_S, what=f"service {name!r}")[0]
+        raise _cut_short(name) if _exists(name) else _not_found(name)
+    config, shards = ask(coordinator, "describe", timeout_s=FORMING_TIMEOUT_S, what=f"service {name!r}")
     return Service(config, coordinator, shards)
+
+
+def end(name: str, *, address: str | None = None) -> None:
+    """End a service by name, also one whose launch was cut short. State that was not saved is gone.
+
+    Args:
+        name: The name it was launched with.
+        address: Its Ray cluster, as for :func:`connect`.
+
+    Raises:
+        ServiceNotFoundError: If there is no such service, or no cluster.
+    """
+    cluster.attach(address)
+    if not _exists(name):
+        raise _not_found(name)
+    found = map(_find_actor, _actor_names(f"{name}/"))
+    _end([actor for actor in found if actor is not None], name)
 
 
 def service_names() -> list[str]:
     """Names of the services in the cluster that this process is in."""
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    names = _actor_names("")
     return sorted(name.removesuffix("/coordinator") for name in names if name.endswith("/coordinator"))
 
 
 def _start(config: ServiceConfig, owns_ray: bool) -> Service:
-    if _find_coordinator(config.name) is not None:
+    if _find_actor(config.coordinator_name) is not None:
         raise ServiceExistsError(
             f"there is a service {config.name!r} already; connect to it with stepwell.connect({config.name!r}), "
             f"or end it with `stepwell down {config.name}`"
         )
+    if _exists(config.name):
+        raise _cut_short(config.name)
     _require_resources(config)
     group = _reserve(config)
     lifetime = "detached" if config.detached else None
-    common: dict[str, Any] = {"namespace": NAMESPACE, "lifetime": lifetime, "max_task_retries": 0}
+    # What a process that died was at is not for Ray to repeat: who asked for it asks again.
+    common: dict[str, Any] = {
+        "namespace": NAMESPACE, "lifetime": lifetime, "max_restarts": -1, "max_task_retries": 0
+    }  # fmt: skip
     actors: list[Any] = []
     # Ray warns that removing the group ends its actors; that is what shutdown does.
     logging.getLogger("ray.actor").addFilter(_is_news)
     try:
-        options: dict[str, Any] = {"name": config.coordinator_name, "num_cpus": 0, "max_restarts": 0}
-        coordinator = _start_actor(Coordinator, config, strategy=_place(group, 0), **common, **options)
-        actors.append(coordinator)
-        options = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard, "max_restarts": -1}
+        needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
         for index in range(config.num_shards):
-            options["name"] = config.shard_name(index)
-            actors.append(_start_actor(ShardActor, config, index, strategy=_place(group, index), **common, **options))
-        starting, what = coordinator.start.remote(actors[1:]), f"service {config.name!r} to start"
-        wait_for([starting], timeout_s=ACTOR_START_TIMEOUT_S, what=what)
+            options = {**common, **needs, "name": config.shard_name(index)}
+            actors.append(_start_actor(ShardActor, config, index, strategy=_place(group, index), **options))
+        shards, options = list(actors), {**common, "num_cpus": 0, "name": config.coordinator_name}
+        coordinator = _start_actor(CoordinatorActor, config, shards, strategy=_place(group, 0), **options)
+        actors.append(coordinator)
+        what = f"service {config.name!r} to start"
+        ask(coordinator, "start", timeout_s=ACTOR_START_TIMEOUT_S, what=what)
     except (StepwellError, ValueError):
-        for actor in actors:
-            ray.kill(actor)
-        remove_placement_group(group)
+        _end(actors, config.name)
         raise
-    return Service(config, coordinator, actors[1:], owns_ray=owns_ray)
+    return Service(config, coordinator, shards, owns_ray=owns_ray)
 
 
 def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
@@ -312,9 +335,9 @@ def _restore_or_end(service: Service, uri: str) -> None:
         raise
 
 
-def _find_coordinator(name: str) -> Any | None:
+def _find_actor(name: str) -> Any | None:
     try:
-        return ray.get_actor(f"{name}/coordinator", namespace=NAMESPACE)
+        return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
         return None
 
@@ -355,12 +378,45 @@ def _reserve(config: ServiceConfig) -> PlacementGroup:
     return group
 
 
-def _remove_group(config: ServiceConfig) -> None:
-    try:
-        group = get_placement_group(f"{config.name}/shards")
-    except ValueError:
-        return
-    remove_placement_group(group)
+def _end(actors: Sequence[Any], name: str) -> None:
+    """End a service's actors, then give up their places: the other way about Ray would start them again."""
+    for actor in actors:
+        ray.kill(actor)
+    for group in _groups(name):
+        remove_placement_group(group)
+
+
+def _groups(name: str) -> list[PlacementGroup]:
+    """The places of a service, from whatever namespace it was launched."""
+    rows: dict[str, dict[str, Any]] = placement_group_table()
+    return [
+        PlacementGroup(untyped_ray.PlacementGroupID.from_hex(group))
+        for group, row in rows.items()
+        if row["name"] == f"{name}/shards" and row["state"] != "REMOVED"
+    ]
+
+
+def _actor_names(prefix: str) -> list[str]:
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]
+
+
+def _exists(name: str) -> bool:
+    """Whether there is anything of a service; the first thing that there is are the places of its shards."""
+    return bool(_groups(name) or _actor_names(f"{name}/"))
+
+
+def _not_found(name: str) -> ServiceNotFoundError:
+    return ServiceNotFoundError(
+        f"there is no service {name!r} in this cluster; running: {', '.join(service_names()) or 'none'}. "
+        f"Start it with `stepwell up {name}`"
+    )
+
+
+def _cut_short(name: str) -> ServiceExistsError:
+    return ServiceExistsError(
+        f"service {name!r} is being launched, or its launch was cut short; wait, or end it with `stepwell down {name}`"
+    )
 
 
 def describe_for_peers(service: Service) -> dict[str, str]:
@@ -368,4 +424,4 @@ def describe_for_peers(service: Service) -> dict[str, str]:
     return {"address": cluster.address(), "name": service.name}
 
 
-__all__ = ["Service", "connect", "describe_for_peers", "launch", "service_names"]
+__all__ = ["Service", "connect", "describe_for_peers", "end", "launch", "service_names"]

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 import torch
 
-from ..sharding.checkpoint import CheckpointReader, write_shard
+from ..sharding.checkpoint import CheckpointReader
 from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
 from ..sharding.coverage import Gradients
 from ..sharding.delivery import Sink
-from ..sharding.errors import NotRegisteredError, PlacementError, SegmentError, ServiceError, StepwellError
-from ..sharding.files import remove_file
+from ..sharding.errors import PlacementError, SegmentError, StepwellError
+from ..sharding.folder import Destination
+from ..sharding.job import JobSpec
 from ..sharding.layout import dtype_from_name
-from ..sharding.manifest import Manifest, ShardFile, shard_file_name
+from ..sharding.manifest import Manifest, ShardFile
 from ..sharding.push import Push
 from ..sharding.reports import ShardStatus, StepResult
+from ..sharding.saved import SavedCheckpoint
 from ..sharding.segments import open_segment
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.vote import Decision
 from ..sharding.warm_up import warm_up
-from .collective import Collective, GroupStore
+from .changes import Change, Changes
+from .collective import Collective, Generation, GroupStore
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
+from .epochs import Fence, change_of_coordinator, of_coordinator
+from .knowledge import ShardReport
 from .mappings import Mappings
 from .messages import (
     LoadHeader,
@@ -36,6 +38,7 @@ from .messages import (
     WireTensor,
     WireValues,
     from_wire,
+    pack_holdings,
     source_of,
     to_wire,
     unpack_exchange,
@@ -46,7 +49,9 @@ from .messages import (
     values_from_wire,
 )
 from .outcomes import Outcome
+from .shard_saves import ShardSaves
 from .steps import Steps
+from .workers import Worker
 
 
 class ShardActor:
@@ -64,26 +69,47 @@ class ShardActor:
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
         self._store: GroupStore | None = None
         self._steps = Steps(shard, config.worker_timeout_s)
-        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
-        self._snapshots: dict[str, Snapshot] = {}
+        self.fence, self._changes = Fence(shard), Changes(shard)
+        self._saves = ShardSaves(shard, config.num_shards)
         self._mappings = Mappings()
-        self._incarnation = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        # Not so where a test has an actor in its own process.
+        self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+
+    # The coordinator's death; see Note: Epochs
+
+    async def epoch(self) -> int:
+        """Of the newest coordinator that this shard has heard of."""
+        return self.fence.epoch
+
+    async def begin_epoch(self, epoch: int) -> ShardReport:
+        """Obey a new coordinator; its predecessors are refused from now on. Returns what it needs to know.
+
+        What one of them had this shard begin ends first.
+        """
+        self.fence.begin(epoch)
+        async with self.fence.changing:
+            return self._report()
+
+    @of_coordinator
+    async def report(self) -> ShardReport:
+        """What a coordinator needs to know."""
+        return self._report()
 
     # Forming the group; called by the coordinator
 
+    @of_coordinator
     async def open_store(self, timeout_s: float) -> tuple[str, int]:
         """Host the rendezvous of the next generation; called on shard 0 alone."""
         self._store = GroupStore(self._host, timeout_s)
         return self._store.address
 
+    @of_coordinator
     async def join(
-        self, generation: int, store_address: tuple[str, int], timeout_s: float, shards: Sequence[Any]
-    ) -> str:
-        """Leave the last group and form that of ``generation`` with all ``shards``; returns this incarnation."""
-        if generation <= self._steps.generation:
-            raise ServiceError(f"expected a generation after {self._steps.generation}, got {generation}")
-        self._steps.leave_group([shard for index, shard in enumerate(shards) if index != self._index])
-        self._steps.collective = await asyncio.get_running_loop().run_in_executor(
+        self, generation: Generation, store_address: tuple[str, int], timeout_s: float, shards: Sequence[Any]
+    ) -> None:
+        """Leave the last group and form that of ``generation`` with all ``shards``."""
+        self._steps.leave_group(generation, [shard for index, shard in enumerate(shards) if index != self._index])
+        collective = await asyncio.get_running_loop().run_in_executor(
             None,
             lambda: Collective(
                 generation,
@@ -95,20 +121,22 @@ class ShardActor:
                 timeout_s=self._config.worker_timeout_s + COLLECTIVE_MARGIN_S,
             ),
         )
-        return self._incarnation
+        self._steps.enter_group(collective)
 
-    async def generation(self) -> int:
-        """The generation of a group that this shard can use; 0 if there is none."""
-        collective = self._steps.collective
-        return collective.generation if collective is not None and collective.is_open else 0
+    @of_coordinator
+    async def generation(self) -> Generation:
+        """The generation of a group that this shard can use."""
+        return self._steps.usable_generation
 
-    # The job and its state; called by the coordinator
+    # The job and its workers; called by the coordinator
 
+    @of_coordinator
     async def kernel(self) -> Kernel:
         """How passes can run here."""
         kernel: Kernel = await self._steps.compute(lambda: resolve_kernel(self._config.kernel, self._device))
         return kernel
 
+    @of_coordinator
     async def compile(self, job: bytes) -> bytes:
         """Compile a job's kernels; returns their code, for the other shards. Called on shard 0 alone."""
         spec = unpack_job(job)
@@ -120,49 +148,58 @@ class ShardActor:
         code: bytes = await self._steps.compute(compile_kernels)
         return code
 
+    @change_of_coordinator
     async def register(self, job: bytes, code: bytes) -> None:
         """Lay out a job and allocate its buffers; its kernels are compiled already, as ``code``."""
         spec = unpack_job(job)
-        self._steps.shard = None  # else there would be memory for two
+        await self._steps.compute(lambda: self._lay_out(spec, code, timeline=0))
 
-        def lay_out() -> Shard:
-            take_compiled_code(code)
-            warm_up(spec, self._device)
-            return Shard(spec, shard=self._index, num_shards=self._config.num_shards, device=self._device)
-
-        self._steps.shard = await self._steps.compute(lay_out)
-
-    async def admit(self, rank: int, incarnation: str, holdings: bytes) -> None:
-        """Let a worker's process push as ``rank``."""
-        shard = self._steps.job()
-        if shard.admit(rank, incarnation, unpack_holdings(holdings, shard.spec.params)):
+    @change_of_coordinator
+    async def admit(self, workers: Mapping[int, Worker]) -> None:
+        """Let workers' processes push, by rank; all or none."""
+        for rank in self._admit(workers):
             self._mappings.forget(rank)
 
-    async def forget(self, rank: int) -> None:
-        """Give up the memory of a worker that leaves; called by the worker."""
-        self._mappings.forget(rank)
+    @change_of_coordinator
+    async def leave(self, rank: int) -> None:
+        """Note that a worker has said goodbye."""
+        self._steps.job().members.leave(rank)
 
+    @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
         """Change number and kind of the workers."""
         self._steps.job().set_workers(world_size, gradients)
 
-    async def load(self, header: LoadHeader, timeline: int, *parts: WireValues) -> None:
-        """Take a state that workers hold, a part each."""
-        source = source_of(header, map(values_from_wire, parts))
-        await self._steps.load(lambda: self._steps.job().load(source, timeline=timeline))
+    # Its state; called by the coordinator. See Note: Changes that are all or nothing
 
-    async def prepare_extension(self, job: bytes, *parts: WireValues) -> None:
-        """Make room for parameters that are added to the job."""
+    @change_of_coordinator
+    async def prepare_load(self, timeline: int, request: str, header: LoadHeader, *parts: WireValues) -> None:
+        """Prepare to take a state that workers hold, a part each; it stays in the object store until then."""
+        source, shard = source_of(header, map(values_from_wire, parts)), self._steps.job()
+        self._changes.prepare(Change(timeline, request, lambda: shard.load(source, timeline=timeline)))
+
+    @change_of_coordinator
+    async def prepare_extension(
+        self, timeline: int, request: str, job: bytes, workers: Mapping[int, Worker], *parts: WireValues
+    ) -> None:
+        """Make room for parameters that are added to the job, which the workers then hold as ``workers`` says."""
         spec, source = unpack_job(job), source_of(LoadHeader(), map(values_from_wire, parts))
-        await self._steps.compute(lambda: self._steps.whole_job().prepare_extension(spec, source))
+        shard = self._steps.whole_job()
+        await self._steps.compute(lambda: shard.prepare_extension(spec, source))
 
-    async def adopt_extension(self, timeline: int) -> None:
-        """Take what was prepared into the job."""
-        self._steps.job().adopt_extension(timeline=timeline)
-        self._steps.dismiss_pushes()
+        def take() -> None:
+            shard.adopt_extension(timeline=timeline)
+            self._admit(workers)
 
+        self._changes.prepare(Change(timeline, request, take))
+
+    @of_coordinator
     async def verify(self, uri: str, manifest: bytes) -> None:
-        """Read this shard's share of a checkpoint and compare it with its digests; steps go on."""
+        """Read this shard's share of a checkpoint and compare it with its digests; steps go on.
+
+        Raises:
+            CheckpointError: Naming the first damage.
+        """
 
         def verify() -> None:
             with CheckpointReader(uri, Manifest.unpack(manifest, uri)) as reader:
@@ -170,49 +207,99 @@ class ShardActor:
 
         await asyncio.get_running_loop().run_in_executor(None, verify)
 
-    async def restore(self, uri: str, manifest: bytes, timeline: int) -> None:
-        """Take the state of a checkpoint that all shards have verified."""
+    @change_of_coordinator
+    async def prepare_restore(
+        self,
+        timeline: int,
+        request: str,
+        uri: str,
+        manifest: bytes,
+        job: bytes,
+        code: bytes,
+        workers: Mapping[int, Worker],
+    ) -> None:
+        """Prepare to take the state of a checkpoint that all shards have verified, as ``job``.
 
-        def restore() -> None:
-            with CheckpointReader(uri, Manifest.unpack(manifest, uri)) as reader:
+        A shard without a job, or cut otherwise, lays it out.
+        """
+        spec, checkpoint = unpack_job(job), Manifest.unpack(manifest, uri)
+
+        def take() -> None:
+            shard = self._steps.shard
+            if shard is None or shard.spec != spec:
+                self._lay_out(spec, code, timeline=timeline - 1)
+                self._admit(workers)
+            with CheckpointReader(uri, checkpoint) as reader:
                 self._steps.job().load(reader.source(), timeline=timeline)
 
-        await self._steps.load(restore)
+        self._changes.prepare(Change(timeline, request, take))
 
+    @change_of_coordinator
+    async def adopt(self, timeline: int) -> None:
+        """Take the change that begins ``timeline``; the service is held meanwhile."""
+        change = self._changes.pop(timeline)
+        await self._steps.load(change.take)
+        self._changes.note(change)
+
+    @of_coordinator
     async def hold(self) -> int:
         """See :meth:`Steps.hold`."""
         return self._steps.hold()
 
+    @of_coordinator
     async def settle(self, sequence: int, timeout_s: float) -> ShardStatus:
         """See :meth:`Steps.settle`."""
         return await self._steps.settle(sequence, timeout_s)
 
+    @of_coordinator
+    async def end_step(self, timeout_s: float) -> None:
+        """See :meth:`Steps.end_step`."""
+        await self._steps.end_step(timeout_s)
+
+    @of_coordinator
     async def release(self) -> None:
-        """See :meth:`Steps.release`."""
+        """Go on with steps, see :meth:`Steps.release`; what was prepared and not taken is dropped."""
+        self._changes.drop()
         self._steps.release()
 
-    async def snapshot(self, save_id: str) -> ShardStatus:
-        """Keep the state for :meth:`save`; the service is held meanwhile. Returns where the shard stands."""
-        snapshot: Snapshot = await self._steps.compute(lambda: self._steps.whole_job().snapshot())
-        self._snapshots[save_id] = snapshot
-        return snapshot.status
+    # Saves; called by the coordinator. See ShardSaves
 
+    @change_of_coordinator
+    async def snapshot(self, save_id: str, to: Destination) -> None:
+        """Keep the state for :meth:`save`; the service is held meanwhile."""
+        shard = self._steps.whole_job()
+        snapshot: Snapshot = await self._steps.compute(shard.snapshot)
+        self._saves.keep(save_id, to, shard.spec, snapshot)
+
+    @of_coordinator
     async def save(self, save_id: str, uri: str) -> ShardFile:
         """Write this shard's file of a checkpoint, the state that :meth:`snapshot` kept; steps go on."""
-        if save_id not in self._snapshots:
-            raise NotRegisteredError(f"shard {self._index} has nothing kept to write to {uri}; save again")
-        loop, name = asyncio.get_running_loop(), self._file_name(save_id)
-        try:
-            return await loop.run_in_executor(self._files, write_shard, self._snapshots[save_id], uri, name)
-        finally:
-            self._snapshots.pop(save_id, None)
+        return await self._saves.write(save_id, uri)
 
+    @change_of_coordinator
+    async def complete_save(self, save_id: str, uri: str, files: Sequence[ShardFile]) -> SavedCheckpoint | None:
+        """Write the manifest of a checkpoint whose files are there; called on shard 0 alone.
+
+        By a shard, as that knows whether the coordinator which asks for it has been replaced.
+        """
+        await self._saves.complete(save_id, uri, files)
+        return self._saves.saved
+
+    @change_of_coordinator
+    async def finish_save(self, save_id: str) -> None:
+        """Forget a save: the checkpoint is complete."""
+        self._saves.finish(save_id)
+
+    @change_of_coordinator
     async def give_up_save(self, save_id: str, uri: str) -> None:
-        """Free what a save kept that another shard could not write, and remove this shard's file of it."""
-        if save_id in self._snapshots:
-            self._snapshots.pop(save_id).close("another shard could not write its part")
-        loop, name = asyncio.get_running_loop(), self._file_name(save_id)
-        await loop.run_in_executor(self._files, remove_file, uri, name)
+        """Free what a save keeps, and remove this shard's file of it."""
+        await self._saves.give_up(save_id, uri)
+
+    # Asked by anybody
+
+    async def forget(self, rank: int) -> None:
+        """Give up the memory of a worker that leaves; called by the worker."""
+        self._mappings.forget(rank)
 
     async def export(self) -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
         """Every owned piece as (param, slot, offset, values), and where the shard stands."""
@@ -299,7 +386,7 @@ class ShardActor:
         parts: list[WireTensor] = await self._steps.compute(parameters)
         return parts
 
-    async def attend(self, generation: int, vote: int) -> None:
+    async def attend(self, generation: Generation, vote: int) -> None:
         """Vote on a step that another shard waits in, whoever is missing here; called by that shard.
 
         So a worker that died before it had reached all shards stops none of them for good. A shard that is held, or at
@@ -313,8 +400,35 @@ class ShardActor:
 
     # Within
 
-    def _file_name(self, save_id: str) -> str:
-        return shard_file_name(save_id, self._index, self._config.num_shards)
+    def _report(self) -> ShardReport:
+        shard = self._steps.shard
+        members = {} if shard is None else shard.members.by_rank
+        return ShardReport(
+            job=None if shard is None else shard.spec,
+            status=None if shard is None else shard.status(),
+            workers={rank: Worker(each.incarnation, pack_holdings(each.holdings)) for rank, each in members.items()},
+            left=frozenset(rank for rank, each in members.items() if each.has_left),
+            generation=self._steps.usable_generation,
+            prepared=self._changes.prepared,
+            requests=self._changes.taken,
+            saves=self._saves.under_way,
+            saved=self._saves.saved,
+            was_restarted=self._was_restarted,
+        )
+
+    def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:
+        """Make a shard without parameters; in the thread for arithmetic."""
+        self._steps.shard = None  # else there would be memory for two
+        take_compiled_code(code)
+        warm_up(spec, self._device)
+        place = {"shard": self._index, "num_shards": self._config.num_shards}
+        self._steps.shard = Shard(spec, **place, device=self._device, timeline=timeline)
+
+    def _admit(self, workers: Mapping[int, Worker]) -> list[int]:
+        """Admit workers; the ranks that have another process now."""
+        shard = self._steps.job()
+        held = {rank: unpack_holdings(worker.holdings, shard.spec.params) for rank, worker in workers.items()}
+        return [rank for rank, worker in workers.items() if shard.admit(rank, worker.incarnation, held[rank])]
 
     def _sink(self, rank: int, target: Target) -> Sink | None:
         if target.placement is None:

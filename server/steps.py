@@ -12,7 +12,7 @@ from ..sharding.push import Push
 from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
-from .collective import Collective, drive
+from .collective import NO_GENERATION, Collective, Generation, drive
 from .outcomes import Outcome, Outcomes
 
 
@@ -41,12 +41,18 @@ class Steps:
         self._patience: asyncio.TimerHandle | None = None
         self._held_after: int | None = None
         self._num_votes = 0
-        self._attended: tuple[int, int] | None = None
+        self._attended: tuple[Generation, int] | None = None
+        self._newest = NO_GENERATION
 
     @property
-    def generation(self) -> int:
-        """Of the group; 0 if there is none."""
-        return 0 if self.collective is None else self.collective.generation
+    def generation(self) -> Generation:
+        """Of the group; :data:`NO_GENERATION` if there is none."""
+        return NO_GENERATION if self.collective is None else self.collective.generation
+
+    @property
+    def usable_generation(self) -> Generation:
+        """As :attr:`generation`, but of a group that was closed :data:`NO_GENERATION` too."""
+        return self.generation if self.collective is not None and self.collective.is_open else NO_GENERATION
 
     @property
     def is_stepping(self) -> bool:
@@ -72,11 +78,29 @@ class Steps:
         shard.require_whole()
         return shard
 
-    def leave_group(self, peers: Sequence[Any]) -> None:
-        """Leave the group, if there is one; the next one is formed with ``peers``, handles of the other shards."""
+    def leave_group(self, generation: Generation, peers: Sequence[Any]) -> None:
+        """Leave the group, if there is one; the next one is formed with ``peers``, handles of the other shards.
+
+        Raises:
+            ServiceError: If ``generation``, of the next one, is not newer than any that was asked for.
+        """
+        if generation <= self._newest:
+            raise ServiceError(f"expected a generation after {self._newest}, got {generation}")
+        self._newest = generation
         if self.collective is not None:
             self.collective.close()
         self._num_votes, self._attended, self._peers = 0, None, peers
+
+    def enter_group(self, collective: Collective) -> None:
+        """Reduce in a group that was formed.
+
+        Raises:
+            ServiceError: If a newer one was asked for meanwhile.
+        """
+        if collective.generation != self._newest:
+            collective.close()
+            raise ServiceError(f"generation {collective.generation} was given up for {self._newest}")
+        self.collective = collective
 
     async def compute(self, work: Callable[[], Any]) -> Any:
         """Do something in the thread for arithmetic, after what it is at."""
@@ -125,7 +149,7 @@ class Steps:
             await self._wait(self._outcomes.first, sequence, timeout_s)
         return self.job().result(timeline, sequence)
 
-    def attend(self, generation: int, vote: int) -> None:
+    def attend(self, generation: Generation, vote: int) -> None:
         """Vote on a step that another shard waits in, now or when this one is free; see :meth:`ShardActor.attend`."""
         self._attended = generation, vote
         self._start_if_complete()
@@ -143,6 +167,9 @@ class Steps:
         """Run steps up to ``sequence``, no further, and wait for them; returns where the shard stands then.
 
         A step that is given up counts as done.
+
+        Raises:
+            ServiceError: If the shard was released meanwhile.
         """
         self._held_after = sequence
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -150,10 +177,21 @@ class Steps:
         while self.whole_job().sequence < sequence or self.is_stepping:
             left = deadline - asyncio.get_running_loop().time()
             outcome = await self._wait(self._outcomes.first, sequence, max(left, 0.001))
+            if self._held_after != sequence:
+                raise ServiceError(f"shard {self._index} was released before it had come to rest; try it again")
             if outcome.decision is Decision.ABORT:
                 self._held_after = self.whole_job().sequence
                 break
         return self.whole_job().status()
+
+    async def end_step(self, timeout_s: float) -> None:
+        """Wait until no step is under way, whatever comes of the one that is.
+
+        Raises:
+            ServiceTimeoutError: If it does not end in time.
+        """
+        if self._step is not None and not (await asyncio.wait([self._step], timeout=timeout_s))[0]:
+            raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
 
     def release(self) -> None:
         """Go on with steps after a :meth:`hold`."""
@@ -167,7 +205,7 @@ class Steps:
             await self.compute(load)
         finally:
             self._is_loading = False
-            if not self.job().is_waiting:
+            if self.shard is None or not self.shard.is_waiting:
                 self.dismiss_pushes()
             self._start_if_complete()
 
@@ -248,6 +286,6 @@ class Steps:
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)
 
-    def _call_peers(self, generation: int, vote: int) -> None:
+    def _call_peers(self, generation: Generation, vote: int) -> None:
         for peer in self._peers:
             peer.attend.remote(generation, vote)

@@ -14,6 +14,7 @@ StepwellError
  │   │   ├─ StaleRequestError
  │   │   ├─ FutureRequestError
  │   │   └─ TimelineError        the service was restored or loaded since
+ │   ├─ EpochError               the coordinator that asks was replaced by another
  │   ├─ AttemptError             an older try of a step, or one that came while the step was decided
  │   ├─ ShapeMismatchError
  │   └─ DTypeMismatchError
@@ -94,6 +95,10 @@ class FutureRequestError(SequenceError):
 
 class TimelineError(SequenceError):
     """The service was restored or loaded since the sender last heard from it."""
+
+
+class EpochError(RequestError):
+    """The coordinator that asks was replaced: another one has taken the service over since."""
 
 
 class AttemptError(RequestError):

@@ -94,6 +94,21 @@ def size_problem(uri: str, entry: FileEntry) -> str | None:
     )
 
 
+def is_of_save(uri: str, save_id: str) -> bool:
+    """Whether the checkpoint at ``uri`` is the one that the save of this name wrote.
+
+    Raises:
+        CheckpointAccessError: If that cannot be told.
+    """
+    try:
+        manifest = read_manifest(uri)
+    except CheckpointAccessError:
+        raise
+    except CheckpointError:
+        return False
+    return any(entry.name.startswith(f"{save_id}-") for entry in manifest.files)
+
+
 def write_manifest(uri: str, manifest: Manifest) -> None:
     """Complete a checkpoint: write its manifest, and remove what other saves have left in its folder.
 

@@ -27,6 +27,7 @@ class Member:
         holdings: What it registered to hold of a sharded model.
         pushed, held: Per extent, the runs of what it pushes and of what it holds, counted from the first owned tile.
         padding: Per extent, where padding lies in what it pushes, packed.
+        has_left: Whether it has said goodbye.
     """
 
     incarnation: str
@@ -34,6 +35,7 @@ class Member:
     pushed: Sequence[Runs]
     held: Sequence[Runs]
     padding: Sequence[Tensor]
+    has_left: bool = False
 
     def runs(self, part: Part) -> Sequence[Runs]:
         """One of the two."""
@@ -86,6 +88,11 @@ class Members:
         padding = [extent.padding_in(runs) for extent, runs in zip(self._buffers.extents, pushed, strict=True)]
         self._by_rank[rank] = Member(incarnation, holdings, pushed, held, padding)
         return known is None or known.incarnation != incarnation
+
+    def leave(self, rank: int) -> None:
+        """Note that a worker has said goodbye; nothing if there is none."""
+        if rank in self._by_rank:
+            self._by_rank[rank] = dataclasses.replace(self._by_rank[rank], has_left=True)
 
     def require_rank(self, rank: int) -> None:
         """Refuse a rank that is not one of the job's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class HandJob:
             (index, MASTER.name, 0): to_wire(self.oracle.problem.initial(index))
             for index in range(len(self.oracle.problem.tensors))
         }
-        self.timeline = self.ask("load", [ray.put(values)], LoadHeader()).timeline
+        self.timeline = self.ask("load", [ray.put(values)], LoadHeader(), uuid.uuid4().hex).timeline
 
     def ask(self, method: str, *arguments: Any) -> Registration:
         """Ask the coordinator."""

@@ -6,6 +6,9 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import ray
 
 LIMIT_S = 30.0
 
@@ -24,6 +27,12 @@ def assert_all_end(pids: Iterable[int]) -> None:
         time.sleep(0.05)
         alive = [pid for pid in alive if is_alive(pid)]
     assert not alive, f"left behind: { {pid: command(pid) for pid in alive} }"
+
+
+def pid_of(actor: Any) -> int:
+    """The process of an actor."""
+    pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=LIMIT_S)
+    return pid
 
 
 def command(pid: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 import os
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -23,18 +21,12 @@ import ray
 import stepwell
 from stepwell.sharding.errors import NotRegisteredError, ShardLostError
 from tests.integration.conftest import Launch
-from tests.integration.processes import assert_all_end, command, processes_with
+from tests.integration.processes import assert_all_end, command, pid_of, processes_with
 from tests.integration.training import D0, LIMIT_S, Oracle, Trainer, errors_on_all, make_workers, on_all, small_in_order
 
 ROOT = Path(__file__).parents[2]
 PROMPT_S = 20.0
 """Far below the limit of a step, which is half an hour."""
-
-
-def pid_of(shard: Any) -> int:
-    """The process of a shard's actor, whose incarnation begins with it."""
-    incarnation = ray.get(shard.__ray_call__.remote(operator.attrgetter("_incarnation")), timeout=LIMIT_S)
-    return int(str(incarnation).split("-")[0])
 
 
 @dataclasses.dataclass(frozen=True)

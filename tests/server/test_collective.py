@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepwell.server.collective import Collective, GroupStore
+from stepwell.server.collective import Collective, Generation, GroupStore
 from stepwell.sharding.errors import ShardLostError
 
 HOST = "127.0.0.1"
@@ -22,12 +22,13 @@ LIMIT_S = 30.0
 
 MEMBER = """
 import sys, torch
-from stepwell.server.collective import Collective
+from stepwell.server.collective import Collective, Generation
 from stepwell.sharding.errors import ShardLostError
 
 index, size, port = map(int, sys.argv[1:])
 member = Collective(
-    1, index, size, host="127.0.0.1", store_address=("127.0.0.1", port), forming_timeout_s=60, timeout_s=60
+    Generation(1, 1), index, size,
+    host="127.0.0.1", store_address=("127.0.0.1", port), forming_timeout_s=60, timeout_s=60
 )
 member.all_reduce(torch.ones(3))
 print("formed", flush=True)
@@ -40,9 +41,9 @@ sys.stdin.read()  # stay, so that no connection closes by this process's end
 """
 
 
-def form(store: GroupStore, generation: int, shard: int, num_shards: int, timeout_s: float = LIMIT_S) -> Collective:
+def form(store: GroupStore, number: int, shard: int, num_shards: int, timeout_s: float = LIMIT_S) -> Collective:
     return Collective(
-        generation,
+        Generation(1, number),
         shard,
         num_shards,
         host=HOST,
@@ -96,7 +97,7 @@ def test_all_reduce_keeps_its_shape_and_adds_in_place(group: list[Collective]) -
 
 
 def test_all_reduce_alone_needs_no_group() -> None:
-    alone = Collective(1, 0, 1, host=HOST, store_address=(HOST, 1), forming_timeout_s=1, timeout_s=1)
+    alone = Collective(Generation(1, 1), 0, 1, host=HOST, store_address=(HOST, 1), forming_timeout_s=1, timeout_s=1)
     vector = torch.ones(3)
     assert alone.all_reduce(vector) is vector
     alone.close()
@@ -105,7 +106,9 @@ def test_all_reduce_alone_needs_no_group() -> None:
 
 def test_collective_whose_member_never_comes_is_an_error_within_the_limit(store: GroupStore) -> None:
     began = time.monotonic()
-    with pytest.raises(ShardLostError, match="shard 0: the 2 shards of generation 7 did not come together within 1 s"):
+    with pytest.raises(
+        ShardLostError, match=r"shard 0: the 2 shards of generation 1\.7 did not come together within 1 s"
+    ):
         form(store, 7, 0, 2, timeout_s=1.0)
     assert time.monotonic() - began < 10
 
@@ -114,7 +117,7 @@ def test_all_reduce_whose_member_never_comes_is_an_error_within_the_limit(store:
     with ThreadPoolExecutor(2) as pool:
         members = list(pool.map(lambda shard: form(store, 1, shard, 2, timeout_s=2.0), range(2), timeout=LIMIT_S))
     began = time.monotonic()
-    with pytest.raises(ShardLostError, match=r"generation 1 \(limit 2 s\)"):
+    with pytest.raises(ShardLostError, match=r"generation 1\.1 \(limit 2 s\)"):
         members[0].all_reduce(torch.ones(2))
     assert 1.0 < time.monotonic() - began < 10
     assert not members[0].is_open

@@ -48,7 +48,7 @@ class Service:
         config = ServiceConfig("test", worker_timeout_s=worker_timeout_s)
         with mock.patch("ray.util.get_node_ip_address", return_value="127.0.0.1"):
             self.actor = ShardActor(config, 0)
-        self.coordinator = Coordinator(config)
+        self.coordinator = Coordinator(config, [Handle(self.actor)], resign=mock.Mock())
 
     def spec(self, *, num_groups: int = 1, gradients: Gradients = "sharded") -> JobSpec:
         params = tuple(ParamSpec(f"p{index}", (NUMEL,), "float32", index) for index in range(num_groups))
@@ -93,7 +93,7 @@ def run_test(test: Callable[[Service], Coroutine[Any, Any, None]]) -> Callable[[
     def run() -> None:
         async def main() -> None:
             service = Service()
-            await service.coordinator.start([Handle(service.actor)])
+            await service.coordinator.start()
             await service.begin()
             await asyncio.wait_for(test(service), LIMIT_S)
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from stepwell.optim import SGDRule
-from stepwell.server.collective import Collective
+from stepwell.server.collective import Collective, Generation
 from stepwell.server.config import ServiceConfig
 from stepwell.server.messages import (
     Exchange,
@@ -29,11 +29,13 @@ from stepwell.server.messages import (
     from_wire,
     pack_exchange,
     pack_holdings,
+    pack_job,
     pack_push,
     pack_target,
     to_wire,
 )
 from stepwell.server.shard_actor import ShardActor
+from stepwell.server.workers import Worker
 from stepwell.sharding.buffers import StateSource
 from stepwell.sharding.errors import (
     AttemptError,
@@ -55,6 +57,8 @@ from tests.zoo import Run, assert_same_tensors, small, state_source
 
 LIMIT_S = 20.0
 RETURNED = Target("pushed", ("float32",))
+GENERATION = Generation(1, 1)
+EPOCH = 1
 
 
 def run_test(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -100,7 +104,7 @@ class Line:
         self.run = Run(small(), SGDRule(lr=0.1), world_size=2)
         self.shard = self.steps.shard = self.run.group.shards[0]
         self.steps.collective = Collective(
-            1, 0, 1, host="", store_address=("", 0), forming_timeout_s=1.0, timeout_s=1.0
+            GENERATION, 0, 1, host="", store_address=("", 0), forming_timeout_s=1.0, timeout_s=1.0
         )
 
     async def push(self, rank: int, **header: Any) -> Reply:
@@ -166,7 +170,7 @@ async def test_newer_attempt_comes_too_late_for_a_step_that_has_begun(line: Line
 async def test_rank_comes_too_late_for_a_step_that_is_given_up(line: Line) -> None:
     async with line.busy():
         first = await line.push(0)
-        await line.actor.attend(1, 2)
+        await line.actor.attend(GENERATION, 2)
         await line.settle()
         assert isinstance(await error_of(await line.push(1)), AttemptError)
     assert isinstance((await first).error, MissingRankError)
@@ -195,7 +199,7 @@ async def test_repeat_is_told_what_the_first_is_before_during_and_after_the_step
 @run_test
 async def test_repeat_of_a_push_that_was_given_up_is_a_new_try(line: Line) -> None:
     reply = await line.push(0)
-    await line.actor.attend(1, 2)
+    await line.actor.attend(GENERATION, 2)
     assert (await reply).decision is Decision.ABORT
     replies = [await line.push(0), await line.push(1)]
     for each in replies:
@@ -209,9 +213,9 @@ async def test_repeat_of_a_push_that_was_given_up_is_a_new_try(line: Line) -> No
 async def test_successor_is_not_told_what_became_of_its_predecessors_push(line: Line) -> None:
     """Both count their attempts from 0."""
     first = await line.push(1)
-    await line.actor.attend(1, 2)
+    await line.actor.attend(GENERATION, 2)
     assert (await first).decision is Decision.ABORT
-    await line.actor.admit(1, "successor", pack_holdings(None))
+    await line.actor.admit(EPOCH, {1: Worker("successor", pack_holdings(None))})
     reply = await line.push(1, incarnation="successor")
     assert not reply.done()
     await line.push(0)
@@ -221,7 +225,7 @@ async def test_successor_is_not_told_what_became_of_its_predecessors_push(line: 
 @run_test
 async def test_worker_whose_push_a_successor_replaced_is_not_told_that_it_was_taken(line: Line) -> None:
     reply = await line.push(1)
-    await line.actor.admit(1, "successor", pack_holdings(None))
+    await line.actor.admit(EPOCH, {1: Worker("successor", pack_holdings(None))})
     taken = await line.push(1, incarnation="successor")
     await line.push(0)
     assert isinstance(await error_of(reply), IncarnationError)
@@ -244,7 +248,7 @@ async def test_attempt_that_was_replaced_is_not_told_that_it_was_taken(line: Lin
 async def test_attempt_that_comes_while_the_last_one_is_given_up_is_the_next_trys(line: Line) -> None:
     async with line.busy():
         first = await line.push(0)
-        await line.actor.attend(1, 2)
+        await line.actor.attend(GENERATION, 2)
         await line.settle()
         assert isinstance(await error_of(await line.push(0, attempt=1)), AttemptError)
     assert (await first).decision is Decision.ABORT
@@ -394,7 +398,7 @@ async def test_nothing_is_mapped_for_who_may_not_push(line: Line) -> None:
 async def test_memory_is_given_up_when_the_worker_leaves_or_is_replaced(line: Line) -> None:
     ways: list[Callable[[], Awaitable[None]]] = [
         lambda: line.actor.forget(0),
-        lambda: line.actor.admit(0, "successor", pack_holdings(None)),
+        lambda: line.actor.admit(EPOCH, {0: Worker("successor", pack_holdings(None))}),
     ]
     memory, before = Memory(line), mapped_segments()
     for give_up in ways:
@@ -436,31 +440,31 @@ async def test_hold_counts_a_step_once_that_ends_at_that_moment(line: Line) -> N
     deadline = time.monotonic() + LIMIT_S
     while line.shard.sequence < 2:
         assert time.monotonic() < deadline
-    assert await line.actor.hold() == 2
-    assert (await line.actor.settle(2, LIMIT_S)).sequence == 2
-    await line.actor.release()
+    assert await line.actor.hold(EPOCH) == 2
+    assert (await line.actor.settle(EPOCH, 2, LIMIT_S)).sequence == 2
+    await line.actor.release(EPOCH)
 
 
 @run_test
 async def test_shard_that_is_called_to_vote_while_it_is_held_votes_when_it_may(line: Line) -> None:
     reply = await line.push(0)
-    assert await line.actor.hold() == 1
-    await line.actor.attend(1, 2)
+    assert await line.actor.hold(EPOCH) == 1
+    await line.actor.attend(GENERATION, 2)
     await line.settle()
     assert not line.steps.is_stepping
-    status = await line.actor.settle(2, LIMIT_S)
+    status = await line.actor.settle(EPOCH, 2, LIMIT_S)
     assert status.sequence == 1
     assert isinstance((await reply).error, MissingRankError)
-    await line.actor.release()
+    await line.actor.release(EPOCH)
 
 
 @run_test
 async def test_call_to_vote_that_comes_late_begins_no_other_try(line: Line) -> None:
     given_up = await line.push(0)
-    await line.actor.attend(1, 2)
+    await line.actor.attend(GENERATION, 2)
     assert (await given_up).decision is Decision.ABORT
     reply = await line.push(0, attempt=1)
-    await line.actor.attend(1, 2)
+    await line.actor.attend(GENERATION, 2)
     assert not line.steps.is_stepping
     await line.push(1)
     assert (await reply).decision is Decision.COMMIT
@@ -500,14 +504,15 @@ async def test_load_that_fails_tells_those_whose_pushes_it_swept_away(line: Line
     with pytest.raises(CheckpointError):
         await line.steps.load(fail)
     assert isinstance(await error_of(reply), TimelineError)
-    await line.actor.release()
+    await line.actor.release(EPOCH)
     assert not line.steps.is_stepping
 
 
 @run_test
 async def test_load_that_fails_before_it_changes_anything_leaves_the_pushes(line: Line) -> None:
     reply = await line.push(0)
+    job = pack_job(line.shard.spec)
     with pytest.raises(CheckpointError, match="/nowhere"):
-        await line.actor.restore("/nowhere", b"", 2)
+        await line.actor.prepare_restore(EPOCH, 2, "request", "/nowhere", b"", job, b"", {})
     await line.push(1)
     assert (await reply).decision is Decision.COMMIT

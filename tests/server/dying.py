@@ -1,0 +1,195 @@
+"""A service in this process whose coordinator dies at a declared moment, while its shards and workers live on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from stepwell.optim import SGDRule
+from stepwell.server.collective import NO_GENERATION, Generation
+from stepwell.server.config import ServiceConfig
+from stepwell.server.coordinator import Coordinator
+from stepwell.server.knowledge import ShardReport
+from stepwell.server.messages import from_wire, pack_holdings, pack_job, values_to_wire
+from stepwell.server.shard_actor import ShardActor
+from stepwell.sharding.coverage import Gradients
+from stepwell.sharding.errors import ShardLostError
+from stepwell.sharding.job import JobSpec
+from stepwell.sharding.layout import ParamSpec
+from tests.server.test_coordinator import HALVES, NUMEL, holdings_of, part
+
+LIMIT_S = 60.0
+NUM_SHARDS = 2
+
+
+class Life:
+    """One coordinator's, which may end before a call to a shard."""
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+        self._is_buried = False
+        self._unanswered: list[asyncio.Future[Any]] = []
+        self.num_calls = 0
+        self.is_over = asyncio.Event()
+
+    def end_after(self, num_calls: int) -> None:
+        """End after so many calls more."""
+        self._last = self.num_calls + num_calls
+
+    def call(self, method: Any, arguments: Sequence[Any]) -> asyncio.Future[Any]:
+        """Deliver a call, or after the end none."""
+        if self._last == self.num_calls or self.is_over.is_set():
+            self.is_over.set()
+            unanswered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self._unanswered.append(unanswered)
+            if self._is_buried:
+                unanswered.cancel()
+            return unanswered
+        self.num_calls += 1
+        answer: asyncio.Future[Any] = asyncio.ensure_future(method(*arguments))
+        return answer
+
+    def bury(self) -> None:
+        """Let what waits for answers end, so that the event loop can."""
+        self._is_buried = True
+        self.is_over.set()
+        for future in self._unanswered:
+            future.cancel()
+
+
+class GroupStore:
+    """Where the members of one generation meet, in place of a store."""
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        self.address = threading.Barrier(NUM_SHARDS, timeout=timeout_s)
+
+
+class Group:
+    """A generation that is formed when all its members have come, in place of a process group."""
+
+    def __init__(self, generation: Generation, shard: int, num_shards: int, **options: Any) -> None:
+        self.generation, self.is_open = generation, True
+        try:
+            options["store_address"].wait()
+        except threading.BrokenBarrierError:
+            raise ShardLostError(f"shard {shard}: generation {generation} did not come together") from None
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+class Handle:
+    """A shard's handle as one coordinator holds it."""
+
+    def __init__(self, actor: ShardActor, life: Life) -> None:
+        self._actor, self._life = actor, life
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._actor, name)
+        return mock.Mock(remote=lambda *arguments: self._life.call(method, arguments))
+
+
+class Service:
+    """Two shards, and one coordinator after the other. The shards' own threads are real."""
+
+    def __init__(self) -> None:
+        self.config = ServiceConfig("test", num_shards=NUM_SHARDS, kernel="eager", worker_timeout_s=LIMIT_S)
+        with mock.patch("ray.util.get_node_ip_address", return_value="127.0.0.1"):
+            self.actors = [ShardActor(self.config, index) for index in range(NUM_SHARDS)]
+        self.lives: list[Life] = []
+
+    async def start(self, num_calls: int | None = None) -> Coordinator:
+        """Start the next coordinator; returns when it has taken over, or is dead after ``num_calls`` calls."""
+        self.life = Life()
+        self.lives.append(self.life)
+        self.resign = mock.Mock()
+        handles = [Handle(actor, self.life) for actor in self.actors]
+        self.coordinator = Coordinator(self.config, handles, resign=self.resign)
+        if num_calls is not None:
+            self.life.end_after(num_calls)
+        await self.until_over(self.coordinator.start())
+        return self.coordinator
+
+    async def until_over(self, asked: Coroutine[Any, Any, object]) -> None:
+        """Wait until a coordinator has done what it was asked for, or is dead."""
+        over = asyncio.ensure_future(self.life.is_over.wait())
+        asking = asyncio.ensure_future(asked)
+        await asyncio.wait([asking, over], return_when=asyncio.FIRST_COMPLETED)
+        if not over.done():
+            over.cancel()
+            await asking
+
+    async def reports(self) -> list[ShardReport]:
+        return [await actor.report(actor.fence.epoch) for actor in self.actors]
+
+    async def state(self) -> dict[tuple[int, str, int], torch.Tensor]:
+        """Everything that the shards own."""
+        exports = [await actor.export() for actor in self.actors]
+        return {
+            (param, slot, offset): from_wire(wire).clone()
+            for pieces, _ in exports
+            for param, slot, offset, wire in pieces
+        }
+
+    async def require_whole(self) -> list[ShardReport]:
+        """See that the shards agree in everything, have one group, and that nothing holds them or is left undone."""
+        reports = await self.reports()
+        for report, actor in zip(reports, self.actors, strict=True):
+            assert report.prepared is None
+            assert not report.saves
+            assert actor._steps._held_after is None
+            assert report.generation == reports[0].generation != NO_GENERATION
+            assert report.requests == reports[0].requests
+        if any(report.job is None for report in reports):
+            assert {report.timeline for report in reports} == {0}, "a job that has parameters is on all shards"
+            return reports
+        for report in reports:
+            assert report.job == reports[0].job
+            assert report.workers == reports[0].workers
+            assert report.left == reports[0].left
+            assert report.timeline == reports[0].timeline
+        return reports
+
+
+@contextlib.contextmanager
+def groups_without_sockets(forming_timeout_s: float) -> Iterator[None]:
+    """Within this block shards form groups that meet in this process."""
+    with (
+        mock.patch.multiple("stepwell.server.shard_actor", Collective=Group, GroupStore=GroupStore),
+        mock.patch("stepwell.server.shards.FORMING_TIMEOUT_S", forming_timeout_s),
+    ):
+        yield
+
+
+class Ranks:
+    """What the ranks of a sharded model ask for; each of them has half of each parameter."""
+
+    def __init__(self, *, num_groups: int = 1, world_size: int = 2, gradients: Gradients = "sharded") -> None:
+        params = tuple(ParamSpec(f"p{index}", (NUMEL,), "float32", index) for index in range(num_groups))
+        self.spec = JobSpec(SGDRule(lr=0.1, momentum=0.9), params, num_groups, world_size, gradients=gradients)
+
+    async def register(self, coordinator: Coordinator, ranks: Sequence[int] = (0, 1), incarnation: str = "a") -> None:
+        async def register(rank: int) -> None:
+            await coordinator.register(pack_job(self.spec), rank, f"{rank}-{incarnation}", self._held(rank))
+
+        await asyncio.gather(*map(register, ranks))
+
+    async def hand_in(self, coordinator: Coordinator, value: float) -> None:
+        parts = [[values_to_wire(part(0, cut, value + rank))] for rank, cut in enumerate(HALVES)]
+        await asyncio.gather(*(coordinator.hand_in(rank, values) for rank, values in enumerate(parts)))
+
+    async def extend(self, coordinator: Coordinator, value: float) -> None:
+        parts = [[values_to_wire(part(1, cut, value + rank))] for rank, cut in enumerate(HALVES)]
+        job = pack_job(self.spec)
+        await asyncio.gather(
+            *(coordinator.extend(job, rank, self._held(rank), values) for rank, values in enumerate(parts))
+        )
+
+    def _held(self, rank: int) -> bytes:
+        return pack_holdings(holdings_of(self.spec, HALVES[rank]) if self.spec.gradients == "sharded" else None)
