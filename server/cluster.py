@@ -6,10 +6,12 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -69,9 +71,12 @@ def start_own(num_cpus: int) -> str:
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
+    # Of its own, so that it can be removed with the Ray; its path is short, as those of sockets have to be.
+    temporary = tempfile.mkdtemp(prefix="stepwell-ray-", dir="/tmp")
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}",
         f"--node-ip-address={LOOPBACK}", f"--num-cpus={num_cpus}", "--include-dashboard=false", "--disable-usage-stats",
+        f"--temp-dir={temporary}",
     ]  # fmt: skip
     log_path = folder / "ray.log"
     with log_path.open("wb") as log:
@@ -80,12 +85,12 @@ def start_own(num_cpus: int) -> str:
         )
     _await_port(process, port, log_path)
     _init(f"{LOOPBACK}:{port}")
-    _state_file().write_text(json.dumps({"address": address(), "pid": process.pid}))
+    _state_file().write_text(json.dumps({"address": address(), "pid": process.pid, "temporary": temporary}))
     return address()
 
 
 def stop_own() -> None:
-    """End the Ray that :func:`start_own` started, by its process id; nothing if there is none."""
+    """End the Ray that :func:`start_own` started, by its process id, and remove its files; nothing if there is none."""
     state = _read_state()
     if state is None:
         return
@@ -93,6 +98,7 @@ def stop_own() -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
         _await_end(pid)
+    shutil.rmtree(state["temporary"], ignore_errors=True)
     _state_file().unlink(missing_ok=True)
 
 

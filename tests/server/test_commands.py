@@ -30,11 +30,14 @@ def own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         fields = json.loads(up.out)
         assert (fields["name"], fields["num_shards"], fields["rule"]) == ("trainer", 2, None)
         assert fields["address"].startswith("127.0.0.2:")
+        temporary = Path(json.loads((state / "stepwell" / "ray.json").read_text())["temporary"])
+        assert temporary.is_dir()
         yield state
         ray.shutdown()  # commands that ran in this process left it in that Ray, and a process ends with its Ray
         down = cli_process("down", "trainer", "--json")
         assert json.loads(down.out) == {"name": "trainer", "ended_ray": True}, down.err
         assert not (state / "stepwell" / "ray.json").exists()
+        assert not temporary.exists()
         assert_all_end(processes_with("XDG_STATE_HOME", str(state)))
 
 
@@ -119,6 +122,10 @@ def test_status_of_a_new_service_shows_no_job(own_ray: Path, cli: Cli) -> None:
     run = cli("status", "trainer")
     assert run.code == 0
     assert "none yet: no worker has registered" in run.out
+    assert [line.split()[1:4:2] for line in run.out.splitlines() if "epoch" in line or "restarts" in line] == [
+        ["epoch", "1"],
+        ["restarts", "0"],
+    ]
     cli("save", "trainer", str(own_ray / "nothing")).require_error("service 'trainer' has no job yet")
 
 
