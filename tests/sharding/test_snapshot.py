@@ -236,7 +236,7 @@ def test_step_without_memory_for_the_save_is_taken_and_the_save_fails(monkeypatc
     with saving(run, num_before=1) as (gate, save):
         with monkeypatch.context() as patched:
             patched.setattr(torch, "empty_like", no_memory)
-            run.group.shards[0]._detach_snapshot(for_step=True)
+            run.group.shards[0]._detach_snapshots(for_step=True)
         run.steps(7, schedule=constant)
         gate.open()
         with pytest.raises(CheckpointError, match=r"no memory to keep .*not enough memory.*save again"):
