@@ -292,6 +292,11 @@ class ShardActor:
         return await self._steps.rest()
 
     @of_coordinator
+    async def give_up(self) -> None:
+        """See :meth:`Steps.give_up`."""
+        self._steps.give_up()
+
+    @of_coordinator
     async def resume(self, known: Sums) -> None:
         """See :meth:`Steps.resume`."""
         self._steps.resume(known)

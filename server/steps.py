@@ -260,6 +260,16 @@ class Steps:
         self._num_votes += had == 0 and not sums
         self._begin_step(shard, sums)
 
+    def give_up(self) -> None:
+        """Give up a step that rests, as a shard is lost for good, and tell those who wait for it."""
+        self._give_up_resting()
+        self._outcomes.dismiss(
+            ShardLostError(
+                "another shard is lost, and nobody has what it held. Restore the service from its last checkpoint with "
+                "service.restore(URI), then call refresh() on every rank"
+            )
+        )
+
     def _give_up_resting(self) -> None:
         if self._running is not None:
             self._running.close()

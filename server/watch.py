@@ -45,6 +45,7 @@ class Watch:
             return
         if gone := sorted(set(empty) - set(rebuilt)):
             logger.error("service %r: shards %s are empty; restore the service from its last checkpoint", name, gone)
+            await self._shards.all("give_up", what="the shards to give up what a lost one had")
             return
         await self._shards.resume()
         if empty:

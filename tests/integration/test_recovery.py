@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,10 +123,21 @@ def test_several_workers_wait_for_a_shard_together(launch: Launch) -> None:
     on_all(workers, lambda worker: worker.optimizer.close())
 
 
-def test_shard_and_keeper_that_die_at_once_are_told_of(launch: Launch) -> None:
+def test_shard_and_keeper_that_die_at_once_take_the_service_to_its_checkpoint(launch: Launch, tmp_path: Path) -> None:
     """On one node nobody has the shard's state then; nothing is made up."""
-    service = launch(2, redundancy=1)
+    service, uri = launch(2, redundancy=1), str(tmp_path / "checkpoint")
     trainer, victims = trainer_of(service).run(5), Victims(service)
+    service.save(uri)
+    trainer.run(7)
     victims.kill("keeper", 1)
     with pytest.raises(stepwell.StepwellError, match="restore"):
-        trainer.run(6)
+        trainer.run(8)
+    service.restore(uri)
+    trainer.optimizer.refresh()
+    trainer.step = 5
+    trainer.run(9)
+    victims.await_successors()
+    victims.kill(0)
+    trainer.run(14)
+    assert_same_training(trainer, trainer_of("inprocess").run(14))
+    trainer.optimizer.close()
