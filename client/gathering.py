@@ -43,6 +43,9 @@ class Gatherer:
         shapes: Per parameter, of this rank's part of its gradient.
         slices: Per place of the buffer, where it lies in that part, flattened; None for all of it.
         is_added: Whether gradients of several ranks will be added up, so that it matters how large they are.
+
+    Attributes:
+        buffer: As above.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Gatherer:
         *,
         is_added: bool = False,
     ) -> None:
+        self.buffer = buffer
         # Once and not in every step, as each of these takes a microsecond for each parameter.
         self._params = [place.param for place in buffer.places]
         self._slices = None if all(where is None for where in slices) else list(slices)

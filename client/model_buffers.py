@@ -113,6 +113,7 @@ class ModelBuffers:
             self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
         self._early: EarlyCopies | None = None
+        self._used: list[tuple[int, Gatherer]] = []
         self._renew_pushed()
         if options.overlap:
             self._early = self._copy_early()
@@ -126,23 +127,37 @@ class ModelBuffers:
         self._is_lent = True
         return self.pushed
 
-    def take_back_gradients(self) -> None:
-        """Use the memory of what was lent again: its step is decided, and no shard reads it any more."""
-        self._is_lent = False
+    def take_back_gradients(self, sequence: int, kept_from: int) -> None:
+        """Go on with memory that no shard needs: what was lent was taken in step ``sequence``.
+
+        Args:
+            sequence: The step.
+            kept_from: The first step whose gradients a shard that is lost would need.
+        """
+        self._used.append((sequence, self._gatherer))
+        if self._used[0][0] < kept_from:
+            self._use(self._used.pop(0)[1])
+        else:
+            self._renew_pushed()
         if self._early is not None:
             self._early.may_copy = True
 
     def _renew_pushed(self) -> None:
         """Take memory for gradients that no shard has seen; what had it before goes when no shard needs it."""
-        self.pushed, self._is_lent = self._make_pushed(), False
-        self._gatherer = Gatherer(
-            self.pushed,
-            self._shapes,
-            [self._slice_of(place) for place in self.pushed.places],
-            is_added=self._spec.gradients == "local" and self._spec.world_size > 1,
+        pushed = self._make_pushed()
+        self._use(
+            Gatherer(
+                pushed,
+                self._shapes,
+                [self._slice_of(place) for place in pushed.places],
+                is_added=self._spec.gradients == "local" and self._spec.world_size > 1,
+            )
         )
+
+    def _use(self, gatherer: Gatherer) -> None:
+        self._gatherer, self.pushed, self._is_lent = gatherer, gatherer.buffer, False
         if self._early is not None:
-            self._early.copy = self._gatherer.copy
+            self._early.copy = gatherer.copy
 
     def gather_gradients(self) -> Gathered:
         """Copy this rank's part of every gradient to its place. It stays there until :meth:`take_back_gradients`.

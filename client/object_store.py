@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ from .node_memory import NodeMemory
 from .transport import Transport, join_pieces
 
 LEAVE_TIMEOUT_S = 15.0
+RECOVERY_TIMEOUT_S = 300.0
 
 
 class ObjectStoreTransport(Transport):
@@ -64,6 +66,7 @@ class ObjectStoreTransport(Transport):
         self._owned, self._is_closed = owned, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
         self._memory = NodeMemory()
+        self.recovery_timeout_s = RECOVERY_TIMEOUT_S if service.config.redundancy else 0.0
         self._placements: weakref.WeakKeyDictionary[FlatBuffer, list[Placement | None]] = weakref.WeakKeyDictionary()
 
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
@@ -122,12 +125,14 @@ class ObjectStoreTransport(Transport):
             calls.append(shard.exchange.remote(request, *([list(parts), changed] if parts or changed else [])))
         what = f"step {header.sequence}"
         replies = wait_for_all(calls, refusal=_refusal, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
-        for reply, _ in replies:
+        for reply, _, _ in replies:
             if reply.error is not None:
                 raise reply.error
         result: StepResult = replies[0][0]
         if result.decision is Decision.COMMIT:
-            self._fill(params, [parts for _, parts in replies])
+            self._fill(params, [parts for _, parts, _ in replies])
+        near = zip(self._memory.is_near, replies, strict=True)
+        self.kept_from = min((kept_from for is_near, (_, _, kept_from) in near if is_near), default=sys.maxsize)
         return result
 
     def decided(self, timeline: int, sequence: int) -> StepResult | None:
@@ -147,7 +152,12 @@ class ObjectStoreTransport(Transport):
     def _ask_decided(self, timeline: int, sequence: int) -> tuple[list[StepResult | None], list[StepResult]]:
         """What each shard says of a step, and what those say that took it."""
         calls = [shard.decided.remote(timeline, sequence, self._step_timeout_s) for shard in self.service.shards]
-        results: list[StepResult | None] = self._wait(calls, what=f"the result of step {sequence}")
+        outcomes: list[StepResult | StepwellError | None] = self._wait(calls, what=f"the result of step {sequence}")
+        results = []
+        for outcome in outcomes:
+            if isinstance(outcome, StepwellError):
+                raise outcome
+            results.append(outcome)
         return results, [result for result in results if result is not None and result.decision is not Decision.ABORT]
 
     def read_parameters(self, params: FlatBuffer) -> None:
@@ -235,6 +245,6 @@ def _put(values: PieceValues) -> list[Any]:
     return [ray.put(values_to_wire(values))] if values else []
 
 
-def _refusal(reply: tuple[StepResult | StepwellError, Any]) -> StepwellError | None:
+def _refusal(reply: tuple[StepResult | StepwellError, Any, int]) -> StepwellError | None:
     """Why a shard refused a push, if it did."""
     return reply[0] if isinstance(reply[0], StepwellError) else None

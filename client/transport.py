@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, overload
 
@@ -62,6 +63,10 @@ class Transport(abc.ABC):
     """One worker's line to the shards of one service. Methods raise the errors of ``stepwell.sharding.errors``."""
 
     service: ServiceHandle
+    kept_from: int = sys.maxsize
+    """The first step whose gradient must stay where it is, as a shard that is lost would need it."""
+    recovery_timeout_s: float = 0.0
+    """How long a worker tries a step again that failed with a lost shard; 0 where nothing brings a shard back."""
 
     @abc.abstractmethod
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:

@@ -15,7 +15,14 @@ from ..server.messages import LoadHeader, Registration, unpack_job
 from ..sharding.buffers import MASTER
 from ..sharding.clipping import ClipLimits
 from ..sharding.coverage import Holdings
-from ..sharding.errors import AttemptError, CheckpointError, JobMismatchError, StepAbortedError, TimelineError
+from ..sharding.errors import (
+    AttemptError,
+    CheckpointError,
+    JobMismatchError,
+    ShardLostError,
+    StepAbortedError,
+    TimelineError,
+)
 from ..sharding.job import JobSpec
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
@@ -23,6 +30,7 @@ from ..sharding.reports import StepResult
 from ..sharding.saved import manifest_digest
 from ..sharding.vote import Decision
 from .model_buffers import DEFAULT_OPTIONS, GatherOptions, ModelBuffers, common_device, values_of
+from .patience import Patience
 from .replicas import replica_group
 from .transport import Transport, Values, as_pieces
 
@@ -137,8 +145,9 @@ class Worker:
     ) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
 
-        After a failure the next call first asks whether the failed step was taken after all: if so it takes its result
-        over and goes on with the step after it; else it pushes under a new attempt.
+        If a shard is lost meanwhile, and can be brought back, this waits for it and goes on. After another failure the
+        next call first asks whether the failed step was taken after all: if so it takes its result over and goes on
+        with the step after it; else it pushes under a new attempt.
 
         Args:
             hyper: Rank 0: hyperparameter name to one value per group. Other ranks: None.
@@ -150,7 +159,37 @@ class Worker:
         Returns:
             The result, COMMIT or SKIP.
         """
-        self.settle()
+        patience = Patience(self.transport.recovery_timeout_s, f"rank {self.rank}, step {self.sequence + 1}")
+        patience.go_on_with(self.settle)
+        sequence, was_lost = self.sequence, False
+        while self.sequence == sequence:
+            try:
+                self._try_step(hyper, scalars, limits, grad_scale, found_inf)
+            except ShardLostError as error:
+                was_lost = True
+                patience.wait(error)
+                patience.go_on_with(self.settle)
+            except (AttemptError, StepAbortedError) as error:
+                patience.go_on_with(self.settle)
+                if was_lost:
+                    patience.wait(error)
+                elif self.sequence == sequence:
+                    raise
+                else:
+                    # Taken with a push of ours that had seemed to fail. This gradient is the next step's.
+                    sequence = self.sequence
+        patience.done()
+        assert self.last_result is not None, "a step was taken"
+        return self.last_result
+
+    def _try_step(
+        self,
+        hyper: Mapping[str, Sequence[float]] | None,
+        scalars: Mapping[str, float] | None,
+        limits: ClipLimits | None,
+        grad_scale: float,
+        found_inf: bool,
+    ) -> None:
         gathered = self._buffers.gather_gradients()
         is_finite = math.isfinite(gathered.max_abs)
         header = PushHeader(
@@ -177,17 +216,9 @@ class Worker:
             # On another timeline there is nothing to find out any more.
             self._is_open = False
             raise
-        except AttemptError:
-            # The step was taken with a push of ours that had seemed to fail. This gradient is the next step's.
-            sequence = self.sequence
-            self.settle()
-            if self.sequence == sequence:
-                raise
-            return self.step(hyper, scalars, limits=limits, grad_scale=grad_scale, found_inf=found_inf)
         if result.decision is Decision.COMMIT:
             self._take(result)
         self._close_step(result)
-        return result
 
     def settle(self) -> bool:
         """Find out what became of a step that failed under way, if the last one did.
@@ -301,7 +332,7 @@ class Worker:
         self.num_skipped_steps += result.decision is Decision.SKIP
         self.last_result = result
         self._attempt, self._is_open = 0, False
-        self._buffers.take_back_gradients()
+        self._buffers.take_back_gradients(result.sequence, self.transport.kept_from)
 
 
 def _as_pieces(values: Mapping[int, tuple[int, Tensor]]) -> PieceValues:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +74,12 @@ async def gather(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[An
         return list(await asyncio.wait_for(asyncio.gather(*refs), timeout_s))
     except (RayTaskError, RayActorError, TimeoutError) as error:
         raise translate(error, timeout_s=timeout_s, what=what) from None
+
+
+async def until_ended(endless: Any) -> None:
+    """Wait for a call that never returns, until its actor's process has ended."""
+    with contextlib.suppress(RayActorError):
+        await endless
 
 
 def ask(coordinator: Any, method: str, *args: Any, timeout_s: float, what: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..sharding.errors import NotRegisteredError
 
@@ -48,6 +48,10 @@ class Changes:
     def taken(self) -> tuple[str, ...]:
         """The requests of the changes that were taken last."""
         return tuple(self._taken)
+
+    def recall(self, taken: Iterable[str]) -> None:
+        """Take over what the process before this one had taken."""
+        self._taken.extend(taken)
 
     def prepare(self, change: Change) -> None:
         """Keep a change until it is taken or dropped, in place of the one before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from datetime import timedelta
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..sharding.errors import ShardLostError
 from ..sharding.reports import StepResult
-from ..sharding.running import Reduction
+from ..sharding.running import RunningStep
 
 c10d: Any = dist  # torch has no types for its stores and groups
 
@@ -112,7 +113,7 @@ class Collective:
             self.close()
             raise ShardLostError(
                 f"a shard lost its peers during an all-reduce of generation {self.generation} "
-                f"(limit {self._timeout_s:g} s): {reason}. Restore the service from its last checkpoint."
+                f"(limit {self._timeout_s:g} s): {reason}"
             )
         return vector
 
@@ -146,23 +147,23 @@ class Collective:
         return "the group was closed"
 
 
-def drive(step: Reduction, collective: Collective | None) -> StepResult:
-    """Run a step to its end, all-reducing whatever it yields."""
+def drive(step: RunningStep, collective: Collective | None) -> StepResult:
+    """Run a step to its end, all-reducing whatever it waits for.
+
+    Raises:
+        ShardLostError: If a sum does not come; the step rests where it is.
+    """
     try:
-        vector = next(step)
-        if collective is None:
-            raise ShardLostError("the shards have no process group; restart the service")
-        while True:
-            vector = step.send(collective.all_reduce(vector))
-    except StopIteration as stop:
-        result: StepResult = stop.value
-        return result
+        while step.vector is not None:
+            if collective is None:
+                raise ShardLostError("the shards have no process group; restart the service")
+            step.take(collective.all_reduce(step.vector.clone()))
     except BaseException:
         if collective is not None:
             collective.close()  # the others must not wait for this shard
         raise
-    finally:
-        step.close()
+    assert step.result is not None, "it waits for nothing any more"
+    return step.result
 
 
 def _form(
@@ -179,4 +180,6 @@ def _form(
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    """What gloo says, without where in its sources and what it advises its own users."""
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^\[\S+\]\s*", "", line).split(". This is typically")[0]

@@ -42,6 +42,9 @@ def up(
     kernel: Annotated[
         str | None, typer.Option(help="compiled, eager or auto. Default: $STEPWELL_KERNEL, else auto.")
     ] = None,
+    redundancy: Annotated[
+        int, typer.Option(min=0, max=1, help="1: what a shard holds survives the shard; 0: its checkpoint alone.")
+    ] = 1,
     restore: Annotated[str | None, typer.Option(help="A checkpoint to begin with.")] = None,
     placement_timeout_s: Annotated[float, typer.Option(min=1, help="Seconds to wait for room in the cluster.")] = 60.0,
     address: Address = None,
@@ -65,6 +68,7 @@ def up(
                 num_cpus_per_shard=cpus_per_shard,
                 placement=strategy,
                 kernel=_kernel(kernel),
+                redundancy=redundancy,
                 restore=restore,
                 placement_timeout_s=placement_timeout_s,
             )

@@ -30,6 +30,7 @@ from .rendezvous import Rendezvous
 from .saves import Saves
 from .shards import POLL_S, Shards
 from .takeover import finish_changes
+from .watch import Watch
 from .workers import Asked, Worker
 
 
@@ -66,6 +67,7 @@ class Coordinator:
         self._changing = asyncio.Lock()
         self._saves = Saves(self._shards, self._changing, self._require_spec)
         self._taking_over: asyncio.Task[None] | None = None
+        self._watch = Watch(config, self._shards, self._changing, lambda: self._known.spec is not None)
 
     async def start(self) -> None:
         """Take the shards over, if that was not done yet: all else waits for it.
@@ -248,6 +250,9 @@ class Coordinator:
         shards = self._shards
         reports = await shards.claim()
         try:
+            if any(report.job is None and report.was_restarted for report in reports):
+                await self._watch.bring_back()
+                reports = await shards.all("report", what="the shards to tell what they know")
             reports = await finish_changes(shards, reports)
             self._known = Knowledge.of(reports, is_first=self._is_first)
             if self._known.spec is None:
@@ -260,6 +265,7 @@ class Coordinator:
             await self._saves.take_over(reports)
         finally:
             await shards.release()
+        self._watch.begin()
 
     # The job and its workers
 

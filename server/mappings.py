@@ -19,25 +19,31 @@ class Mappings:
 
     A request names the memory that it means, so that all that is kept here can be forgotten at any time. What a push
     in an inbox lies in stays mapped by the push itself.
+
+    Args:
+        num_kept: How many mappings of each rank and use are kept.
     """
 
-    def __init__(self) -> None:
-        self._segments: dict[tuple[int, Use], Segment] = {}
+    def __init__(self, num_kept: int = 1) -> None:
+        self._num_kept = num_kept
+        self._segments: dict[tuple[int, Use], list[Segment]] = {}
         self._owners: dict[int, tuple[int, int]] = {}
 
     def tensors(self, rank: int, use: Use, placement: Placement) -> tuple[Tensor, ...]:
-        """Map what a rank names; an earlier mapping for the same use is given up.
+        """Map what a rank names; of the same use the last few mappings are kept, as gradients take turns in memory.
 
         Raises:
             SegmentError: If it cannot be reached.
             MessageError: If a tensor is not within it.
         """
-        segment = self._segments.get((rank, use))
-        if segment is None or segment.address != placement.address:
+        known = self._segments.get((rank, use), [])
+        segment = next((each for each in known if each.address == placement.address), None)
+        if segment is None:
             segment = open_segment(placement.address)
         tensors = tuple(map(segment.tensor, placement.spans))
         self._watch(rank, placement.address.pid)
-        self._segments[rank, use] = segment
+        others = [each for each in known if each is not segment]
+        self._segments[rank, use] = [*others[1 - self._num_kept :], segment] if self._num_kept > 1 else [segment]
         return tensors
 
     def forget(self, rank: int) -> None:

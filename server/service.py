@@ -19,6 +19,7 @@ from . import cluster
 from .calls import ask
 from .config import NAMESPACE, Placement, ServiceConfig, default_kernel
 from .coordinator import CoordinatorActor
+from .keeper import Keeper
 from .shard_actor import ShardActor
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 
@@ -60,7 +61,7 @@ class Service:
 
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
-            ``restarts``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
+            ``restarts``; ``redundancy``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
             ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
         """
         config, spec, generation, epoch, shards = self.ask("status", what="its status")
@@ -70,6 +71,7 @@ class Service:
             "generation": str(generation),
             "epoch": epoch,
             "restarts": epoch - 1,
+            "redundancy": config.redundancy,
         }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}
@@ -165,7 +167,8 @@ class Service:
             return
         if self._pending is not None:
             self._pending.finish()
-        _end([*self.shards, self.coordinator], self.name)
+        keeper = _find_actor(self.config.keeper_name)
+        _end([actor for actor in (self.coordinator, keeper, *self.shards) if actor is not None], self.name)
         if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
@@ -186,6 +189,7 @@ def launch(
     restore: str | None = None,
     worker_timeout_s: float = 1800.0,
     placement_timeout_s: float = 60.0,
+    redundancy: int = 1,
 ) -> Service:
     """Start a service.
 
@@ -203,6 +207,8 @@ def launch(
         restore: A checkpoint to begin with.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long to wait for room in the cluster.
+        redundancy: 1: what a shard holds survives the shard, by a copy of its state and the last steps' gradients in
+            memory of its node; 0: a shard that dies takes the service back to its last checkpoint.
 
     Raises:
         ServiceExistsError: If there is a service of this name.
@@ -221,6 +227,7 @@ def launch(
         detached=name is not None,
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,
+        redundancy=redundancy,
     )
     owns_ray = name is None and not ray.is_initialized()
     if owns_ray:
@@ -295,16 +302,21 @@ def _start(config: ServiceConfig, owns_ray: bool) -> Service:
     common: dict[str, Any] = {
         "namespace": NAMESPACE, "lifetime": lifetime, "max_restarts": -1, "max_task_retries": 0
     }  # fmt: skip
-    actors: list[Any] = []
+    actors, keeper = list[Any](), None
     # Ray warns that removing the group ends its actors; that is what shutdown does.
     logging.getLogger("ray.actor").addFilter(_is_news)
     try:
+        beside_the_first: dict[str, Any] = {**common, "num_cpus": 0, "strategy": _place(group, 0)}
+        if config.redundancy:
+            keeper = _start_actor(Keeper, name=config.keeper_name, **beside_the_first)
+            actors.append(keeper)
         needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
+        shards = []
         for index in range(config.num_shards):
-            options = {**common, **needs, "name": config.shard_name(index)}
-            actors.append(_start_actor(ShardActor, config, index, strategy=_place(group, index), **options))
-        shards, options = list(actors), {**common, "num_cpus": 0, "name": config.coordinator_name}
-        coordinator = _start_actor(CoordinatorActor, config, shards, strategy=_place(group, 0), **options)
+            options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
+            shards.append(_start_actor(ShardActor, config, index, keeper, **options))
+        actors += shards
+        coordinator = _start_actor(CoordinatorActor, config, shards, name=config.coordinator_name, **beside_the_first)
         actors.append(coordinator)
         what = f"service {config.name!r} to start"
         ask(coordinator, "start", timeout_s=ACTOR_START_TIMEOUT_S, what=what)

@@ -19,7 +19,9 @@ from ..sharding.job import JobSpec
 from ..sharding.layout import dtype_from_name
 from ..sharding.manifest import Manifest, ShardFile
 from ..sharding.push import Push
-from ..sharding.reports import ShardStatus, StepResult
+from ..sharding.recovery import Standing, Sums
+from ..sharding.reports import ShardStatus
+from ..sharding.running import RunningStep
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.segments import open_segment
 from ..sharding.shard import Shard
@@ -30,6 +32,7 @@ from .changes import Change, Changes
 from .collective import Collective, Generation, GroupStore
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .epochs import Fence, change_of_coordinator, of_coordinator
+from .keeper import LoggedPush
 from .knowledge import ShardReport
 from .mappings import Mappings
 from .messages import (
@@ -49,6 +52,7 @@ from .messages import (
     values_from_wire,
 )
 from .outcomes import Outcome
+from .redundancy import Redundancy, logged_steps, rebuild
 from .shard_saves import ShardSaves
 from .steps import Steps
 from .workers import Worker
@@ -60,20 +64,28 @@ class ShardActor:
     Args:
         config: The service's.
         shard: This shard's index.
+        keeper: Handle of the keeper of its copies and log; None for none.
     """
 
-    def __init__(self, config: ServiceConfig, shard: int) -> None:
+    def __init__(self, config: ServiceConfig, shard: int, keeper: Any | None = None) -> None:
         self._config, self._index = config, shard
         self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._device = _device(config)
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
         self._store: GroupStore | None = None
-        self._steps = Steps(shard, config.worker_timeout_s)
         self.fence, self._changes = Fence(shard), Changes(shard)
-        self._saves = ShardSaves(shard, config.num_shards)
-        self._mappings = Mappings()
         # Not so where a test has an actor in its own process.
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        self._redundancy = Redundancy(
+            shard,
+            keeper,
+            log_steps=config.log_steps,
+            taken=lambda: self._changes.taken,
+            was_restarted=self._was_restarted,
+        )
+        self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
+        self._saves = ShardSaves(shard, config.num_shards)
+        self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
 
     # The coordinator's death; see Note: Epochs
 
@@ -159,11 +171,13 @@ class ShardActor:
         """Let workers' processes push, by rank; all or none."""
         for rank in self._admit(workers):
             self._mappings.forget(rank)
+        await self._redundancy.admit(self._steps.job())
 
     @change_of_coordinator
     async def leave(self, rank: int) -> None:
         """Note that a worker has said goodbye."""
         self._steps.job().members.leave(rank)
+        await self._redundancy.admit(self._steps.job())
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
@@ -240,6 +254,52 @@ class ShardActor:
         change = self._changes.pop(timeline)
         await self._steps.load(change.take)
         self._changes.note(change)
+        await self._copy()
+
+    # Coming back; called by the coordinator. See Note: What survives a shard
+
+    async def linger(self) -> None:
+        """Never answer: who waits for this is told when the shard's process ends."""
+        await asyncio.Event().wait()
+
+    @change_of_coordinator
+    async def rebuild(self) -> bool:
+        """Become what the process before this one was; whether its keeper knows."""
+        found = await self._redundancy.fetch()
+        if found is None:
+            self._redundancy.may_come_back = False
+            return False
+        kept, entries = found
+
+        def rebuild_from() -> tuple[Shard, RunningStep | None]:
+            shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
+            rebuild(shard, kept)
+            running = None
+            for logged in logged_steps(entries):
+                running = shard.replay(logged)
+            return shard, running
+
+        self._steps.shard, running = await self._steps.compute(rebuild_from)
+        self._changes.recall(kept.requests)
+        if running is not None and running.result is None:
+            self._steps.rest_in(running)
+        self._redundancy.come_back(kept)
+        return True
+
+    @of_coordinator
+    async def rest(self) -> Standing:
+        """See :meth:`Steps.rest`."""
+        return await self._steps.rest()
+
+    @of_coordinator
+    async def give_up(self) -> None:
+        """See :meth:`Steps.give_up`."""
+        self._steps.give_up()
+
+    @of_coordinator
+    async def resume(self, known: Sums) -> None:
+        """See :meth:`Steps.resume`."""
+        self._steps.resume(known)
 
     @of_coordinator
     async def hold(self) -> int:
@@ -337,7 +397,7 @@ class ShardActor:
 
     async def exchange(
         self, request: bytes, gradient: Sequence[WireTensor] = (), reloaded: Mapping[int, WireTensor] | None = None
-    ) -> tuple[Outcome, list[WireTensor]]:
+    ) -> tuple[Outcome, list[WireTensor], int]:
         """Check a push, keep it, and answer when its step is decided; see :meth:`Steps.take`.
 
         Args:
@@ -347,7 +407,8 @@ class ShardActor:
 
         Returns:
             The result, or in its place why the push was refused or what befell the step: as a value, since Ray prints
-            raised errors that nobody has fetched. After a COMMIT the parameters, unless they went to mapped memory.
+            raised errors that nobody has fetched. After a COMMIT the parameters, unless they went to mapped memory. The
+            first step whose gradients must stay in their memory, as they would be needed if this shard were lost.
         """
         try:
             exchange = unpack_exchange(request)
@@ -358,15 +419,22 @@ class ShardActor:
                 parts = self._mappings.tensors(header.rank, "gradient", exchange.gradient)
             changed = {index: from_wire(wire) for index, wire in (reloaded or {}).items()}
             push = Push(header, parts, changed, self._sink(header.rank, exchange.target))
+            memory = None if exchange.gradient is None else exchange.gradient.address
+            self._redundancy.receive(header, LoggedPush(request, gradient, reloaded or {}, memory))
             result = await self._steps.take(push, exchange.timeout_s)
+            await self._redundancy.room(shard, exchange.timeout_s)
             is_wanted = result.decision is Decision.COMMIT and push.sink is None
-            return result, self._parameters(header.rank, exchange.target) if is_wanted else []
+            parameters = self._parameters(header.rank, exchange.target) if is_wanted else []
+            return result, parameters, self._redundancy.kept_from(header.sequence)
         except StepwellError as error:
-            return error, []
+            return error, [], 0
 
-    async def decided(self, timeline: int, sequence: int, timeout_s: float) -> StepResult | None:
-        """See :meth:`Steps.decided`."""
-        return await self._steps.decided(timeline, sequence, timeout_s)
+    async def decided(self, timeline: int, sequence: int, timeout_s: float) -> Outcome | None:
+        """See :meth:`Steps.decided`; an error as a value, as in :meth:`exchange`."""
+        try:
+            return await self._steps.decided(timeline, sequence, timeout_s)
+        except StepwellError as error:
+            return error
 
     async def parameters(self, rank: int, target: bytes) -> list[WireTensor]:
         """A rank's part of the owned parameters, flat, per extent; empty if they went to mapped memory.
@@ -400,6 +468,12 @@ class ShardActor:
 
     # Within
 
+    async def _copy(self) -> None:
+        """Have the keeper know the state as it is, before anybody is told that it is so."""
+        if self._redundancy.is_on:
+            shard = self._steps.whole_job()
+            await self._redundancy.copy_now(shard, await self._steps.compute(lambda: self._redundancy.moment(shard)))
+
     def _report(self) -> ShardReport:
         shard = self._steps.shard
         members = {} if shard is None else shard.members.by_rank
@@ -417,12 +491,16 @@ class ShardActor:
         )
 
     def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:
-        """Make a shard without parameters; in the thread for arithmetic."""
+        """Make a shard without parameters in place of the one before; in the thread for arithmetic."""
         self._steps.shard = None  # else there would be memory for two
+        self._steps.shard = self._laid_out(spec, code, timeline=timeline)
+
+    def _laid_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> Shard:
+        self._redundancy.lay_out(code)
         take_compiled_code(code)
         warm_up(spec, self._device)
         place = {"shard": self._index, "num_shards": self._config.num_shards}
-        self._steps.shard = Shard(spec, **place, device=self._device, timeline=timeline)
+        return Shard(spec, **place, device=self._device, timeline=timeline)
 
     def _admit(self, workers: Mapping[int, Worker]) -> list[int]:
         """Admit workers; the ranks that have another process now."""

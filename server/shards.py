@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..sharding.errors import EpochError, ServiceError, ShardLostError
+from ..sharding.recovery import known_sums
 from ..sharding.reports import ShardStatus
-from .calls import gather
+from .calls import gather, until_ended
 from .collective import NO_GENERATION, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .knowledge import ShardReport, common_generation
@@ -137,6 +138,37 @@ class Shards:
             "join", generation, store, FORMING_TIMEOUT_S, self.handles, what="the shards to form their group"
         )
         self.generation = generation
+
+    async def lost(self, index: int) -> None:
+        """Return when a shard's process has ended."""
+        await until_ended(self.handles[index].linger.remote())
+
+    async def rebuild(self) -> tuple[list[int], list[int]]:
+        """Have shards that were started again become what they were before.
+
+        Returns:
+            Those that were empty, and which of them are not any more: some keeper had what they had held.
+        """
+        await self.await_restarts()
+        empty = [index for index, status in enumerate(await self.statuses_now()) if status is None]
+        answers = await self.some(empty, "rebuild", what="lost shards to be rebuilt")
+        return empty, [index for index, is_back in zip(empty, answers, strict=True) if is_back]
+
+    async def resume(self) -> None:
+        """Form the group anew, and have all finish the step that was under way."""
+        standings = await self.all("rest", what="the shards to come to rest")
+        sequences = [standing.sequence for standing in standings]
+        if max(sequences) - min(sequences) > 1:
+            raise ShardLostError(
+                f"the shards are at steps {sequences}: what one has lost cannot be brought back; restore the service "
+                "from its last checkpoint with service.restore(URI)"
+            )
+        await self.form_group()
+        await self.all("resume", known_sums(standings), what="the shards to go on")
+        if any(standing.is_stepping for standing in standings):
+            # One that a shard has lost before it was logged is voted down by all.
+            for shard in self.handles:
+                shard.attend.remote(self.generation, 1)
 
     async def settle(self) -> ShardStatus:
         """Bring all shards to rest after the same step; they stay held."""

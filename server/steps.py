@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..sharding.errors import NotRegisteredError, ServiceError, ServiceTimeoutError, StepwellError, TimelineError
+from torch import Tensor
+
+from ..sharding.errors import (
+    NotRegisteredError,
+    ServiceError,
+    ServiceTimeoutError,
+    ShardLostError,
+    StepwellError,
+    TimelineError,
+)
 from ..sharding.push import Push
+from ..sharding.recovery import Standing, Sums
 from ..sharding.reports import Receipt, ShardStatus, StepResult
+from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .outcomes import Outcome, Outcomes
+from .redundancy import Moment, Redundancy
+
+logger = logging.getLogger("stepwell")
 
 
 class Steps:
@@ -22,19 +37,21 @@ class Steps:
     Args:
         index: The shard's index.
         timeout_s: How long a step waits for the last rank after the first.
+        redundancy: What outlives the shard.
 
     Attributes:
         shard: The shard; None without a job.
         collective: The group that it reduces in; None before the first one was formed.
     """
 
-    def __init__(self, index: int, timeout_s: float) -> None:
-        self._index, self._timeout_s = index, timeout_s
+    def __init__(self, index: int, timeout_s: float, redundancy: Redundancy) -> None:
+        self._index, self._timeout_s, self._redundancy = index, timeout_s, redundancy
         self.shard: Shard | None = None
         self.collective: Collective | None = None
         self._peers: Sequence[Any] = ()
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
+        self._running: RunningStep | None = None
         self._sequence_of_step = 0
         self._is_loading = False
         self._outcomes = Outcomes()
@@ -56,15 +73,18 @@ class Steps:
 
     @property
     def is_stepping(self) -> bool:
-        """Whether a step is under way."""
-        return self._step is not None and not self._step.done()
+        """Whether a step is under way, or rests until the group is formed anew."""
+        return self._running is not None or (self._step is not None and not self._step.done())
 
     def job(self) -> Shard:
         """The shard.
 
         Raises:
             NotRegisteredError: If it holds no job.
+            ShardLostError: If it does not hold it yet, as its process was started again.
         """
+        if self.shard is None and self._redundancy.may_come_back:
+            raise ShardLostError(f"shard {self._index} was lost, and is being brought back")
         if self.shard is None:
             raise NotRegisteredError(
                 f"shard {self._index} holds no job; it may have been restarted. "
@@ -192,6 +212,7 @@ class Steps:
         """
         if self._step is not None and not (await asyncio.wait([self._step], timeout=timeout_s))[0]:
             raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
+        self._give_up_resting()
 
     def release(self) -> None:
         """Go on with steps after a :meth:`hold`."""
@@ -208,6 +229,51 @@ class Steps:
             if self.shard is None or not self.shard.is_waiting:
                 self.dismiss_pushes()
             self._start_if_complete()
+
+    # Coming back after a shard was lost
+
+    def rest_in(self, step: RunningStep) -> None:
+        """Have a step under way, which a shard that was rebuilt has taken up to where it does not know the sums."""
+        self._running = step
+
+    async def rest(self) -> Standing:
+        """Leave the group, in which nothing is summed up any more; where the shard stands then."""
+        if self.collective is not None:
+            self.collective.close()
+        self.collective = None  # for a step that begins now
+        if self._step is not None:
+            await asyncio.wait([self._step])
+        return self.job().standing()
+
+    def resume(self, known: Sums) -> None:
+        """Go on with the step that rests, in the group that was formed anew.
+
+        Args:
+            known: What shards have had of its sums.
+        """
+        shard, running = self.job(), self._running
+        if running is None:
+            return
+        sequence = shard.sequence + 1
+        had = len(shard.standing().sums.get(sequence, ()))
+        sums = known.get(sequence, ())[had:]
+        self._num_votes += had == 0 and not sums
+        self._begin_step(shard, sums)
+
+    def give_up(self) -> None:
+        """Give up a step that rests, as a shard is lost for good, and tell those who wait for it."""
+        self._give_up_resting()
+        self._outcomes.dismiss(
+            ShardLostError(
+                "another shard is lost, and nobody has what it held. Restore the service from its last checkpoint with "
+                "service.restore(URI), then call refresh() on every rank"
+            )
+        )
+
+    def _give_up_resting(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
     def dismiss_pushes(self) -> None:
         """Tell the senders of pushes that a new timeline has swept away."""
@@ -267,25 +333,70 @@ class Steps:
     def _start(self, shard: Shard) -> None:
         self._stop_waiting_for_missing()
         self._num_votes += 1
+        pushes = shard.begin()
+        self._begin_step(shard, before=lambda: self._redundancy.log(shard, pushes))
+
+    def _begin_step(
+        self, shard: Shard, sums: Sequence[Tensor] = (), *, before: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         told = self._outcomes.begin()
         self._sequence_of_step = shard.sequence + 1
-        shard.begin()
-        self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told))
+        self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told, sums, before))
 
-    async def _run_step(self, shard: Shard, told: asyncio.Future[Outcome]) -> None:
+    async def _run_step(
+        self,
+        shard: Shard,
+        told: asyncio.Future[Outcome],
+        sums: Sequence[Tensor],
+        before: Callable[[], Awaitable[None]] | None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         calling = loop.call_later(self._timeout_s, self._call_peers, self.generation, self._num_votes)
         outcome: Outcome = ServiceError(f"shard {self._index} failed in a step; its log has the traceback")
         try:
-            outcome = await self.compute(lambda: drive(shard.step(), self.collective))
+            if before is not None:
+                await before()
+            outcome, moment = await self.compute(lambda: self._advance(shard, sums))
+            if moment is not None:
+                self._redundancy.begin_copy(shard, moment)
         except ServiceError as error:
-            outcome = error
+            logger.warning("shard %d: step %d was cut off: %s", self._index, self._sequence_of_step, error)
+            outcome = error if self._redundancy.is_on else _with_advice(error)
         finally:
             calling.cancel()
             told.set_result(outcome)
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)
 
+    def _advance(self, shard: Shard, sums: Sequence[Tensor]) -> tuple[StepResult, Moment | None]:
+        """Take the step under way to its end, with the sums that are known; in the thread for arithmetic.
+
+        Where one does not come the step rests, if there is anything that could bring the lost shard back.
+        """
+        running = self._running or RunningStep(shard.step())
+        self._running = running if self._redundancy.is_on else None
+        try:
+            for total in sums:
+                running.take(total)
+            result = drive(running, self.collective)
+        except ShardLostError:
+            if self._running is None:
+                running.close()
+            raise
+        except BaseException:
+            running.close()
+            self._running = None
+            raise
+        self._running = None
+        return result, self._redundancy.moment_if_due(shard)
+
     def _call_peers(self, generation: Generation, vote: int) -> None:
         for peer in self._peers:
             peer.attend.remote(generation, vote)
+
+
+def _with_advice(error: ServiceError) -> ServiceError:
+    """An error of shards that do not come back, with what to do."""
+    if isinstance(error, ShardLostError):
+        return ShardLostError(f"{error}. Restore the service from its last checkpoint with service.restore(URI)")
+    return error

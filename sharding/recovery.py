@@ -45,6 +45,11 @@ class Standing:
     sequence: int
     sums: Sums
 
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self.sequence + 1 in self.sums
+
 
 def known_sums(standings: Iterable[Standing]) -> Sums:
     """For each step the most that any shard knows of its sums."""

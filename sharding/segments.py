@@ -139,6 +139,19 @@ def open_segment(address: Address) -> Segment:
     Raises:
         SegmentError: If it cannot be reached from here, or is not what was named.
     """
+    fd = hold_segment(address)
+    try:
+        return Segment(fd, address)
+    finally:
+        os.close(fd)
+
+
+def hold_segment(address: Address) -> int:
+    """A descriptor of another process's segment, which lives as long as that is open.
+
+    Raises:
+        SegmentError: If it cannot be reached from here, or is not what was named.
+    """
     path = f"/proc/{address.pid}/fd/{address.fd}"
     try:
         # Looked at before it is opened, which may mean something to what else has this name.
@@ -149,20 +162,20 @@ def open_segment(address: Address) -> Segment:
     except OSError as error:
         raise SegmentError(f"{path}: {error.strerror}; {_ELSEWHERE}") from error
     try:
-        return _checked(fd, address, path)
-    finally:
+        _check(fd, address, path)
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
-def _checked(fd: int, address: Address, path: str) -> Segment:
+def _check(fd: int, address: Address, path: str) -> None:
     if os.fstat(fd).st_size != address.size_bytes:
         raise SegmentError(f"{path}: expected {address.size_bytes} bytes, got {os.fstat(fd).st_size}; {_ELSEWHERE}")
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise SegmentError(f"{path}: expected memory that its owner cannot cut short; {_ELSEWHERE}")
-    segment = Segment(fd, address)
-    if not secrets.compare_digest(segment[:TOKEN_BYTES], address.token):
+    if not secrets.compare_digest(os.pread(fd, TOKEN_BYTES, 0), address.token):
         raise SegmentError(f"{path}: other memory than was named lies there; {_ELSEWHERE}")
-    return segment
 
 
 def _make(size_bytes: int) -> tuple[Address, int]:

@@ -43,6 +43,19 @@ from .vote import Decision, cast_vote, count_votes, open_votes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Replicated:
+    """What is not a shard's part of the state, nor in numbers in its :class:`ShardStatus`.
+
+    Attributes:
+        history: Its history.
+        key_state: The whole model's; steps replace it and never write it.
+    """
+
+    history: History
+    key_state: Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Extension:
     """Parameters that are ready to be taken into the job: its new form, and the added extents' memory."""
 
@@ -79,7 +92,7 @@ class Shard:
         self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
         self.history = History(timeline)
         self._extension: Extension | None = None
-        self._snapshot: Snapshot | None = None
+        self._snapshots: list[Snapshot] = []
         self._inbox = Inbox(spec.world_size)
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
@@ -150,7 +163,7 @@ class Shard:
         return [packed(master, runs).to(dtype) for master, runs, dtype in parts]
 
     def snapshot(self) -> Snapshot:
-        """The state as it is between two steps, to be read while the steps after it are taken; ends the one before.
+        """The state as it is between two steps, to be read while the steps after it are taken.
 
         Raises:
             NotRegisteredError: See :meth:`require_whole`.
@@ -158,14 +171,18 @@ class Shard:
         """
         self.require_whole()
         self._require_rest("save")
-        if self._snapshot is not None:
-            self._snapshot.close("the shard was asked for another one")
-        self._snapshot = Snapshot(self.buffers, self.spec.rule, self.status())
-        return self._snapshot
+        snapshot = Snapshot(self.buffers, self.spec.rule, self.status())
+        self._snapshots = [*filter(lambda each: each.is_open, self._snapshots), snapshot]
+        return snapshot
 
-    def _detach_snapshot(self, *, for_step: bool) -> None:
-        if self._snapshot is not None:
-            self._snapshot.detach(for_step=for_step)
+    def _detach_snapshots(self, *, for_step: bool) -> None:
+        for snapshot in self._snapshots:
+            if snapshot.is_open:
+                snapshot.detach(for_step=for_step)
+
+    def replicated(self) -> Replicated:
+        """What the shard has in common with all others, as it is between two steps."""
+        return Replicated(copy.copy(self.history), self.buffers.key_state.values)
 
     def standing(self) -> Standing:
         """Where the shard stands, for the others, when some were lost."""
@@ -229,7 +246,7 @@ class Shard:
         if self._lost is None and timeline <= self.timeline:
             raise TimelineError(f"expected a timeline after {self.timeline}, got {timeline}")
         self._require_rest("load")
-        self._detach_snapshot(for_step=False)
+        self._detach_snapshots(for_step=False)
         self._lost = f"shard {self._shard} was interrupted while it loaded a state"
         self._inbox = Inbox(self.spec.world_size)
         self.buffers.load(source)
@@ -241,16 +258,17 @@ class Shard:
         self._lost = None
         self._begin(timeline)
 
-    def rebuild(self, source: StateSource, history: History, workers: Mapping[int, Member]) -> None:
+    def rebuild(self, source: StateSource, replicated: Replicated, workers: Mapping[int, Member]) -> None:
         """Become what another shard object was between two steps, on the same timeline.
 
         Args:
-            source: Its state.
-            history: Its history.
+            source: Its part of the state.
+            replicated: What it had in common with all shards.
             workers: Whom it had admitted, by rank.
         """
-        self.load(source, timeline=history.timeline)
-        self.history = copy.copy(history)
+        self.load(source, timeline=replicated.history.timeline)
+        self.history = copy.copy(replicated.history)
+        self.buffers.key_state.values = replicated.key_state
         for rank, member in workers.items():
             self.admit(rank, member.incarnation, member.holdings)
 
@@ -320,13 +338,18 @@ class Shard:
             self.members.require_incarnation(rank, incarnation)
             raise self.history.taken_otherwise(taken)
 
-    def begin(self) -> None:
+    def begin(self) -> Sequence[Push]:
         """Take the pushes that the next step is decided on; what comes now is too late for it.
 
         For who receives pushes while :meth:`step` waits for its turn, which else does this itself. Must be followed by
         a step that is run until its first vector at least.
+
+        Returns:
+            The pushes.
         """
-        self._begin_with(self._inbox.take())
+        pushes = self._inbox.take()
+        self._begin_with(pushes)
+        return pushes
 
     def _begin_with(self, pushes: list[Push]) -> None:
         self._deciding, self._sums = pushes, []
@@ -361,7 +384,7 @@ class Shard:
             total = yield from self._summed(vote)
             result = self._decide(total, limits)
             if result.decision is Decision.COMMIT:
-                self._detach_snapshot(for_step=not any(push.reloaded for push in pushes))
+                self._detach_snapshots(for_step=not any(push.reloaded for push in pushes))
                 moving = True
                 grad_norm = result.grad_norm
                 gradient = limited(gradient, limits.max_value, limits.coefficient(grad_norm), self.buffers)

@@ -91,6 +91,11 @@ class Snapshot:
         for unit in units:
             self._copy(unit)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it still holds what it was made for."""
+        return self._closed is None
+
     def close(self, why: str) -> None:
         """Let go of all copies; :meth:`write` raises from now on.
 

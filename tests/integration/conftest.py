@@ -65,7 +65,7 @@ def launcher() -> Iterator[Launch]:
 
     def launch(num_shards: int, **options: Any) -> stepwell.Service:
         name = f"test-{next(_numbers)}"
-        service = stepwell.launch(name, num_shards=num_shards, **{"num_cpus_per_shard": 0, **options})
+        service = stepwell.launch(name, num_shards=num_shards, **{"num_cpus_per_shard": 0, "redundancy": 0, **options})
         services.append(service)
         return service
 

@@ -115,7 +115,7 @@ class Line:
         async def exchange() -> StepResult:
             request = pack_exchange(Exchange(pack_push(push.header), gradient, target, LIMIT_S))
             wires = [] if gradient is not None else [to_wire(part) for part in push.gradient]
-            reply, self.returned = await self.actor.exchange(request, wires)
+            reply, self.returned, _ = await self.actor.exchange(request, wires)
             if isinstance(reply, StepwellError):
                 raise Refused(reply)
             return reply

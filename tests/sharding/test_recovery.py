@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Iterable
@@ -36,7 +35,7 @@ class Kept:
     """What survives a shard: a copy of it as it was between two steps, and the steps since."""
 
     def __init__(self, shard: Shard) -> None:
-        self._status, self._history = shard.status(), copy.copy(shard.history)
+        self._status, self._replicated = shard.status(), shard.replicated()
         self._workers = dict(shard.members.by_rank)
         exported = shard.buffers.export()
         self._held = HeldPieces(
@@ -55,7 +54,7 @@ class Kept:
             step=status.step,
             skipped_steps=status.skipped_steps,
         )
-        shard.rebuild(source, self._history, self._workers)
+        shard.rebuild(source, self._replicated, self._workers)
 
 
 class Fragile:

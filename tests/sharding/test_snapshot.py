@@ -18,9 +18,11 @@ from stepwell.optim import AdamWRule, LAMBRule, NAdamRule, ProdigyRule, Rule, SG
 from stepwell.sharding import snapshot as snapshot_module
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.checkpoint import CheckpointReader, find_damages, write_shard
+from stepwell.sharding.copies import pieces_of, read_copy, size_of, write_copy
 from stepwell.sharding.errors import CheckpointError
 from stepwell.sharding.folder import read_complete, write_manifest
 from stepwell.sharding.manifest import build_manifest, shard_file_name
+from stepwell.sharding.shard import Shard
 from stepwell.sharding.snapshot import Snapshot
 from tests.gated_files import LIMIT_S, Gate, gated
 from tests.zoo import (
@@ -236,7 +238,7 @@ def test_step_without_memory_for_the_save_is_taken_and_the_save_fails(monkeypatc
     with saving(run, num_before=1) as (gate, save):
         with monkeypatch.context() as patched:
             patched.setattr(torch, "empty_like", no_memory)
-            run.group.shards[0]._detach_snapshot(for_step=True)
+            run.group.shards[0]._detach_snapshots(for_step=True)
         run.steps(7, schedule=constant)
         gate.open()
         with pytest.raises(CheckpointError, match=r"no memory to keep .*not enough memory.*save again"):
@@ -258,14 +260,23 @@ def test_snapshot_that_is_closed_while_its_last_unit_is_written_is_not_taken_for
         snapshot.write(Closing())
 
 
-def test_next_snapshot_ends_the_one_before() -> None:
-    run = trained(RULES["AdamW"], num_shards=1)
-    with saving(run) as (gate, save):
-        run.group.shards[0].snapshot()
+def test_snapshots_side_by_side_are_each_of_its_own_moment() -> None:
+    run = trained(RULES["Prodigy"], num_shards=1)
+    first, shard = run.state(), run.group.shards[0]
+    with saving(run, num_before=4) as (gate, save):
+        run.steps(6, schedule=constant)
+        second, snapshot, replicated = run.state(), shard.snapshot(), shard.replicated()
+        pieces, workers = pieces_of(snapshot), dict(shard.members.by_rank)
+        run.steps(8, schedule=constant)
         gate.open()
-        with pytest.raises(CheckpointError, match="the snapshot is closed: the shard was asked for another one"):
-            save.writing[0].result(timeout=LIMIT_S)
-        assert fsspec.filesystem("gated").find(save.uri) == []
+        assert_same_state(save.state(), first)
+    memory = torch.empty(size_of(pieces), dtype=torch.uint8)
+    write_copy(snapshot, memory)
+    copied = Run(problem(), RULES["Prodigy"])
+    copied.group.shards[0] = Shard(run.group.spec)
+    copied.group.shards[0].rebuild(read_copy(memory, pieces, snapshot.status), replicated, workers)
+    assert_same_state(copied.state(), second)
+    assert_same_state(run.state(), trained(RULES["Prodigy"]).steps(8, schedule=constant).state())
 
 
 def test_step_waits_for_no_write() -> None:

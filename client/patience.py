@@ -1,0 +1,61 @@
+"""Trying again for a while, and saying so."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from ..sharding.errors import ServiceTimeoutError, ShardLostError, StepwellError
+
+logger = logging.getLogger("stepwell")
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0
+
+
+class Patience:
+    """How long to go on with something that fails, while what makes it fail is being mended.
+
+    Args:
+        limit_s: Seconds; 0 if nothing mends it.
+        what: Names it in messages, such as ``"rank 0, step 7"``.
+    """
+
+    def __init__(self, limit_s: float, what: str) -> None:
+        self._limit_s, self._what = limit_s, what
+        self._began, self._pause_s, self._num_tries = time.monotonic(), FIRST_PAUSE_S, 0
+
+    def go_on_with(self, action: Callable[[], object]) -> None:
+        """Do something, again as long as a shard is lost."""
+        while True:
+            try:
+                action()
+            except ShardLostError as error:
+                self.wait(error)
+            else:
+                return
+
+    def wait(self, error: StepwellError) -> None:
+        """Wait before another try, after one that ended with ``error``.
+
+        Raises:
+            StepwellError: ``error`` itself, if there is nothing to wait for.
+            ServiceTimeoutError: If it has been long enough.
+        """
+        if self._limit_s == 0:
+            raise error
+        self._num_tries += 1
+        waited_s = time.monotonic() - self._began
+        if waited_s + self._pause_s > self._limit_s:
+            raise ServiceTimeoutError(
+                f"{self._what}: given up after {self._num_tries} tries in {waited_s:.0f} s; the last one: {error}"
+            ) from error
+        if self._num_tries == 1:
+            logger.warning("%s: waiting for the service to bring back what it has lost (%s)", self._what, error)
+        time.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+
+    def done(self) -> None:
+        """Say that it has succeeded, if it was to be waited for."""
+        if self._num_tries:
+            logger.warning("%s: going on after %.1f s", self._what, time.monotonic() - self._began)
