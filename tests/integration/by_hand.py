@@ -131,7 +131,7 @@ class HandJob:
 
 def answers(refs: Sequence[Any]) -> list[Reply]:
     """What shards answer; waits for it."""
-    return [reply for reply, _ in ray.get(list(refs), timeout=LIMIT_S)]
+    return [reply for reply, *_ in ray.get(list(refs), timeout=LIMIT_S)]
 
 
 def are_waiting(refs: Sequence[Any]) -> bool:

@@ -65,7 +65,8 @@ def test_named_service_outlives_its_launcher_and_ends_when_another_process_says_
         process.kill()
     process.communicate(timeout=LIMIT_S)
     service = stepwell.connect(NAME)
-    pids = [pid_of(actor) for actor in (*service.shards, service.coordinator)]
+    keeper = ray.get_actor(service.config.keeper_name, namespace="stepwell")
+    pids = [pid_of(actor) for actor in (*service.shards, service.coordinator, keeper)]
     worker = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, shift=9.0, service=NAME)
     worker.step = service.status()["step"]
     assert worker.step == 3
@@ -83,7 +84,7 @@ def test_unnamed_service_in_a_ray_that_is_there_ends_with_its_killed_launcher(ad
     assert said(process) == "ready\n"
     names = [name for name in left()["actors"] if name.startswith("unnamed-")]
     pids = [pid_of(ray.get_actor(name, namespace="stepwell")) for name in names]
-    assert len(pids) == 3
+    assert len(pids) == 4, "two shards, their keeper and the coordinator"
     process.kill()
     process.communicate(timeout=LIMIT_S)
     assert_all_end(pids)
