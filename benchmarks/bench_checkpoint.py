@@ -125,7 +125,7 @@ def _contestants(folder: Path, size_bytes: int) -> Iterator[list[_Contestant]]:
     logging.getLogger("stepwell").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
     numel = size_bytes // BYTES_PER_PARAM
-    with stepwell.launch(num_shards=2, num_cpus_per_shard=0) as service:
+    with stepwell.launch(num_shards=2, num_cpus_per_shard=0, redundancy=0) as service:
         inprocess = _optimizer(numel, "inprocess")
         optimizers = {"inprocess": inprocess, "ray": _optimizer(numel, service)}
         state = _state_of(inprocess)

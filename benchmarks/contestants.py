@@ -151,7 +151,7 @@ def ray_of_its_own() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def service_of(num_shards: int) -> Iterator[stepwell.Service]:
+def service_of(num_shards: int, *, redundancy: int = 0) -> Iterator[stepwell.Service]:
     """A service whose shards have as many threads together as there are cores, and at least one each."""
     num_threads = max(1, cores() // num_shards)
     service = stepwell.launch(
@@ -159,6 +159,7 @@ def service_of(num_shards: int) -> Iterator[stepwell.Service]:
         # A shard without a CPU of its own has one thread; Ray would start a process in stock for every CPU.
         num_cpus_per_shard=num_threads if num_threads > 1 else 0,
         worker_timeout_s=WORKER_TIMEOUT_S,
+        redundancy=redundancy,
     )
     try:
         yield service

@@ -148,6 +148,7 @@ GOALS = (
         "memory of the shards over the sum of their slots, Prodigy", "memory, Prodigy", "memory/Prodigy", "ratio", 1.05
     ),
     Goal("the same, AdamW", "memory, AdamW", "memory/AdamW", "ratio", 1.05),
+    Goal("the step with redundancy against the step without, 32 M", "redundancy", "redundancy/32 M", "ratio", 1.25),
     Goal(
         "one H100, 1 B parameters, Prodigy: bandwidth against a copy's",
         "H100, bandwidth",
