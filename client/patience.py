@@ -51,7 +51,8 @@ class Patience:
                 f"{self._what}: given up after {self._num_tries} tries in {waited_s:.0f} s; the last one: {error}"
             ) from error
         if self._num_tries == 1:
-            logger.warning("%s: waiting for the service to bring back what it has lost (%s)", self._what, error)
+            happened, _, _ = str(error).partition(". ")  # behind it stands what to do if nobody did it
+            logger.warning("%s: waiting for the service to bring back what it has lost (%s)", self._what, happened)
         time.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 

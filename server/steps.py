@@ -220,8 +220,9 @@ class Steps:
         self._start_if_complete()
 
     async def load(self, load: Callable[[], None]) -> None:
-        """Take a state; no step begins before it is there."""
+        """Take a state; no step begins before it is there, and one that rests is given up for it."""
         self._is_loading = True
+        self._give_up_resting()
         try:
             await self.compute(load)
         finally:
