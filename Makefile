@@ -8,7 +8,7 @@ stamp := .venv/.stamp
 docs := $(wildcard README.md docs/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench optimizers clean
+.PHONY: help demo test check chaos bench optimizers clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ check: $(stamp) ## format, lint, types, layers and the docs' examples; changes n
 ifneq ($(docs),)
 	@$(bin)/python -m pytest -q --doctest-glob='*.md' $(docs) || test $$? -eq 5 # 5: no page holds an example
 endif
+
+chaos: $(stamp) ## train while processes are killed at random; ARGS="--kills 100 --seed 0"
+	@$(bin)/python -m tests.chaos $(ARGS)
 
 bench: $(stamp) ## run the benchmarks, about 20 minutes, into benchmarks/results; ARGS="--quick", or ARGS="step rules"
 	@$(bin)/python benchmarks/run.py $(ARGS)

@@ -23,7 +23,7 @@ from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
 from ..sharding.reports import ShardStatus
 from .collective import NO_GENERATION, Generation
-from .config import ServiceConfig
+from .config import NAMESPACE, ServiceConfig
 from .knowledge import Knowledge
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .rendezvous import Rendezvous
@@ -411,7 +411,10 @@ class Coordinator:
 class CoordinatorActor(Coordinator):
     """A coordinator as a Ray actor: it takes the shards over whenever it is started, whether anybody calls or not."""
 
-    def __init__(self, config: ServiceConfig, shards: Sequence[Any]) -> None:
+    def __init__(self, config: ServiceConfig) -> None:
+        # Not handed over: many handles would lie in the object store, and be lost with the process that launched it.
+        names = map(config.shard_name, range(config.num_shards))
+        shards = [ray.get_actor(name, namespace=NAMESPACE) for name in names]
         context = ray.get_runtime_context()
         super().__init__(config, shards, is_first=not context.was_current_actor_reconstructed)
         context.current_actor.start.remote()

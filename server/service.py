@@ -316,7 +316,7 @@ def _start(config: ServiceConfig, owns_ray: bool) -> Service:
             options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
             shards.append(_start_actor(ShardActor, config, index, keeper, **options))
         actors += shards
-        coordinator = _start_actor(CoordinatorActor, config, shards, name=config.coordinator_name, **beside_the_first)
+        coordinator = _start_actor(CoordinatorActor, config, name=config.coordinator_name, **beside_the_first)
         actors.append(coordinator)
         what = f"service {config.name!r} to start"
         ask(coordinator, "start", timeout_s=ACTOR_START_TIMEOUT_S, what=what)

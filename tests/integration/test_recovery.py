@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 import stepwell
-from stepwell.server.config import NAMESPACE
+from tests.chaos import run_chaos
 from tests.integration.conftest import Launch
-from tests.integration.training import D0, LIMIT_S, Oracle, Trainer, assert_same_training, make_workers, on_all
+from tests.integration.training import D0, Oracle, Trainer, assert_same_training, make_workers, on_all
+from tests.integration.victims import Victims
 from tests.zoo import straddling
 
 NUM_STEPS = 24
 OPTIONS: dict[str, dict[str, Any]] = {"Prodigy": {"d0": D0}, "AdamW": {}, "LAMB": {}}
-
-
-class Victims:
-    """A service's processes, to be killed: shards by number, or "keeper" or "coordinator"."""
-
-    def __init__(self, service: stepwell.Service) -> None:
-        self._actors: dict[int | str, Any] = dict(enumerate(service.shards))
-        self._actors["coordinator"] = service.coordinator
-        self._actors["keeper"] = ray.get_actor(service.config.keeper_name, namespace=NAMESPACE)
-        self._pids = {name: _pid_of(actor) for name, actor in self._actors.items()}
-
-    def kill(self, *names: int | str) -> None:
-        for name in names:
-            os.kill(self._pids[name], signal.SIGKILL)
-
-    def await_successors(self) -> None:
-        """Until all answer again, so that they can be killed again."""
-        self._pids = {name: _pid_of(actor) for name, actor in self._actors.items()}
-
-
-def _pid_of(actor: Any) -> int:
-    deadline = time.monotonic() + LIMIT_S
-    while True:
-        try:
-            pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=LIMIT_S)
-        except ray.exceptions.RayActorError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-        else:
-            return pid
 
 
 def trainer_of(service: Any, rule: str = "Prodigy") -> Trainer:
@@ -86,30 +50,10 @@ def test_pairs_that_die_cost_no_step(launch: Launch, names: Sequence[int | str])
     trainer.optimizer.close()
 
 
-def test_shards_killed_at_random_moments_cost_no_step(launch: Launch) -> None:
-    service = launch(3, redundancy=1)
-    trainer, victims = trainer_of(service).run(3), Victims(service)
-    moments = random.Random(7)
-
-    def kill_now_and_then(has_gone_on: Callable[[], bool]) -> None:
-        for _ in range(4):
-            time.sleep(moments.uniform(0.1, 0.4))
-            victims.kill(*moments.sample(range(3), moments.choice([1, 2])))
-            victims.await_successors()
-            assert has_gone_on()
-
-    def has_gone_on() -> bool:
-        begun, deadline = trainer.step, time.monotonic() + LIMIT_S
-        while trainer.step < begun + 3 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return trainer.step >= begun + 3
-
-    killing = threading.Thread(target=kill_now_and_then, args=(has_gone_on,))
-    killing.start()
-    while killing.is_alive():
-        trainer.run(trainer.step + 1)
-    assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
-    trainer.optimizer.close()
+def test_chaos(local_ray: str) -> None:
+    """Shards, coordinator and worker are killed at random; ``make chaos`` does it for longer."""
+    took = run_chaos("Prodigy", 3, kills=6, seed=11)
+    assert sum(map(len, took.values())) == 6
 
 
 def test_several_workers_wait_for_a_shard_together(launch: Launch) -> None:

@@ -1,0 +1,53 @@
+"""A service's processes, to be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import ray
+
+import stepwell
+from stepwell.server.config import NAMESPACE
+from tests.integration.processes import pid_of
+
+LIMIT_S = 60.0
+Name = int | str
+"""A shard's number, "keeper" or "coordinator"."""
+
+
+class Victims:
+    """Who can be killed of a service that is redundant.
+
+    Args:
+        service: The service.
+    """
+
+    def __init__(self, service: stepwell.Service) -> None:
+        self._actors: dict[Name, Any] = dict(enumerate(service.shards))
+        self._actors["coordinator"] = service.coordinator
+        self._actors["keeper"] = ray.get_actor(service.config.keeper_name, namespace=NAMESPACE)
+        self._pids: dict[Name, int] = {}
+        self.await_successors()
+
+    def kill(self, *names: Name) -> None:
+        """Kill some, as they were when their successors were awaited last."""
+        for name in names:
+            os.kill(self._pids[name], signal.SIGKILL)
+
+    def await_successors(self) -> None:
+        """Wait until all answer, so that all can be killed."""
+        self._pids = {name: _pid_of(actor) for name, actor in self._actors.items()}
+
+
+def _pid_of(actor: Any) -> int:
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            return pid_of(actor)
+        except ray.exceptions.RayActorError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
