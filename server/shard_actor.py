@@ -287,9 +287,10 @@ class ShardActor:
         return True
 
     @of_coordinator
-    async def rest(self) -> Standing:
-        """See :meth:`Steps.rest`."""
-        return await self._steps.rest()
+    async def rest(self) -> Standing | None:
+        """See :meth:`Steps.rest`; where the shard stands then, if it has a job."""
+        await self._steps.rest()
+        return None if self._steps.shard is None else self._steps.shard.standing()
 
     @of_coordinator
     async def give_up(self) -> None:

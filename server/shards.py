@@ -194,6 +194,7 @@ class Shards:
             await self.all("end_step", timeout_s, what="the shards to end a step")
         generations = set(await self.all("generation", what="the shards' generation"))
         if len(set(sequences)) > 1 or len(generations) > 1 or NO_GENERATION in generations:
+            await self.all("rest", what="the shards to come to rest")
             await self.form_group()
 
     async def release(self) -> None:

@@ -19,7 +19,7 @@ from ..sharding.errors import (
     TimelineError,
 )
 from ..sharding.push import Push
-from ..sharding.recovery import Standing, Sums
+from ..sharding.recovery import Sums
 from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
@@ -237,14 +237,13 @@ class Steps:
         """Have a step under way, which a shard that was rebuilt has taken up to where it does not know the sums."""
         self._running = step
 
-    async def rest(self) -> Standing:
-        """Leave the group, in which nothing is summed up any more; where the shard stands then."""
+    async def rest(self) -> None:
+        """Leave the group, in which nothing is summed up any more; a step that is under way ends or rests."""
         if self.collective is not None:
             self.collective.close()
         self.collective = None  # for a step that begins now
         if self._step is not None:
             await asyncio.wait([self._step])
-        return self.job().standing()
 
     def resume(self, known: Sums) -> None:
         """Go on with the step that rests, in the group that was formed anew.
