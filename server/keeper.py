@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..sharding.copies import CopiedPiece
+from ..sharding.owned_state import Replicated
 from ..sharding.reports import ShardStatus
 from ..sharding.segments import Address, hold_segment
-from ..sharding.shard import Replicated
 from .messages import WireTensor
 from .workers import Worker
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..sharding.copies import CopiedPiece, pieces_of, read_copy, size_of, write_copy
 from ..sharding.errors import ServiceError, ServiceTimeoutError, StepwellError
+from ..sharding.owned_state import Replicated
 from ..sharding.push import Push, PushHeader
 from ..sharding.recovery import LoggedStep
 from ..sharding.segments import ALIGNMENT, Segment, Span, allocate, open_segment
-from ..sharding.shard import Replicated, Shard
+from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from .calls import gather
 from .keeper import Copy, LogEntry, LoggedPush

@@ -161,7 +161,7 @@ class Service:
 def groups_without_sockets(forming_timeout_s: float) -> Iterator[None]:
     """Within this block shards form groups that meet in this process."""
     with (
-        mock.patch.multiple("stepwell.server.shard_actor", Collective=Group, GroupStore=GroupStore),
+        mock.patch.multiple("stepwell.server.coordinated_shard", Collective=Group, GroupStore=GroupStore),
         mock.patch("stepwell.server.shards.FORMING_TIMEOUT_S", forming_timeout_s),
     ):
         yield

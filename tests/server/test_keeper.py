@@ -13,9 +13,9 @@ import torch
 from stepwell.server.keeper import Copy, Keeper, LogEntry, LoggedPush
 from stepwell.sharding.errors import SegmentError
 from stepwell.sharding.history import History
+from stepwell.sharding.owned_state import Replicated
 from stepwell.sharding.reports import ShardStatus
 from stepwell.sharding.segments import ALIGNMENT, Address, Span, allocate, open_segment
-from stepwell.sharding.shard import Replicated
 
 T = TypeVar("T")
 

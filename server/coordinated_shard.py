@@ -1,0 +1,395 @@
+"""A shard as its coordinator sees it: what it has the shard do. A shard actor is one that workers reach, too."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from ..sharding.checkpoint import CheckpointReader
+from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
+from ..sharding.coverage import Gradients
+from ..sharding.errors import PlacementError
+from ..sharding.folder import Destination
+from ..sharding.job import JobSpec
+from ..sharding.manifest import Manifest, ShardFile
+from ..sharding.recovery import Standing, Sums
+from ..sharding.reports import ShardStatus
+from ..sharding.running import RunningStep
+from ..sharding.saved import SavedCheckpoint
+from ..sharding.shard import Shard
+from ..sharding.snapshot import Snapshot
+from ..sharding.warm_up import warm_up
+from .changes import Change, Changes
+from .collective import Collective, Generation, GroupStore
+from .config import COLLECTIVE_MARGIN_S, ServiceConfig
+from .epochs import Fence, change_of_coordinator, of_coordinator
+from .knowledge import ShardReport
+from .mappings import Mappings
+from .messages import (
+    LoadHeader,
+    WireValues,
+    pack_holdings,
+    source_of,
+    unpack_holdings,
+    unpack_job,
+    values_from_wire,
+)
+from .redundancy import Redundancy, logged_steps, rebuild
+from .shard_saves import ShardSaves
+from .steps import Steps
+from .workers import Worker
+
+
+class CoordinatedShard:
+    """Serves one shard. Every method is called through Ray, by the coordinator, on the actor's event loop.
+
+    Args:
+        config: The service's.
+        shard: This shard's index.
+        keeper: Handle of the keeper of its copies and log; None for none.
+    """
+
+    def __init__(self, config: ServiceConfig, shard: int, keeper: Any | None = None) -> None:
+        self._config, self._index = config, shard
+        self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._device = _device(config)
+        torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
+        self._store: GroupStore | None = None
+        self.fence, self._changes = Fence(shard), Changes(shard)
+        # Not so where a test has an actor in its own process.
+        self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        self._redundancy = Redundancy(
+            shard,
+            keeper,
+            log_steps=config.log_steps,
+            taken=lambda: self._changes.taken,
+            was_restarted=self._was_restarted,
+        )
+        self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
+        self._saves = ShardSaves(shard, config.num_shards)
+        self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
+
+    # The coordinator's death; see Note: Epochs
+
+    async def epoch(self) -> int:
+        """Of the newest coordinator that this shard has heard of."""
+        return self.fence.epoch
+
+    async def begin_epoch(self, epoch: int) -> ShardReport:
+        """Obey a new coordinator; its predecessors are refused from now on. Returns what it needs to know.
+
+        What one of them had this shard begin ends first.
+        """
+        self.fence.begin(epoch)
+        async with self.fence.changing:
+            return self._report()
+
+    @of_coordinator
+    async def report(self) -> ShardReport:
+        """What a coordinator needs to know."""
+        return self._report()
+
+    # Forming the group; called by the coordinator
+
+    @of_coordinator
+    async def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """Host the rendezvous of the next generation; called on shard 0 alone."""
+        self._store = GroupStore(self._host, timeout_s)
+        return self._store.address
+
+    @of_coordinator
+    async def join(
+        self, generation: Generation, store_address: tuple[str, int], timeout_s: float, shards: Sequence[Any]
+    ) -> None:
+        """Leave the last group and form that of ``generation`` with all ``shards``."""
+        self._steps.leave_group(generation, [shard for index, shard in enumerate(shards) if index != self._index])
+        collective = await asyncio.get_running_loop().run_in_executor(
+            None,
+            lambda: Collective(
+                generation,
+                self._index,
+                self._config.num_shards,
+                host=self._host,
+                store_address=store_address,
+                forming_timeout_s=timeout_s,
+                timeout_s=self._config.worker_timeout_s + COLLECTIVE_MARGIN_S,
+            ),
+        )
+        self._steps.enter_group(collective)
+
+    @of_coordinator
+    async def generation(self) -> Generation:
+        """The generation of a group that this shard can use."""
+        return self._steps.usable_generation
+
+    # The job and its workers; called by the coordinator
+
+    @of_coordinator
+    async def kernel(self) -> Kernel:
+        """How passes can run here."""
+        kernel: Kernel = await self._steps.compute(lambda: resolve_kernel(self._config.kernel, self._device))
+        return kernel
+
+    @of_coordinator
+    async def compile(self, job: bytes) -> bytes:
+        """Compile a job's kernels; returns their code, for the other shards. Called on shard 0 alone."""
+        spec = unpack_job(job)
+
+        def compile_kernels() -> bytes:
+            warm_up(spec, self._device)
+            return compiled_code()
+
+        code: bytes = await self._steps.compute(compile_kernels)
+        return code
+
+    @change_of_coordinator
+    async def register(self, job: bytes, code: bytes) -> None:
+        """Lay out a job and allocate its buffers; its kernels are compiled already, as ``code``."""
+        spec = unpack_job(job)
+        await self._steps.compute(lambda: self._lay_out(spec, code, timeline=0))
+
+    @change_of_coordinator
+    async def admit(self, workers: Mapping[int, Worker]) -> None:
+        """Let workers' processes push, by rank; all or none."""
+        for rank in self._admit(workers):
+            self._mappings.forget(rank)
+        await self._redundancy.admit(self._steps.job())
+
+    @change_of_coordinator
+    async def leave(self, rank: int) -> None:
+        """Note that a worker has said goodbye."""
+        self._steps.job().members.leave(rank)
+        await self._redundancy.admit(self._steps.job())
+
+    @change_of_coordinator
+    async def set_workers(self, world_size: int, gradients: Gradients) -> None:
+        """Change number and kind of the workers."""
+        self._steps.job().set_workers(world_size, gradients)
+
+    # Its state; called by the coordinator. See Note: Changes that are all or nothing
+
+    @change_of_coordinator
+    async def prepare_load(self, timeline: int, request: str, header: LoadHeader, *parts: WireValues) -> None:
+        """Prepare to take a state that workers hold, a part each; it stays in the object store until then."""
+        source, shard = source_of(header, map(values_from_wire, parts)), self._steps.job()
+        self._changes.prepare(Change(timeline, request, lambda: shard.load(source, timeline=timeline)))
+
+    @change_of_coordinator
+    async def prepare_extension(
+        self, timeline: int, request: str, job: bytes, workers: Mapping[int, Worker], *parts: WireValues
+    ) -> None:
+        """Make room for parameters that are added to the job, which the workers then hold as ``workers`` says."""
+        spec, source = unpack_job(job), source_of(LoadHeader(), map(values_from_wire, parts))
+        shard = self._steps.whole_job()
+        await self._steps.compute(lambda: shard.prepare_extension(spec, source))
+
+        def take() -> None:
+            shard.adopt_extension(timeline=timeline)
+            self._admit(workers)
+
+        self._changes.prepare(Change(timeline, request, take))
+
+    @of_coordinator
+    async def verify(self, uri: str, manifest: bytes) -> None:
+        """Read this shard's share of a checkpoint and compare it with its digests; steps go on.
+
+        Raises:
+            CheckpointError: Naming the first damage.
+        """
+
+        def verify() -> None:
+            with CheckpointReader(uri, Manifest.unpack(manifest, uri)) as reader:
+                reader.require_intact(self._index, self._config.num_shards)
+
+        await asyncio.get_running_loop().run_in_executor(None, verify)
+
+    @change_of_coordinator
+    async def prepare_restore(
+        self,
+        timeline: int,
+        request: str,
+        uri: str,
+        manifest: bytes,
+        job: bytes,
+        code: bytes,
+        workers: Mapping[int, Worker],
+    ) -> None:
+        """Prepare to take the state of a checkpoint that all shards have verified, as ``job``.
+
+        A shard without a job, or cut otherwise, lays it out.
+        """
+        spec, checkpoint = unpack_job(job), Manifest.unpack(manifest, uri)
+
+        def take() -> None:
+            shard = self._steps.shard
+            if shard is None or shard.spec != spec:
+                self._lay_out(spec, code, timeline=timeline - 1)
+                self._admit(workers)
+            with CheckpointReader(uri, checkpoint) as reader:
+                self._steps.job().load(reader.source(), timeline=timeline)
+
+        self._changes.prepare(Change(timeline, request, take))
+
+    @change_of_coordinator
+    async def adopt(self, timeline: int) -> None:
+        """Take the change that begins ``timeline``; the service is held meanwhile."""
+        change = self._changes.pop(timeline)
+        await self._steps.load(change.take)
+        self._changes.note(change)
+        await self._copy()
+
+    # Coming back; called by the coordinator. See Note: What survives a shard
+
+    async def linger(self) -> None:
+        """Never answer: who waits for this is told when the shard's process ends."""
+        await asyncio.Event().wait()
+
+    @change_of_coordinator
+    async def rebuild(self) -> bool:
+        """Become what the process before this one was; whether its keeper knows."""
+        found = await self._redundancy.fetch()
+        if found is None:
+            self._redundancy.may_come_back = False
+            return False
+        kept, entries = found
+
+        def rebuild_from() -> tuple[Shard, RunningStep | None]:
+            shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
+            rebuild(shard, kept)
+            running = None
+            for logged in logged_steps(entries):
+                running = shard.replay(logged)
+            return shard, running
+
+        self._steps.shard, running = await self._steps.compute(rebuild_from)
+        self._changes.recall(kept.requests)
+        if running is not None and running.result is None:
+            self._steps.rest_in(running)
+        self._redundancy.come_back(kept)
+        return True
+
+    @of_coordinator
+    async def rest(self) -> Standing | None:
+        """See :meth:`Steps.rest`; where the shard stands then, if it has a job."""
+        await self._steps.rest()
+        return None if self._steps.shard is None else self._steps.shard.standing()
+
+    @of_coordinator
+    async def give_up(self) -> None:
+        """See :meth:`Steps.give_up`."""
+        self._steps.give_up()
+
+    @of_coordinator
+    async def resume(self, known: Sums) -> None:
+        """See :meth:`Steps.resume`."""
+        self._steps.resume(known)
+
+    @of_coordinator
+    async def hold(self) -> int:
+        """See :meth:`Steps.hold`."""
+        return self._steps.hold()
+
+    @of_coordinator
+    async def settle(self, sequence: int, timeout_s: float) -> ShardStatus:
+        """See :meth:`Steps.settle`."""
+        return await self._steps.settle(sequence, timeout_s)
+
+    @of_coordinator
+    async def end_step(self, timeout_s: float) -> None:
+        """See :meth:`Steps.end_step`."""
+        await self._steps.end_step(timeout_s)
+
+    @of_coordinator
+    async def release(self) -> None:
+        """Go on with steps, see :meth:`Steps.release`; what was prepared and not taken is dropped."""
+        self._changes.drop()
+        self._steps.release()
+
+    # Saves; called by the coordinator. See ShardSaves
+
+    @change_of_coordinator
+    async def snapshot(self, save_id: str, to: Destination) -> None:
+        """Keep the state for :meth:`save`; the service is held meanwhile."""
+        shard = self._steps.whole_job()
+        snapshot: Snapshot = await self._steps.compute(shard.snapshot)
+        self._saves.keep(save_id, to, shard.spec, snapshot)
+
+    @of_coordinator
+    async def save(self, save_id: str, uri: str) -> ShardFile:
+        """Write this shard's file of a checkpoint, the state that :meth:`snapshot` kept; steps go on."""
+        return await self._saves.write(save_id, uri)
+
+    @change_of_coordinator
+    async def complete_save(self, save_id: str, uri: str, files: Sequence[ShardFile]) -> SavedCheckpoint | None:
+        """Write the manifest of a checkpoint whose files are there; called on shard 0 alone.
+
+        By a shard, as that knows whether the coordinator which asks for it has been replaced.
+        """
+        await self._saves.complete(save_id, uri, files)
+        return self._saves.saved
+
+    @change_of_coordinator
+    async def finish_save(self, save_id: str) -> None:
+        """Forget a save: the checkpoint is complete."""
+        self._saves.finish(save_id)
+
+    @change_of_coordinator
+    async def give_up_save(self, save_id: str, uri: str) -> None:
+        """Free what a save keeps, and remove this shard's file of it."""
+        await self._saves.give_up(save_id, uri)
+
+    # Within
+
+    async def _copy(self) -> None:
+        """Have the keeper know the state as it is, before anybody is told that it is so."""
+        if self._redundancy.is_on:
+            shard = self._steps.whole_job()
+            await self._redundancy.copy_now(shard, await self._steps.compute(lambda: self._redundancy.moment(shard)))
+
+    def _report(self) -> ShardReport:
+        shard = self._steps.shard
+        members = {} if shard is None else shard.members.by_rank
+        return ShardReport(
+            job=None if shard is None else shard.spec,
+            status=None if shard is None else shard.status(),
+            workers={rank: Worker(each.incarnation, pack_holdings(each.holdings)) for rank, each in members.items()},
+            left=frozenset(rank for rank, each in members.items() if each.has_left),
+            generation=self._steps.usable_generation,
+            prepared=self._changes.prepared,
+            requests=self._changes.taken,
+            saves=self._saves.under_way,
+            saved=self._saves.saved,
+            was_restarted=self._was_restarted,
+        )
+
+    def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:
+        """Make a shard without parameters in place of the one before; in the thread for arithmetic."""
+        self._steps.shard = None  # else there would be memory for two
+        self._steps.shard = self._laid_out(spec, code, timeline=timeline)
+
+    def _laid_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> Shard:
+        self._redundancy.lay_out(code)
+        take_compiled_code(code)
+        warm_up(spec, self._device)
+        place = {"shard": self._index, "num_shards": self._config.num_shards}
+        return Shard(spec, **place, device=self._device, timeline=timeline)
+
+    def _admit(self, workers: Mapping[int, Worker]) -> list[int]:
+        """Admit workers; the ranks that have another process now."""
+        shard = self._steps.job()
+        held = {rank: unpack_holdings(worker.holdings, shard.spec.params) for rank, worker in workers.items()}
+        return [rank for rank, worker in workers.items() if shard.admit(rank, worker.incarnation, held[rank])]
+
+
+def _device(config: ServiceConfig) -> torch.device:
+    if config.num_gpus_per_shard == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PlacementError(
+            "Ray placed this shard on a GPU, but torch finds no CUDA device there; install a CUDA build of torch"
+        )
+    return torch.device("cuda", 0)
