@@ -245,7 +245,7 @@ def number_runs(edges: NDArray[np.int64], tiles: range) -> NDArray[np.int64]:
     """
     first = int(np.searchsorted(edges, tiles.start, side="right")) - 1
     last = int(np.searchsorted(edges, tiles.stop, side="left"))
-    lengths = np.diff(np.clip(edges[first : last + 1], tiles.start, tiles.stop))
+    lengths: NDArray[np.int64] = np.diff(np.clip(edges[first : last + 1], tiles.start, tiles.stop))
     return np.repeat(np.arange(first, first + len(lengths), dtype=np.int64), lengths)
 
 
