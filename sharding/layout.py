@@ -245,7 +245,8 @@ def number_runs(edges: NDArray[np.int64], tiles: range) -> NDArray[np.int64]:
     """
     first = int(np.searchsorted(edges, tiles.start, side="right")) - 1
     last = int(np.searchsorted(edges, tiles.stop, side="left"))
-    lengths: NDArray[np.int64] = np.diff(np.clip(edges[first : last + 1], tiles.start, tiles.stop))
+    within = np.clip(edges[first : last + 1], tiles.start, tiles.stop)
+    lengths = within[1:] - within[:-1]
     return np.repeat(np.arange(first, first + len(lengths), dtype=np.int64), lengths)
 
 
