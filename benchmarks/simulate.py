@@ -181,10 +181,8 @@ def table(costs: dict[tuple[int, int, str], list[Cost]]) -> str:
         lines += [f"## {name[0].upper()}{name[1:]}", "", "| shards | workers | gradients | seconds | calls | |"]
         lines.append("|---:|---:|---|---:|---:|---|")
         for (num_shards, num_workers, gradients), found in costs.items():
-            cost = found[number]
-            lines.append(
-                f"| {num_shards:,} | {num_workers:,} | {gradients} | {cost.seconds:.3f} | {cost.calls:,} | {cost.note} |"
-            )
+            cost, size = found[number], f"{num_shards:,} | {num_workers:,} | {gradients}"
+            lines.append(f"| {size} | {cost.seconds:.3f} | {cost.calls:,} | {cost.note} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -68,7 +68,8 @@ class Remote:
     def remote(self, *args: Any) -> asyncio.Future[Any]:
         """Call it."""
         self._traffic.calls[self._name] += 1
-        return asyncio.ensure_future(self._method(*args))
+        answer: asyncio.Future[Any] = asyncio.ensure_future(self._method(*args))
+        return answer
 
 
 @dataclasses.dataclass(slots=True)
@@ -157,8 +158,8 @@ class SimulatedShard:
         self._left.difference_update(workers)
 
     @change_of_coordinator
-    async def leave(self, rank: int) -> None:
-        self._left.add(rank)
+    async def leave(self, ranks: Sequence[int]) -> None:
+        self._left.update(ranks)
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
