@@ -21,8 +21,8 @@ def named(text: str, known: Iterable[str], *, what: str) -> str:
     if _plain(text) in by_plain:
         return by_plain[_plain(text)]
     near = [by_plain[plain] for plain in difflib.get_close_matches(_plain(text), by_plain, n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"unknown {what} {text!r}; {hint}This version knows {', '.join(sorted(by_plain.values()))}")
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown {what} {text!r}. {hint}This version knows {', '.join(sorted(by_plain.values()))}")
 
 
 def _plain(name: str) -> str:
