@@ -1,7 +1,7 @@
 """How the cost of running a service grows with its shards and workers, without any tensor.
 
-The real coordinator, layout, coverage, messages and inbox; shards that answer without doing anything. Seconds are what
-this process takes for all of it together, and leave out what Ray takes for a call: some 0.1 ms of the caller's time.
+The real coordinator, layout, coverage, messages and inbox; shards that answer without doing anything. Seconds are a
+processor's, for all of it together in one process; what Ray takes for a call, some 0.1 ms of the caller's, is not in.
 ``python -m benchmarks.simulate`` writes the table.
 """
 
@@ -55,7 +55,7 @@ class Cost:
 
     Attributes:
         what: The thing.
-        seconds: Of this process.
+        seconds: A processor's.
         calls: From the coordinator to shards, or from workers to shards.
         note: Sizes of messages.
     """
@@ -87,9 +87,9 @@ def simulate(num_shards: int, num_workers: int, gradients: Gradients, numel: int
 
 
 def _layout(spec: JobSpec) -> list[Cost]:
-    begin = time.perf_counter()
+    begin = time.process_time()
     Tables.build(spec, spec.layout())
-    return [Cost("layout and tables, each process", time.perf_counter() - begin, 0)]
+    return [Cost("layout and tables, each process", time.process_time() - begin, 0)]
 
 
 async def _lives(spec: JobSpec, num_shards: int) -> list[Cost]:
@@ -99,9 +99,9 @@ async def _lives(spec: JobSpec, num_shards: int) -> list[Cost]:
     found: list[Cost] = []
 
     async def measured(what: str, work: Coroutine[Any, Any, object], note: str = "") -> None:
-        before, begin = service.traffic.num_calls, time.perf_counter()
+        before, begin = service.traffic.num_calls, time.process_time()
         await work
-        found.append(Cost(what, time.perf_counter() - begin, service.traffic.num_calls - before, note))
+        found.append(Cost(what, time.process_time() - begin, service.traffic.num_calls - before, note))
 
     async def join(rank: int) -> None:
         """What a worker does until it has the first parameters."""
@@ -140,21 +140,21 @@ def _step(spec: JobSpec, num_shards: int) -> list[Cost]:
     shard = Shard(spec, **place, device=torch.device("meta"))
     shard.load(StateSource(lambda *_: None, frozenset()), timeline=1)
     holdings = [holdings_of(spec, rank) for rank in range(spec.world_size)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     for rank, its_holdings in enumerate(holdings):
         shard.admit(rank, f"process-{rank}", its_holdings)
-    admitted_s = time.perf_counter() - begin
+    admitted_s = time.process_time() - begin
     requests = [_request(spec, rank) for rank in range(spec.world_size)]
     nothing, receipt = torch.zeros(1, dtype=torch.bfloat16), Receipt.WAITING
     lengths = [
         [int((runs[:, 1] - runs[:, 0]).sum()) for runs in shard.members[rank].pushed] for rank in range(spec.world_size)
     ]
-    begin = time.perf_counter()
+    begin = time.process_time()
     for its_lengths, request in zip(lengths, requests, strict=True):
         header = unpack_push(unpack_exchange(request).push)
         shard.require_sender(header)
         receipt = shard.receive(Push(header, tuple(nothing.expand(numel) for numel in its_lengths)))
-    taken_s = time.perf_counter() - begin
+    taken_s = time.process_time() - begin
     assert receipt is Receipt.COMPLETE
     tables = Tables.build(spec, shard.layout)
     vectors = (5 * num_shards + tables.squares.num_segments) * 8, 2 * tables.sums.num_segments * 8
@@ -176,7 +176,13 @@ def _request(spec: JobSpec, rank: int) -> bytes:
 
 def table(costs: dict[tuple[int, int, str], list[Cost]]) -> str:
     """The page: a table for each thing, a line for each size."""
-    lines = ["# A service without tensors", "", f"Written by `python -m benchmarks.simulate`: {NUMEL / 1e9:g} B", ""]
+    lines = [
+        "# A service without tensors",
+        "",
+        f"Written by `python -m benchmarks.simulate`: Prodigy, {NUMEL / 1e9:g} B parameters. {__doc__.split(chr(10), 2)[2]}"
+        if __doc__
+        else "",
+    ]
     names = [cost.what for cost in next(iter(costs.values()))]
     for number, name in enumerate(names):
         lines += [f"## {name[0].upper()}{name[1:]}", "", "| shards | workers | gradients | seconds | calls | |"]
@@ -200,9 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for gradients in given.gradients:
         for num_shards, num_workers in GRID:
             if num_shards <= given.max_shards and num_workers <= given.max_workers:
-                begin = time.perf_counter()
+                begin = time.process_time()
                 costs[num_shards, num_workers, gradients] = simulate(num_shards, num_workers, gradients)
-                taken_s = time.perf_counter() - begin
+                taken_s = time.process_time() - begin
                 print(f"  {num_shards} shards, {num_workers} workers, {gradients}: {taken_s:.0f} s", file=sys.stderr)
     given.out.write_text(table(costs))
     print(table(costs))

@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import ray
 import torch
 
-from ...server import cluster
 from ...server.service import launch
 from ...sharding.available import available_bytes
 from ..optimizers import Prodigy
@@ -33,11 +31,8 @@ PAUSE_S = 0.002
 
 @contextlib.contextmanager
 def probes() -> Iterator[dict[str, Callable[[], object]]]:
-    """What is timed, by name; in a Ray of this process's own unless it is in one."""
+    """What is timed, by name; its services run in a Ray of this process's own, unless it is in one."""
     with contextlib.ExitStack() as stack:
-        if not ray.is_initialized():
-            cluster.start_embedded(num_cpus=len(os.sched_getaffinity(0)))
-            stack.callback(ray.shutdown)
         found = _yardsticks()
         for name, num_shards, num_tensors in ((ONE_SHARD, 1, 1), (TWO_SHARDS, 2, 1), (MANY_TENSORS, 2, NUM_TENSORS)):
             found[name] = stack.enter_context(_stepping(num_shards, num_tensors))
