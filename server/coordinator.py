@@ -17,7 +17,12 @@ import ray
 
 from ..sharding.compiling import Kernel
 from ..sharding.coverage import require_exact_cover
-from ..sharding.errors import NotRegisteredError, ServiceTimeoutError, ShardLostError, UnknownRankError
+from ..sharding.errors import (
+    CheckpointRestoreNeededError,
+    NotRegisteredError,
+    ServiceTimeoutError,
+    UnknownRankError,
+)
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
@@ -284,7 +289,7 @@ class Coordinator:
         known = self._known
         if known.spec is None:
             if known.is_lost:
-                raise ShardLostError(
+                raise CheckpointRestoreNeededError(
                     f"all processes of service {self._config.name!r} were started again, and its state, if it had any, "
                     "is gone. Restore its last checkpoint with service.restore(URI); or end it and launch it anew"
                 )

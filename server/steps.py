@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..sharding.errors import (
+    CheckpointRestoreNeededError,
     NotRegisteredError,
     ServiceError,
     ServiceTimeoutError,
@@ -178,11 +179,10 @@ class Steps:
     # Rest
 
     def hold(self) -> int:
-        """Begin no step after the one that is under way; returns the step to wait for, see :meth:`settle`."""
-        sequence = 0 if self.shard is None else self.shard.sequence
-        # Not one more than `sequence`: the other thread may have counted the step before its task has ended here.
-        self._held_after = self._sequence_of_step if self.is_stepping else sequence
-        return self._held_after
+        """Begin no step any more, nor again the one under way; returns the step to wait for, see :meth:`settle`."""
+        self._held_after = 0 if self.shard is None else self.shard.sequence
+        # Not one more than that: the other thread may have counted the step before its task has ended here.
+        return self._sequence_of_step if self.is_stepping else self._held_after
 
     async def settle(self, sequence: int, timeout_s: float) -> ShardStatus:
         """Run steps up to ``sequence``, no further, and wait for them; returns where the shard stands then.
@@ -265,7 +265,7 @@ class Steps:
         """Give up a step that rests, as a shard is lost for good, and tell those who wait for it."""
         self._give_up_resting()
         self._outcomes.dismiss(
-            ShardLostError(
+            CheckpointRestoreNeededError(
                 "another shard is lost, and nobody has what it held. Restore the service from its last checkpoint with "
                 "service.restore(URI), then call refresh() on every rank"
             )
@@ -399,5 +399,7 @@ class Steps:
 def _with_advice(error: ServiceError) -> ServiceError:
     """An error of shards that do not come back, with what to do."""
     if isinstance(error, ShardLostError):
-        return ShardLostError(f"{error}. Restore the service from its last checkpoint with service.restore(URI)")
+        return CheckpointRestoreNeededError(
+            f"{error}. Restore the service from its last checkpoint with service.restore(URI)"
+        )
     return error

@@ -447,6 +447,22 @@ async def test_hold_counts_a_step_once_that_ends_at_that_moment(line: Line) -> N
 
 
 @run_test
+async def test_step_that_is_given_up_while_the_shard_is_held_is_not_tried_again_before_its_release(line: Line) -> None:
+    """What a restore stops must not begin anew, as workers push again, before the checkpoint is taken."""
+    given_up = await line.push(0)
+    async with line.busy():
+        await line.actor.attend(GENERATION, 2)
+        assert await line.actor.hold(EPOCH) == 2
+    assert (await given_up).decision is Decision.ABORT
+    await line.actor.end_step(EPOCH, LIMIT_S)
+    replies = [await line.push(rank, attempt=1) for rank in range(2)]
+    assert not line.steps.is_stepping
+    await line.actor.release(EPOCH)
+    for reply in replies:
+        assert (await reply).decision is Decision.COMMIT
+
+
+@run_test
 async def test_shard_that_is_called_to_vote_while_it_is_held_votes_when_it_may(line: Line) -> None:
     reply = await line.push(0)
     assert await line.actor.hold(EPOCH) == 1
