@@ -131,8 +131,7 @@ class ObjectStoreTransport(Transport):
         result: StepResult = replies[0][0]
         if result.decision is Decision.COMMIT:
             self._fill(params, [parts for _, parts, _ in replies])
-        near = zip(self._memory.is_near, replies, strict=True)
-        self.kept_from = min((kept_from for is_near, (_, _, kept_from) in near if is_near), default=sys.maxsize)
+        self.kept_from = min((kept_from for _, _, kept_from in replies), default=sys.maxsize)
         return result
 
     def decided(self, timeline: int, sequence: int) -> StepResult | None:

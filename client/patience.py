@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from ..sharding.errors import ServiceTimeoutError, ShardLostError, StepwellError
+from ..sharding.errors import RestoreNeededError, ServiceTimeoutError, ShardLostError, StepwellError
 
 logger = logging.getLogger("stepwell")
 
@@ -42,7 +42,7 @@ class Patience:
             StepwellError: ``error`` itself, if there is nothing to wait for.
             ServiceTimeoutError: If it has been long enough.
         """
-        if self._limit_s == 0:
+        if self._limit_s == 0 or isinstance(error, RestoreNeededError):
             raise error
         self._num_tries += 1
         waited_s = time.monotonic() - self._began

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ..sharding.compiling import KernelChoice
 from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoundError, StepwellError
@@ -20,10 +20,13 @@ from .calls import ask
 from .config import NAMESPACE, Placement, ServiceConfig, default_kernel
 from .coordinator import CoordinatorActor
 from .keeper import Keeper
+from .knowledge import ServiceStatus
 from .shard_actor import ShardActor
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 
 ACTOR_START_TIMEOUT_S = 120.0
+
+Strategy = PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy
 
 untyped_ray: Any = ray  # some of its functions have no types
 
@@ -61,17 +64,20 @@ class Service:
 
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
-            ``restarts``; ``redundancy``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
+            ``restarts``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards`` what those
+            have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps after it, ``size_bytes``;
+            with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
             ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
         """
-        config, spec, generation, epoch, shards = self.ask("status", what="its status")
+        found: ServiceStatus = self.ask("status", what="its status")
+        config, spec, shards = found.config, found.spec, found.shards
         fields: dict[str, Any] = {
             "name": config.name,
             "num_shards": config.num_shards,
-            "generation": str(generation),
-            "epoch": epoch,
-            "restarts": epoch - 1,
-            "redundancy": config.redundancy,
+            "generation": str(found.generation),
+            "epoch": found.epoch,
+            "restarts": found.epoch - 1,
+            "redundancy": {"wanted": config.redundancy, "shards": found.redundancy()},
         }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}
@@ -167,8 +173,8 @@ class Service:
             return
         if self._pending is not None:
             self._pending.finish()
-        keeper = _find_actor(self.config.keeper_name)
-        _end([actor for actor in (self.coordinator, keeper, *self.shards) if actor is not None], self.name)
+        keepers = map(_find_actor, _actor_names(f"{self.name}/keeper-"))
+        _end([actor for actor in (self.coordinator, *keepers, *self.shards) if actor is not None], self.name)
         if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
@@ -207,8 +213,9 @@ def launch(
         restore: A checkpoint to begin with.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long to wait for room in the cluster.
-        redundancy: 1: what a shard holds survives the shard, by a copy of its state and the last steps' gradients in
-            memory of its node; 0: a shard that dies takes the service back to its last checkpoint.
+        redundancy: How many keepers, processes beside the shards, hold a copy of each shard's state and the last steps'
+            gradients in memory, on other nodes where shards are on several: with 1 or 2, what a shard holds survives
+            the shard. 0: a shard that dies takes the service back to its last checkpoint.
 
     Raises:
         ServiceExistsError: If there is a service of this name.
@@ -302,21 +309,20 @@ def _start(config: ServiceConfig, owns_ray: bool) -> Service:
     common: dict[str, Any] = {
         "namespace": NAMESPACE, "lifetime": lifetime, "max_restarts": -1, "max_task_retries": 0
     }  # fmt: skip
-    actors, keeper = list[Any](), None
+    actors = list[Any]()
     # Ray warns that removing the group ends its actors; that is what shutdown does.
     logging.getLogger("ray.actor").addFilter(_is_news)
     try:
-        beside_the_first: dict[str, Any] = {**common, "num_cpus": 0, "strategy": _place(group, 0)}
-        if config.redundancy:
-            keeper = _start_actor(Keeper, name=config.keeper_name, **beside_the_first)
-            actors.append(keeper)
+        keepers = _start_keepers(config, group, common)
+        actors += keepers
         needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
         shards = []
         for index in range(config.num_shards):
             options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
-            shards.append(_start_actor(ShardActor, config, index, keeper, **options))
+            shards.append(_start_actor(ShardActor, config, index, **options))
         actors += shards
-        coordinator = _start_actor(CoordinatorActor, config, name=config.coordinator_name, **beside_the_first)
+        options = {**common, "num_cpus": 0, "name": config.coordinator_name, "strategy": _place(group, 0)}
+        coordinator = _start_actor(CoordinatorActor, config, len(keepers), **options)
         actors.append(coordinator)
         what = f"service {config.name!r} to start"
         ask(coordinator, "start", timeout_s=ACTOR_START_TIMEOUT_S, what=what)
@@ -326,11 +332,28 @@ def _start(config: ServiceConfig, owns_ray: bool) -> Service:
     return Service(config, coordinator, shards, owns_ray=owns_ray)
 
 
+def _start_keepers(config: ServiceConfig, group: PlacementGroup, options: dict[str, Any]) -> list[Any]:
+    """One on each node that has shards, and so many at least as each shard wants."""
+    nodes = list(dict.fromkeys(placement_group_table(group)["bundles_to_node_id"].values()))
+    num_keepers = max(len(nodes), config.redundancy) if config.redundancy else 0
+    return [
+        _start_actor(
+            Keeper,
+            name=config.keeper_name(index),
+            num_cpus=0,
+            # Elsewhere if the node is lost: it has no place of its own in the group.
+            strategy=NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True),
+            **options,
+        )
+        for index in range(num_keepers)
+    ]
+
+
 def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
-def _start_actor(actor_class: type, *args: Any, strategy: PlacementGroupSchedulingStrategy, **options: Any) -> Any:
+def _start_actor(actor_class: type, *args: Any, strategy: Strategy, **options: Any) -> Any:
     remote_class: Any = ray.remote(actor_class)
     return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
 

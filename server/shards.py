@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..sharding.errors import EpochError, ServiceError, ShardLostError
+from ..sharding.errors import EpochError, RestoreNeededError, ServiceError, ShardLostError
 from ..sharding.recovery import known_sums
 from ..sharding.reports import ShardStatus
 from .calls import gather, until_ended
@@ -159,10 +159,7 @@ class Shards:
         standings = await self.all("rest", what="the shards to come to rest")
         sequences = [standing.sequence for standing in standings]
         if max(sequences) - min(sequences) > 1:
-            raise ShardLostError(
-                f"the shards are at steps {sequences}: what one has lost cannot be brought back; restore the service "
-                "from its last checkpoint with service.restore(URI)"
-            )
+            raise RestoreNeededError(f"the shards are at steps {sequences}: what one has lost cannot be brought back")
         await self.form_group()
         await self.all("resume", known_sums(standings), what="the shards to go on")
         if any(standing.is_stepping for standing in standings):

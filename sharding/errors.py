@@ -33,6 +33,7 @@ StepwellError
      ├─ ServiceTimeoutError      a wait ran out; the message names it
      ├─ SegmentError             memory that a worker and a shard share cannot be had, or not be reached
      └─ ShardLostError           a shard died and its state with it
+         └─ RestoreNeededError   for good: the message names the last checkpoint
 
 Each message says what was expected, what came and what to do. An error carries its message alone, so that it crosses
 process boundaries unchanged.
@@ -171,3 +172,7 @@ class SegmentError(ServiceError):
 
 class ShardLostError(ServiceError):
     """A shard died and its state with it."""
+
+
+class RestoreNeededError(ShardLostError):
+    """More was lost at once than the redundancy survives; the message names the last checkpoint, to be restored."""
