@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -260,7 +261,7 @@ class Redundancy:
 
     async def steps(self, line: KeeperLine, found: Found) -> AsyncIterator[LoggedStep]:
         """The steps of a log, one after the other, each with the sums that the next one brought."""
-        for entry, after in zip(found.entries, [*found.entries[1:], None], strict=True):
+        for entry, after in itertools.zip_longest(found.entries, found.entries[1:]):
             pushes = [await _push_of(line, push) for push in entry.pushes]
             yield LoggedStep(tuple(pushes), () if after is None else after.last_sums)
 

@@ -65,8 +65,8 @@ class Service:
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
             ``restarts``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards`` what those
-            have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps after it, ``size_bytes``;
-            with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
+            have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps after it,
+            ``size_bytes``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
             ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
         """
         found: ServiceStatus = self.ask("status", what="its status")
