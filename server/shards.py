@@ -131,12 +131,7 @@ class Shards:
         """Form the next generation of the shards' group; steps that are under way fail."""
         self._num_formed += 1
         generation = Generation(self.epoch, self._num_formed)
-        store = await self.first(
-            "open_store", FORMING_TIMEOUT_S, what="shard 0 to open a store", timeout_s=FORMING_TIMEOUT_S
-        )
-        await self.all(
-            "join", generation, store, FORMING_TIMEOUT_S, self.handles, what="the shards to form their group"
-        )
+        await self.all("join", generation, FORMING_TIMEOUT_S, self.handles, what="the shards to form their group")
         self.generation = generation
 
     async def lost(self, index: int) -> None:
@@ -160,8 +155,7 @@ class Shards:
         sequences = [standing.sequence for standing in standings]
         if max(sequences) - min(sequences) > 1:
             raise CheckpointRestoreNeededError(
-                f"the shards are at steps {sequences}: what one has lost cannot be brought back; restore the service "
-                "from its last checkpoint with service.restore(URI)"
+                f"the shards are at steps {sequences}: what one has lost cannot be brought back"
             )
         await self.form_group()
         await self.all("resume", known_sums(standings), what="the shards to go on")
