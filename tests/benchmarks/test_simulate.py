@@ -8,17 +8,17 @@ import pytest
 import simulate
 from simulate import Cost
 
+from stepwell.sharding.coverage import Gradients
+
 NUMEL = 20_000_000
 
 
-def costs(num_shards: int, num_workers: int, gradients: str) -> dict[str, Cost]:
-    assert gradients in ("replicated", "sharded")
-    kind = "replicated" if gradients == "replicated" else "sharded"
-    return {cost.what: cost for cost in simulate.simulate(num_shards, num_workers, kind, numel=NUMEL)}
+def costs(num_shards: int, num_workers: int, gradients: Gradients) -> dict[str, Cost]:
+    return {cost.what: cost for cost in simulate.simulate(num_shards, num_workers, gradients, numel=NUMEL)}
 
 
 @pytest.mark.parametrize("gradients", ["replicated", "sharded"])
-def test_calls_grow_with_the_shards_and_not_with_the_workers_too(gradients: str) -> None:
+def test_calls_grow_with_the_shards_and_not_with_the_workers_too(gradients: Gradients) -> None:
     """Only a step's own calls go from every worker to every shard."""
     few, many, wide = (costs(*size, gradients) for size in ((16, 16), (16, 64), (64, 64)))
     for what in ("registration of all", "refresh of all", "goodbye of all", "save", "forming a group"):
