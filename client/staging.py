@@ -29,7 +29,7 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, target: Tensor, source: Tensor, look: Look) -> list[Tensor]:
         """Begin to copy one gradient, rounded to the target's dtype; what a look at it leaves, on the device.
@@ -87,7 +87,8 @@ def pin(segment: Segment) -> None:
     Raises:
         SegmentError: If CUDA refuses.
     """
-    runtime, address = torch.cuda.cudart(), torch.frombuffer(segment, dtype=torch.uint8).data_ptr()
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = torch.frombuffer(segment, dtype=torch.uint8).data_ptr()
     error = int(runtime.cudaHostRegister(address, len(segment), _PORTABLE))
     if error:
         raise SegmentError(
