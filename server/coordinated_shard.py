@@ -172,9 +172,10 @@ class CoordinatedShard:
         await self._redundancy.admit(self._steps.job())
 
     @change_of_coordinator
-    async def leave(self, rank: int) -> None:
-        """Note that a worker has said goodbye."""
-        self._steps.job().members.leave(rank)
+    async def leave(self, ranks: Sequence[int]) -> None:
+        """Note that workers have said goodbye."""
+        for rank in ranks:
+            self._steps.job().members.leave(rank)
         await self._redundancy.admit(self._steps.job())
         await self._steps.copy_at_rest()
 

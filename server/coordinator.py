@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from ..sharding.errors import NotRegisteredError, ServiceTimeoutError
+from ..sharding.errors import ServiceTimeoutError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
@@ -98,7 +98,7 @@ class Coordinator:
             UnknownRankError: If the rank is not below the world size.
         """
         await self.start()
-        return await self._roster.register(unpack_job(job), rank, Worker(incarnation, holdings))
+        return await self._roster.register(job, rank, Worker(incarnation, holdings))
 
     async def wait_for_timeline(self, after: int, timeout_s: float) -> Registration:
         """Wait until the service is on a later timeline than ``after``: what other ranks do while rank 0 loads."""
@@ -108,16 +108,12 @@ class Coordinator:
             if asyncio.get_running_loop().time() > deadline:
                 raise ServiceTimeoutError(f"rank 0 did not load its state within {timeout_s:g} s")
             await asyncio.sleep(POLL_S)
-        async with self._changing:
-            return await self._roster.registration()
+        return await self._roster.tell()
 
     async def refresh(self) -> Registration:
         """Where the service stands now."""
         await self.start()
-        async with self._changing:
-            if not self._known.is_loaded:
-                raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
-            return await self._roster.registration()
+        return await self._roster.tell()
 
     async def load(self, values: Sequence[Any], header: LoadHeader, request: str) -> Registration:
         """Load a state that rank 0 holds, beginning a new timeline.
