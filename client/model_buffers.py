@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from .holdings import is_distributed, local_part, version_of
 from .in_place import ParameterViews
 from .overlap import EarlyCopies
 from .replicas import Replicas
+from .staging import Staging, staging_of
+from .streaming import PieceStream
 
 logger = logging.getLogger("stepwell")
 
@@ -76,6 +78,7 @@ class ModelBuffers:
         group: Over which replicas exchange parameters, see :func:`replica_group`.
         options: How gradients are gathered.
         allocate: Where their memory comes from.
+        open_stream: Gives what sends gradients ahead of their push; see :meth:`Transport.stream`.
 
     Attributes:
         pushed: For gradients.
@@ -97,26 +100,31 @@ class ModelBuffers:
         group: dist.ProcessGroup | None = None,
         options: GatherOptions = DEFAULT_OPTIONS,
         allocate: Allocate = allocate_zeros,
+        open_stream: Callable[[FlatBuffer], PieceStream | None] = lambda gradient: None,
     ) -> None:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
-        device = common_device(params)
+        device = self._device = common_device(params)
+        self._staging: Staging | None = None
         self._is_plain = not any(map(is_distributed, self._params))
         self._shapes = [local.shape for local in self._local_parts()]
         self._make_pushed = functools.partial(
             FlatBuffer, layout, device, coverage=pushed, part="pushed", dtype=options.dtype, allocate=allocate
         )
-        self._replicas = None if group is None else Replicas(layout, spec, rank, device, group, allocate)
+        # What ranks exchange lies where the model is: NCCL knows no other memory.
+        exchanged = allocate if device.type == "cpu" else allocate_zeros
+        self._replicas = None if group is None else Replicas(layout, spec, rank, device, group, exchanged)
         if self._replicas is None:
             self.held = self.pulled = FlatBuffer(layout, device, coverage=held, allocate=allocate)
         else:
             self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
         self._early: EarlyCopies | None = None
+        self._stream: PieceStream | None = None
         self._used: list[tuple[int, Gatherer]] = []
         self._renew_pushed()
         if options.overlap:
-            self._early = self._copy_early()
+            self._early = self._copy_early(open_stream)
         self._present: tuple[list[bool], bytes] = [], b""
         self._views = ParameterViews(self.held, self._params)
         self._copied = self._to_copy()
@@ -145,12 +153,15 @@ class ModelBuffers:
     def _renew_pushed(self) -> None:
         """Take memory for gradients that no shard has seen; what had it before goes when no shard needs it."""
         pushed = self._make_pushed()
+        if self._staging is None:
+            self._staging = staging_of(self._device, pushed.parts)
         self._use(
             Gatherer(
                 pushed,
                 self._shapes,
                 [self._slice_of(place) for place in pushed.places],
                 is_added=self._spec.gradients == "local" and self._spec.world_size > 1,
+                staging=self._staging,
             )
         )
 
@@ -158,6 +169,8 @@ class ModelBuffers:
         self._gatherer, self.pushed, self._is_lent = gatherer, gatherer.buffer, False
         if self._early is not None:
             self._early.copy = gatherer.copy
+        if self._stream is not None:
+            self._stream.use(gatherer.buffer)
 
     def gather_gradients(self) -> Gathered:
         """Copy this rank's part of every gradient to its place. It stays there until :meth:`take_back_gradients`.
@@ -177,6 +190,9 @@ class ModelBuffers:
         if self._early is not None:
             copied = self._early.take()
             self._early.may_copy = False
+        if self._stream is not None:
+            places = enumerate(self.pushed.places)
+            self._stream.spoil(at for at, place in places if grads[place.param] is not None and at not in copied)
         max_abs = self._gatherer.gather(grads, copied)
         present = [grad is not None for grad in grads]
         if present != self._present[0]:
@@ -204,7 +220,11 @@ class ModelBuffers:
             self._copied = self._to_copy()
         targets, sources = self._copied
         with torch.no_grad():
-            copy_all(targets if self._is_plain else [local_part(target) for target in targets], sources)
+            targets = targets if self._is_plain else [local_part(target) for target in targets]
+            if self._staging is None:
+                copy_all(targets, sources)
+            else:
+                self._staging.copy_back(targets, sources)
         self._views.mark_written()
         self._versions = self._versions_now()
 
@@ -212,6 +232,8 @@ class ModelBuffers:
         """Leave the model as any other: without hooks, its parameters in memory of their own."""
         if self._early is not None:
             self._early.close()
+        if self._stream is not None:
+            self._stream.close()
         self._views.release()
 
     def values(self) -> dict[int, tuple[int, Tensor]]:
@@ -254,13 +276,16 @@ class ModelBuffers:
         held = [place.view.view(self._shapes[place.param]) for place in places]
         return [self._params[place.param] for place in places], held
 
-    def _copy_early(self) -> EarlyCopies | None:
+    def _copy_early(self, open_stream: Callable[[FlatBuffer], PieceStream | None]) -> EarlyCopies | None:
         """Hooks, where what backward leaves in a gradient is what is pushed of it."""
         if self._spec.gradients != "local" or not self._is_plain:
             logger.info("overlap: gradients are reduced among ranks after backward's hooks; step() copies them")
             return None
         params = {at: self._params[place.param] for at, place in enumerate(self.pushed.places)}
-        return EarlyCopies(params, self._gatherer.copy)
+        self._stream = open_stream(self.pushed)
+        if self._stream is not None and self._staging is not None:
+            self._stream.mark = self._staging.mark
+        return EarlyCopies(params, self._gatherer.copy, self._stream)
 
     def _slice_of(self, place: Place) -> slice | None:
         """Where a place lies in the flattened local gradient; None if it is all of it."""

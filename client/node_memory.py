@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sharding.segments import Placement, Segment, Span, allocate
+from .staging import pin
 
 logger = logging.getLogger("stepwell")
 
@@ -37,15 +38,21 @@ class NodeMemory:
             logger.info("gradients and parameters go by %s", "; ".join(ways))
         self._why, self.is_near = list(why_not), [why is None for why in why_not]
 
+    def is_near_now(self, shard: int) -> bool:
+        """Whether a shard maps this memory, as far as is known at the moment."""
+        return self.is_near[shard]
+
     def allocate(self, sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor] | None:
-        """Flat tensors, all zero, that near shards can map; None if none could.
+        """Flat tensors, all zero, that near shards can map, and ``device`` too; None if nobody would.
 
         Raises:
             SegmentError: If there is not enough memory.
         """
-        if device.type != "cpu" or not any(self.is_near):
+        if device.type == "cpu" and not any(self.is_near):
             return None
         segment, parts = allocate(sizes)
+        if device.type == "cuda":
+            pin(segment)
         self._segments.add(segment)
         return parts
 

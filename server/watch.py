@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from ray.exceptions import RayTaskError
 
-from ..sharding.errors import RestoreNeededError, ShardLostError, StepwellError
+from ..sharding.errors import CheckpointRestoreNeededError, ShardLostError, StepwellError
 from ..sharding.saved import SavedCheckpoint
 from .config import ServiceConfig
 from .keepers import Keepers
@@ -61,9 +61,9 @@ class Watch:
         empty, rebuilt = await self._shards.rebuild()
         try:
             if gone := sorted(set(empty) - set(rebuilt)):
-                raise RestoreNeededError(f"what shards {gone} held is lost, and no keeper has it")
+                raise CheckpointRestoreNeededError(f"what shards {gone} held is lost, and no keeper has it")
             await self._shards.resume()
-        except RestoreNeededError as error:
+        except CheckpointRestoreNeededError as error:
             await self._give_up(f"service {name!r}: {error}", is_empty=len(gone) == len(self._shards.handles))
             return
         if empty:
@@ -73,7 +73,7 @@ class Watch:
     async def _give_up(self, why: str, *, is_empty: bool) -> None:
         """Have all who ask be told that a checkpoint is to be restored; or there never was a job."""
         has_job, saved = self._what_is_there()
-        needed = RestoreNeededError(f"{why}. {_advice(saved)}")
+        needed = CheckpointRestoreNeededError(f"{why}. {_advice(saved)}")
         if has_job or not is_empty:
             logger.error("%s", needed)
         await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")

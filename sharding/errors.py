@@ -32,8 +32,8 @@ StepwellError
      ├─ PlacementError           the cluster has no room for the shards
      ├─ ServiceTimeoutError      a wait ran out; the message names it
      ├─ SegmentError             memory that a worker and a shard share cannot be had, or not be reached
-     └─ ShardLostError           a shard died and its state with it
-         └─ RestoreNeededError   for good: the message names the last checkpoint
+     └─ ShardLostError           a shard died, and may come back
+         └─ CheckpointRestoreNeededError    nobody has what it held; the message names the last checkpoint
 
 Each message says what was expected, what came and what to do. An error carries its message alone, so that it crosses
 process boundaries unchanged.
@@ -171,8 +171,8 @@ class SegmentError(ServiceError):
 
 
 class ShardLostError(ServiceError):
-    """A shard died and its state with it."""
+    """A shard died; where somebody has what it held it comes back."""
 
 
-class RestoreNeededError(ShardLostError):
+class CheckpointRestoreNeededError(ShardLostError):
     """More was lost at once than the redundancy survives; the message names the last checkpoint, to be restored."""

@@ -12,7 +12,7 @@ import ray
 
 import stepwell
 from stepwell.server.config import NAMESPACE
-from stepwell.sharding.errors import RestoreNeededError
+from stepwell.sharding.errors import CheckpointRestoreNeededError
 from tests.integration.conftest import launcher
 from tests.integration.nodes import Nodes, kill, node_of
 from tests.integration.training import D0, Trainer, assert_same_training
@@ -74,7 +74,7 @@ def beyond_what_is_survived(service: stepwell.Service, trainer: Trainer, uri: st
     (number,) = await_copies(service, 1)[1]
     for actor in (keeper_of(service, int(number)), service.shards[1]):
         kill(actor)
-    with pytest.raises(RestoreNeededError, match=f"{uri}, of step {step}"):
+    with pytest.raises(CheckpointRestoreNeededError, match=f"{uri}, of step {step}"):
         trainer.run(trainer.step + 1)
     service.restore(uri)
     trainer.optimizer.refresh()

@@ -10,7 +10,7 @@ import pytest
 from stepwell.server import steps
 from stepwell.server.arrangement import Arrangement, KeeperPlace
 from stepwell.server.keeper import Keeper
-from stepwell.sharding.errors import RestoreNeededError
+from stepwell.sharding.errors import CheckpointRestoreNeededError
 from stepwell.sharding.vote import Decision
 from tests.server.test_keeper_line import Handle
 from tests.server.test_shard_actor import EPOCH, Line, run_test
@@ -82,10 +82,10 @@ async def test_no_step_begins_while_a_copy_is_noted(line: Line) -> None:
 @run_test
 async def test_shard_that_is_lost_for_good_says_what_to_restore(line: Line) -> None:
     reply = await line.push(0)
-    await line.actor.give_up(EPOCH, RestoreNeededError("restore /x"))
+    await line.actor.give_up(EPOCH, CheckpointRestoreNeededError("restore /x"))
     with pytest.raises(Exception, match="restore /x") as caught:
         await reply
-    assert isinstance(caught.value.error, RestoreNeededError)  # type: ignore[attr-defined]
+    assert isinstance(caught.value.error, CheckpointRestoreNeededError)  # type: ignore[attr-defined]
     line.steps.shard = None
-    with pytest.raises(RestoreNeededError, match="restore /x"):
+    with pytest.raises(CheckpointRestoreNeededError, match="restore /x"):
         line.steps.job()
