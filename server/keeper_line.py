@@ -118,14 +118,7 @@ class KeeperLine:
         Raises:
             ServiceError: If it was not.
         """
-        pushes = []
-        for rank, push in enumerate(received):
-            if self.is_near and push.placement is not None:
-                placement = push.placement
-                self._lent.setdefault(rank, []).append(sequence)
-            else:
-                placement = await self._send(push.gradient)
-            pushes.append(LoggedPush(push.request, placement, push.reloaded))
+        pushes = await asyncio.gather(*(self._logged(rank, push, sequence) for rank, push in enumerate(received)))
         if not await self._ask("log", LogEntry(timeline, sequence, tuple(pushes), last_sums)):
             raise ServiceError("the keeper was started again")
 
@@ -193,6 +186,13 @@ class KeeperLine:
     def _cut(self, timeline: int, sequence: int) -> None:
         self.logged_after, self.failed_at = (timeline, sequence), None
         self._lent = {rank: [step for step in steps if step > sequence] for rank, steps in self._lent.items()}
+
+    async def _logged(self, rank: int, push: Received, sequence: int) -> LoggedPush:
+        """A push as the keeper can hold it."""
+        if self.is_near and push.placement is not None:
+            self._lent.setdefault(rank, []).append(sequence)
+            return LoggedPush(push.request, push.placement, push.reloaded)
+        return LoggedPush(push.request, await self._send(push.gradient), push.reloaded)
 
     async def _send(self, parts: Sequence[Tensor]) -> Placement:
         """Send flat tensors, piece by piece; where they lie then."""

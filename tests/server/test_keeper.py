@@ -130,6 +130,16 @@ def test_memory_that_cannot_be_reached_changes_nothing() -> None:
     assert sequences(keeper) == [5]
 
 
+def test_memory_of_a_try_goes_when_another_one_replaces_it() -> None:
+    keeper, _ = ready()
+    tries = [memory() for _ in range(3)]
+    for _, address in tries:
+        run(keeper.log(0, entry(5, address)))
+    assert [address.token in keeper._held for _, address in tries] == [False, False, True]
+    assert not run(keeper.log(0, entry(9, tries[0][1])))
+    assert tries[0][1].token not in keeper._held
+
+
 def test_forgotten_shard_has_no_copy() -> None:
     keeper, _ = ready()
     run(keeper.forget(0))
