@@ -96,7 +96,8 @@ class Redundancy:
         If there is no keeper that could, the step is taken all the same, and a copy is made after it.
         """
         received, self._received = self._received, {}
-        if self._logged_after is None or len(pushes) < shard.spec.world_size:
+        may_be_taken = len(pushes) == shard.world.size or (pushes and shard.world.is_elastic)
+        if self._logged_after is None or not may_be_taken:
             return
         keys = ((push.header.rank, push.header.incarnation, push.header.attempt) for push in pushes)
         last = tuple(shard.history.last_sums)

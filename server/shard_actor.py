@@ -118,7 +118,7 @@ class ShardActor(CoordinatedShard):
         They are as of after a step or load that is under way.
         """
         wanted, shard = unpack_target(target), self._steps.job()
-        shard.members.require_rank(rank)
+        shard.world.require(rank)
         sink = self._sink(rank, wanted)
 
         def parameters() -> list[WireTensor]:
