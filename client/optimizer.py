@@ -204,11 +204,11 @@ class ServiceOptimizer(AttachedOptimizer):
             limits = ClipLimits(self.max_grad_norm, self.max_grad_value)
             if scale.is_undone:
                 worker.distrust_gradients()
-            leads = worker.rank == 0
+            is_heard = worker.is_heard
             result = worker.step(
-                hyper if leads else None,
-                written if leads else None,
-                limits=limits if leads else None,
+                hyper if is_heard else None,
+                written if is_heard else None,
+                limits=limits if is_heard else None,
                 grad_scale=scale.grad_scale,
                 found_inf=scale.found_inf,
             )

@@ -23,6 +23,7 @@ from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
+from ..sharding.world import World
 from .changes import Change, Changes
 from .collective import Collective, Generation, GroupStore
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
@@ -167,8 +168,15 @@ class CoordinatedShard:
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
-        """Change number and kind of the workers."""
+        """Change number and kind of the workers, all of whom have left; the service is held meanwhile."""
         self._steps.job().set_workers(world_size, gradients)
+        await self._copy()
+
+    @change_of_coordinator
+    async def set_world(self, world: World) -> None:
+        """See :meth:`Steps.set_world`; the service is held meanwhile."""
+        self._steps.set_world(world)
+        await self._copy()
 
     # Its state; called by the coordinator. See Note: Changes that are all or nothing
 
@@ -217,10 +225,11 @@ class CoordinatedShard:
         job: bytes,
         code: bytes,
         workers: Mapping[int, Worker],
+        world: World | None,
     ) -> None:
         """Prepare to take the state of a checkpoint that all shards have verified, as ``job``.
 
-        A shard without a job, or cut otherwise, lays it out.
+        A shard without a job, or cut otherwise, lays it out. Steps then wait for ``world``, or all ranks of the job.
         """
         spec, checkpoint = unpack_job(job), Manifest.unpack(manifest, uri)
 
@@ -229,6 +238,8 @@ class CoordinatedShard:
             if shard is None or shard.spec != spec:
                 self._lay_out(spec, code, timeline=timeline - 1)
                 self._admit(workers)
+            if world is not None:
+                self._steps.job().set_world(world)
             with CheckpointReader(uri, checkpoint) as reader:
                 self._steps.job().load(reader.source(), timeline=timeline)
 
@@ -346,8 +357,8 @@ class CoordinatedShard:
 
     async def _copy(self) -> None:
         """Have the keeper know the state as it is, before anybody is told that it is so."""
-        if self._redundancy.is_on:
-            shard = self._steps.whole_job()
+        shard = self._steps.job()
+        if self._redundancy.is_on and shard.is_whole:
             await self._redundancy.copy_now(shard, await self._steps.compute(lambda: self._redundancy.moment(shard)))
 
     def _report(self) -> ShardReport:
@@ -375,8 +386,10 @@ class CoordinatedShard:
         self._redundancy.lay_out(code)
         take_compiled_code(code)
         warm_up(spec, self._device)
-        place = {"shard": self._index, "num_shards": self._config.num_shards}
-        return Shard(spec, **place, device=self._device, timeline=timeline)
+        config = self._config
+        world = World(tuple(range(spec.world_size)), is_elastic=config.elastic, timeout_s=config.worker_timeout_s)
+        place = {"shard": self._index, "num_shards": config.num_shards}
+        return Shard(spec, **place, device=self._device, timeline=timeline, world=world)
 
     def _admit(self, workers: Mapping[int, Worker]) -> list[int]:
         """Admit workers; the ranks that have another process now."""

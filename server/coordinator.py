@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from ..sharding.errors import NotRegisteredError, ServiceTimeoutError
+from ..sharding.errors import ServiceTimeoutError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
@@ -88,6 +88,8 @@ class Coordinator:
         With a sharded model it returns when all ranks are in and cover every parameter exactly once. Else it returns as
         soon as rank 0 may send its parameters; other ranks wait with :meth:`wait_for_timeline`.
 
+        A rank that is new in an elastic job is waited for from the next step on.
+
         Raises:
             JobMismatchError: Naming the first difference.
             CoverageError: If the ranks leave a gap, or overlap.
@@ -107,13 +109,10 @@ class Coordinator:
         async with self._changing:
             return await self._roster.registration()
 
-    async def refresh(self) -> Registration:
-        """Where the service stands now."""
+    async def refresh(self, rank: int, incarnation: str) -> Registration:
+        """Where the service stands now; an elastic job that goes on without this worker waits for it again."""
         await self.start()
-        async with self._changing:
-            if not self._known.is_loaded:
-                raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
-            return await self._roster.registration()
+        return await self._roster.refresh(rank, incarnation)
 
     async def load(self, values: Sequence[Any], header: LoadHeader, request: str) -> Registration:
         """Load a state that rank 0 holds, beginning a new timeline.
@@ -208,10 +207,10 @@ class Coordinator:
         shards = await self._shards.statuses_now()
         return self._config, self._known.spec, self._shards.generation, self._shards.epoch, shards
 
-    async def leave(self, rank: int) -> None:
-        """A worker says goodbye."""
+    async def leave(self, rank: int, incarnation: str) -> None:
+        """A worker says goodbye; from the next step on an elastic job does not wait for it."""
         await self.start()
-        await self._roster.leave(rank)
+        await self._roster.leave(rank, incarnation)
 
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """Wait until all of ``ranks`` have said goodbye; whether they did within ``timeout_s``."""
@@ -250,7 +249,7 @@ class Coordinator:
         await self._shards.all("verify", uri, manifest, what=f"the shards to verify {uri}")
         is_new = spec != self._known.spec or None in await self._shards.statuses_now()
         code = await self._roster.compile(spec) if is_new else b""
-        args = uri, manifest, pack_job(spec), code, self._known.workers
+        args = uri, manifest, pack_job(spec), code, self._known.workers, await self._roster.world()
         rest = self._shards.stop
         await change_state(self._shards, self._known, "prepare_restore", *args, request=request, rest=rest, spec=spec)
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ..sharding.compiling import Kernel
 from ..sharding.coverage import require_exact_cover
-from ..sharding.errors import CheckpointRestoreNeededError, NotRegisteredError, ServiceTimeoutError, UnknownRankError
+from ..sharding.errors import (
+    CheckpointRestoreNeededError,
+    JobMismatchError,
+    NotRegisteredError,
+    ServiceTimeoutError,
+    UnknownRankError,
+)
 from ..sharding.job import JobSpec
+from ..sharding.world import World
 from .config import ServiceConfig
 from .knowledge import Knowledge
 from .messages import LoadHeader, Registration, pack_job
@@ -63,37 +71,57 @@ class Roster:
         spec = self.as_served(spec)
         if not 0 <= rank < spec.world_size:
             raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
+        if self._config.elastic and spec.gradients != "local":
+            raise JobMismatchError(
+                f"service {self._config.name!r} is elastic, which needs gradients='local': of others a rank that is "
+                f"missing takes its part with it. Got gradients={spec.gradients!r}; leave DDP's or FSDP's wrapper off, "
+                "or launch the service with elastic=False"
+            )
         async with self._changing:
             await self._adopt(spec, rank)
             self._extending.forget(rank)
             if spec.gradients != "sharded" or self.known.workers.keys() >= set(range(spec.world_size)) - {rank}:
                 return await self._admit({rank: worker})
-        timeout_s = self._config.worker_timeout_s
-        return await self._covering.arrive(rank, worker, world_size=spec.world_size, timeout_s=timeout_s)
+        ranks, timeout_s = range(spec.world_size), self._config.worker_timeout_s
+        return await self._covering.arrive(rank, worker, ranks=ranks, timeout_s=timeout_s)
+
+    async def refresh(self, rank: int, incarnation: str) -> Registration:
+        """See :meth:`Coordinator.refresh`."""
+        async with self._changing:
+            if not self.known.is_loaded:
+                raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
+            if self._is_admitted(rank, incarnation) and rank not in self.known.left:
+                await self._change_world(lambda world: world.joined(rank))
+            return await self.registration()
 
     async def hand_in(self, rank: int, values: Sequence[Any]) -> Registration:
         """See :meth:`Coordinator.hand_in`."""
         async with self._changing:
             if self.known.is_loaded:
                 return await self.registration()
-        spec, timeout_s = self.require_spec(), self._config.worker_timeout_s
-        return await self._starting.arrive(rank, values, world_size=spec.world_size, timeout_s=timeout_s)
+        ranks, timeout_s = range(self.require_spec().world_size), self._config.worker_timeout_s
+        return await self._starting.arrive(rank, values, ranks=ranks, timeout_s=timeout_s)
 
     async def extend(self, spec: JobSpec, rank: int, holdings: bytes, values: Sequence[Any]) -> Registration:
         """See :meth:`Coordinator.extend`."""
         async with self._changing:
-            ours = self.require_spec()
+            ours, ranks = self.require_spec(), await self._ranks()
+            spec = self._sized(spec)
             if (len(spec.params), spec.num_groups) == (len(ours.params), ours.num_groups):
                 ours.require_same(spec, whose=f"rank {rank}")
                 return await self.registration()
-        asked, world_size, timeout_s = Asked(spec, holdings, values), ours.world_size, self._config.worker_timeout_s
-        return await self._extending.arrive(rank, asked, world_size=world_size, timeout_s=timeout_s)
+        asked, timeout_s = Asked(spec, holdings, values), self._config.worker_timeout_s
+        return await self._extending.arrive(rank, asked, ranks=ranks, timeout_s=timeout_s)
 
-    async def leave(self, rank: int) -> None:
-        """See :meth:`Coordinator.leave`."""
+    async def leave(self, rank: int, incarnation: str) -> None:
+        """See :meth:`Coordinator.leave`. What another process says that had this rank before changes nothing."""
         async with self._changing:
+            is_here = rank in self.known.workers
+            if is_here and not self._is_admitted(rank, incarnation):
+                return
             self.known.left.add(rank)
-            if rank in self.known.workers:
+            if is_here:
+                await self._change_world(lambda world: world.left(rank))
                 await self._shards.in_turn("leave", rank, what="the shards to note that a worker left")
 
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
@@ -108,7 +136,7 @@ class Roster:
     async def await_ranks(self) -> None:
         """Wait until all ranks are here: each of them loads, and one that came after would wait for another load."""
         deadline = asyncio.get_running_loop().time() + self._config.worker_timeout_s
-        while missing := set(range(self.require_spec().world_size)) - (self.known.workers.keys() - self.known.left):
+        while missing := set(await self._ranks()) - (self.known.workers.keys() - self.known.left):
             if asyncio.get_running_loop().time() > deadline:
                 raise ServiceTimeoutError(
                     f"rank {min(missing)} did not register within {self._config.worker_timeout_s:g} s; "
@@ -126,6 +154,7 @@ class Roster:
             step=status.step,
             skipped_steps=status.skipped_steps,
             scalars=status.scalars,
+            ranks=status.world.ranks,
             needs_parameters=not self.known.is_loaded,
         )
 
@@ -151,7 +180,40 @@ class Roster:
         code: bytes = await self._shards.first("compile", pack_job(spec), what="shard 0 to compile the kernels")
         return code
 
+    async def world(self) -> World | None:
+        """The ranks that the next step waits for; None if no shard knows, as all were started again."""
+        statuses = [status for status in await self._shards.statuses_now() if status is not None]
+        newest = max(statuses, key=lambda of: (of.timeline, of.sequence), default=None)
+        return None if newest is None else newest.world
+
     # Within
+
+    async def _ranks(self) -> Collection[int]:
+        world = await self.world() if self._config.elastic else None
+        return range(self.require_spec().world_size) if world is None else world.ranks
+
+    def _is_admitted(self, rank: int, incarnation: str) -> bool:
+        return rank in self.known.workers and self.known.workers[rank].incarnation == incarnation
+
+    async def _change_world(self, change: Callable[[World], World]) -> None:
+        """Have steps of an elastic job wait for other ranks, from the next one on that no shard has begun."""
+        if not self._config.elastic:
+            return
+        try:
+            if self.known.is_loaded:
+                await self._shards.settle()
+            world = (await self._shards.statuses())[0].world
+            if change(world) != world:
+                await self._shards.in_turn("set_world", change(world), what="the shards to wait for the right ranks")
+        finally:
+            await self._shards.release()
+
+    def _sized(self, spec: JobSpec) -> JobSpec:
+        """A worker's job, where an elastic one is of no certain size."""
+        ours = self.known.spec
+        if ours is None or not self._config.elastic:
+            return spec
+        return dataclasses.replace(spec, world_size=ours.world_size)
 
     async def _adopt(self, spec: JobSpec, rank: int) -> None:
         known = self.known
@@ -169,11 +231,18 @@ class Roster:
             # The workers before these have all left; what they held says nothing of these.
             known.workers, known.left = {}, set()
             wanted = dataclasses.replace(known.spec, world_size=spec.world_size, gradients=spec.gradients)
-            if wanted != known.spec:
-                what = "the shards to take the workers"
-                await self._shards.in_turn("set_workers", spec.world_size, spec.gradients, what=what)
-                known.spec = wanted
-        known.spec.require_same(spec, whose=f"rank {rank}")
+            if wanted != known.spec or self._config.elastic:
+                await self._set_workers(wanted)
+        known.spec.require_same(self._sized(spec), whose=f"rank {rank}")
+
+    async def _set_workers(self, spec: JobSpec) -> None:
+        try:
+            await self._shards.stop()
+            what = "the shards to take the workers"
+            await self._shards.in_turn("set_workers", spec.world_size, spec.gradients, what=what)
+            self.known.spec = spec
+        finally:
+            await self._shards.release()
 
     async def _admit(self, workers: Mapping[int, Worker]) -> Registration:
         """Admit workers, of a sharded model if they and those that are here make it up."""
@@ -182,6 +251,7 @@ class Roster:
         await self._shards.in_turn("admit", workers, what=f"the shards to admit rank {ranks}")
         known.workers.update(workers)
         known.left.difference_update(workers)
+        await self._change_world(lambda world: functools.reduce(World.joined, workers, world))
         return await self.registration()
 
     async def _admit_all(self, workers: Mapping[int, Worker]) -> Registration:
@@ -194,12 +264,14 @@ class Roster:
 
     async def _extend(self, asked: Mapping[int, Asked]) -> Registration:
         async with self._changing:
-            first, known = asked[0].spec, self.known
+            first, known = asked[min(asked)].spec, self.known
             for rank in sorted(asked):
                 first.require_same(asked[rank].spec, whose=f"rank {rank}")
             spec = self.require_spec().extended(first)
             workers = {
-                rank: dataclasses.replace(each, holdings=asked[rank].holdings) for rank, each in known.workers.items()
+                rank: dataclasses.replace(each, holdings=asked[rank].holdings)
+                for rank, each in known.workers.items()
+                if rank in asked
             }
             _require_cover(spec, workers)
             values = [value for rank in sorted(asked) for value in asked[rank].values]

@@ -51,8 +51,10 @@ class Service:
 
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
-            ``restarts``; ``redundancy``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
-            ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
+            ``restarts``; ``redundancy``; ``elastic``; with a job also ``rule``, ``world_size``, the ``ranks`` that the
+            next step waits for, ``excluded`` (rank to the step from which on the job goes on without it),
+            ``num_params``, ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel``
+            and ``size_bytes`` per shard.
         """
         config, spec, generation, epoch, shards = self.ask("status", what="its status")
         fields: dict[str, Any] = {
@@ -62,6 +64,7 @@ class Service:
             "epoch": epoch,
             "restarts": epoch - 1,
             "redundancy": config.redundancy,
+            "elastic": config.elastic,
         }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}
@@ -69,7 +72,9 @@ class Service:
         return {
             **fields,
             "rule": spec.rule.name,
-            "world_size": spec.world_size,
+            "world_size": first.world.size,
+            "ranks": list(first.world.ranks),
+            "excluded": dict(first.world.excluded),
             "num_params": len(spec.params),
             "numel": sum(param.numel for param in spec.params),
             "step": first.step,
@@ -180,6 +185,7 @@ def launch(
     worker_timeout_s: float = 1800.0,
     placement_timeout_s: float = 60.0,
     redundancy: int = 1,
+    elastic: bool = False,
 ) -> Service:
     """Start a service.
 
@@ -199,6 +205,9 @@ def launch(
         placement_timeout_s: How long to wait for room in the cluster.
         redundancy: 1: what a shard holds survives the shard, by a copy of its state and the last steps' gradients in
             memory of its node; 0: a shard that dies takes the service back to its last checkpoint.
+        elastic: Whether workers may join and leave between steps, for gradients that are local to ranks. A worker that
+            does not push within ``worker_timeout_s`` is then excluded and the step taken without it; else the step is
+            given up on all, with a :class:`MissingRankError` that names it. See *Note: Elastic jobs* in docs/design.md.
 
     Raises:
         ServiceExistsError: If there is a service of this name.
@@ -218,6 +227,7 @@ def launch(
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,
         redundancy=redundancy,
+        elastic=elastic,
     )
     owns_ray = name is None and not ray.is_initialized()
     if owns_ray:

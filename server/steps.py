@@ -25,6 +25,7 @@ from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
+from ..sharding.world import World
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .countdown import Countdown
 from .outcomes import Outcome, Outcomes
@@ -214,6 +215,14 @@ class Steps:
         if self._step is not None and not (await asyncio.wait([self._step], timeout=timeout_s))[0]:
             raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
         self._give_up_resting()
+
+    def set_world(self, world: World) -> None:
+        """Have the next step wait for other ranks: as long as ever, for those that are new in it."""
+        shard = self.job()
+        shard.set_world(world)
+        self._patience.stop()
+        if shard.is_waiting:
+            self._patience.begin()
 
     def release(self) -> None:
         """Go on with steps after a :meth:`hold`."""

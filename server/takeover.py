@@ -42,5 +42,8 @@ async def _align_workers(shards: Shards, reports: Sequence[ShardReport], first: 
             await shards.some([index], "set_workers", *kind, what="a shard to take the workers")
         if is_of_others or report.workers != first.workers:
             await shards.some([index], "admit", first.workers, what="a shard to admit the workers")
+        is_at_the_same_step = report.step == first.step
+        if is_at_the_same_step and first.world is not None and (is_of_others or report.world != first.world):
+            await shards.some([index], "set_world", first.world, what="a shard to wait for the right ranks")
         for rank in first.left - report.left:
             await shards.some([index], "leave", rank, what="a shard to note that a worker left")

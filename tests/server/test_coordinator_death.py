@@ -99,13 +99,13 @@ async def replace(coordinator: Coordinator, folder: str) -> None:
 
 
 async def leave(coordinator: Coordinator, folder: str) -> None:
-    await coordinator.leave(1)
+    await coordinator.leave(1, "1-a")
 
 
 async def all_leave(coordinator: Coordinator, folder: str) -> None:
     await train(coordinator, folder)
-    await coordinator.leave(0)
-    await coordinator.leave(1)
+    await coordinator.leave(0, "0-a")
+    await coordinator.leave(1, "1-a")
 
 
 async def another_job(coordinator: Coordinator, folder: str) -> None:

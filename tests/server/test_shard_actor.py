@@ -529,6 +529,6 @@ async def test_load_that_fails_before_it_changes_anything_leaves_the_pushes(line
     reply = await line.push(0)
     job = pack_job(line.shard.spec)
     with pytest.raises(CheckpointError, match="/nowhere"):
-        await line.actor.prepare_restore(EPOCH, 2, "request", "/nowhere", b"", job, b"", {})
+        await line.actor.prepare_restore(EPOCH, 2, "request", "/nowhere", b"", job, b"", {}, None)
     await line.push(1)
     assert (await reply).decision is Decision.COMMIT

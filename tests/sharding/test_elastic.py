@@ -34,9 +34,8 @@ class Elastic:
 
     def __init__(self, rule: Rule | None = None, *, world_size: int = 3) -> None:
         rule = rule or ProdigyRule(d0=1e-2)
-        options = {"kernel": "eager"}
-        self.run = Run(small(), rule, num_shards=NUM_SHARDS, world_size=world_size, is_elastic=True, **options)
-        self.oracle = Run(small(), rule, **options)
+        self.run = Run(small(), rule, num_shards=NUM_SHARDS, world_size=world_size, is_elastic=True, kernel="eager")
+        self.oracle = Run(small(), rule, kernel="eager")
         self.shards = self.run.group.shards
 
     def push(self, rank: int, shards: Iterable[int] = range(NUM_SHARDS)) -> None:
