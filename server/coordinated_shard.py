@@ -166,29 +166,28 @@ class CoordinatedShard:
         await self._steps.compute(lambda: self._lay_out(spec, code, timeline=0))
 
     @change_of_coordinator
-    async def admit(self, workers: Mapping[int, Worker]) -> None:
-        """Let workers' processes push, by rank; all or none."""
+    async def admit(self, workers: Mapping[int, Worker], world: World | None = None) -> None:
+        """Let workers' processes push, by rank; all or none.
+
+        Args:
+            workers: The workers.
+            world: Whom steps wait for then, if that changes; the service is held meanwhile.
+        """
         for rank in self._admit(workers):
             self._mappings.forget(rank)
             self._ahead.forget(rank)
-        await self._redundancy.admit(self._steps.job())
+        await self._set_world(world)
 
     @change_of_coordinator
-    async def leave(self, rank: int) -> None:
-        """Note that a worker has said goodbye."""
+    async def leave(self, rank: int, world: World | None = None) -> None:
+        """Note that a worker has said goodbye; ``world`` as for :meth:`admit`."""
         self._steps.job().members.leave(rank)
-        await self._redundancy.admit(self._steps.job())
+        await self._set_world(world)
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
         """Change number and kind of the workers, all of whom have left; the service is held meanwhile."""
         self._steps.job().set_workers(world_size, gradients)
-        await self._copy()
-
-    @change_of_coordinator
-    async def set_world(self, world: World) -> None:
-        """See :meth:`Steps.set_world`; the service is held meanwhile."""
-        self._steps.set_world(world)
         await self._copy()
 
     # Its state; called by the coordinator. See Note: Changes that are all or nothing
@@ -367,6 +366,15 @@ class CoordinatedShard:
         await self._saves.give_up(save_id, uri)
 
     # Within
+
+    async def _set_world(self, world: World | None) -> None:
+        """Have steps wait for other ranks, and the keeper know of these and of the workers."""
+        shard = self._steps.job()
+        if world is None or world == shard.world:
+            await self._redundancy.admit(shard)
+        else:
+            self._steps.set_world(world)
+            await self._copy()
 
     async def _copy(self) -> None:
         """Have the keeper know the state as it is, before anybody is told that it is so."""

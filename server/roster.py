@@ -91,7 +91,7 @@ class Roster:
             if not self.known.is_loaded:
                 raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
             if self._is_admitted(rank, incarnation) and rank not in self.known.left:
-                await self._change_world(lambda world: world.joined(rank))
+                await self._tell("admit", {}, change=lambda world: world.joined(rank), what=f"rank {rank} to be back")
             return await self.registration()
 
     async def hand_in(self, rank: int, values: Sequence[Any]) -> Registration:
@@ -121,8 +121,8 @@ class Roster:
                 return
             self.known.left.add(rank)
             if is_here:
-                await self._change_world(lambda world: world.left(rank))
-                await self._shards.in_turn("leave", rank, what="the shards to note that a worker left")
+                what = "the shards to note that a worker left"
+                await self._tell("leave", rank, change=lambda world: world.left(rank), what=what)
 
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """See :meth:`Coordinator.wait_until_left`."""
@@ -195,16 +195,23 @@ class Roster:
     def _is_admitted(self, rank: int, incarnation: str) -> bool:
         return rank in self.known.workers and self.known.workers[rank].incarnation == incarnation
 
-    async def _change_world(self, change: Callable[[World], World]) -> None:
-        """Have steps of an elastic job wait for other ranks, from the next one on that no shard has begun."""
+    async def _tell(self, method: str, *args: Any, change: Callable[[World], World], what: str) -> None:
+        """Tell the shards of a worker, the first one before the others; in an elastic job between two steps.
+
+        Args:
+            method: The shards' method.
+            args: What it takes before the world.
+            change: From the world before to that of an elastic job after it.
+            what: Names the wait in messages.
+        """
         if not self._config.elastic:
+            await self._shards.in_turn(method, *args, what=what)
             return
         try:
             if self.known.is_loaded:
                 await self._shards.settle()
             world = (await self._shards.statuses())[0].world
-            if change(world) != world:
-                await self._shards.in_turn("set_world", change(world), what="the shards to wait for the right ranks")
+            await self._shards.in_turn(method, *args, change(world), what=what)
         finally:
             await self._shards.release()
 
@@ -248,10 +255,14 @@ class Roster:
         """Admit workers, of a sharded model if they and those that are here make it up."""
         known, ranks = self.known, ", ".join(map(str, sorted(workers)))
         _require_cover(self.require_spec(), {**known.workers, **workers})
-        await self._shards.in_turn("admit", workers, what=f"the shards to admit rank {ranks}")
+        await self._tell(
+            "admit",
+            workers,
+            change=lambda world: functools.reduce(World.joined, workers, world),
+            what=f"the shards to admit rank {ranks}",
+        )
         known.workers.update(workers)
         known.left.difference_update(workers)
-        await self._change_world(lambda world: functools.reduce(World.joined, workers, world))
         return await self.registration()
 
     async def _admit_all(self, workers: Mapping[int, Worker]) -> Registration:
