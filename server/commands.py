@@ -43,7 +43,7 @@ def up(
         str | None, typer.Option(help="compiled, eager or auto. Default: $STEPWELL_KERNEL, else auto.")
     ] = None,
     redundancy: Annotated[
-        int, typer.Option(min=0, max=1, help="1: what a shard holds survives the shard; 0: its checkpoint alone.")
+        int, typer.Option(min=0, max=2, help="Keepers of each shard's state; 0: its checkpoint alone survives it.")
     ] = 1,
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Workers may join and leave; steps go on without one that is missing.")

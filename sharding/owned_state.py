@@ -295,7 +295,7 @@ class OwnedState:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it holds a state that can be trusted."""
+        """Whether it holds a state that can be trusted, see :meth:`require_whole`."""
         return self._lost is None
 
     def require_whole(self) -> None:
