@@ -13,7 +13,7 @@ import torch
 from ..sharding.checkpoint import CheckpointReader
 from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
 from ..sharding.coverage import Gradients
-from ..sharding.errors import CheckpointRestoreNeededError, PlacementError
+from ..sharding.errors import CheckpointRestoreNeededError, IncarnationError, PlacementError
 from ..sharding.folder import Destination
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, ShardFile
@@ -175,6 +175,8 @@ class CoordinatedShard:
         for rank in self._admit(workers):
             self._mappings.forget(rank)
             self._ahead.forget(rank)
+            replaced = f"rank {rank}: another process has registered as this rank since; end this one"
+            self._steps.withdraw(rank, IncarnationError(replaced))
         await self._set_world(world)
 
     @change_of_coordinator

@@ -21,6 +21,10 @@ PIECE_NUMEL = 2**22
 """Elements of one piece of a gradient that is sent piece by piece: many to a call, and few to wait for at the end."""
 
 
+PushKey = tuple[int, int, str, int]
+"""Timeline, sequence number, incarnation and attempt."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PushHeader:
     """The small part of a push, the same for every shard.
@@ -56,6 +60,11 @@ class PushHeader:
     grad_scale: float = 1.0
     found_inf: bool = False
     max_abs: float | None = None
+
+    @property
+    def key(self) -> PushKey:
+        """Which of a rank's pushes this is."""
+        return self.timeline, self.sequence, self.incarnation, self.attempt
 
     def digest(self) -> bytes:
         """Digest of the whole header, equal on all shards that hold the same push."""
