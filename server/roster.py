@@ -192,6 +192,11 @@ class Roster:
         world = await self.world() if self._config.elastic else None
         return range(self.require_spec().world_size) if world is None else world.ranks
 
+    async def _gone(self) -> set[int]:
+        """Ranks that have said goodbye, and those that an elastic job goes on without."""
+        world = await self.world() if self._config.elastic else None
+        return self.known.left if world is None else self.known.left | world.excluded.keys()
+
     def _is_admitted(self, rank: int, incarnation: str) -> bool:
         return rank in self.known.workers and self.known.workers[rank].incarnation == incarnation
 
@@ -234,7 +239,7 @@ class Roster:
             await self._shards.all("register", job, code, what="the shards to allocate their buffers")
             known.spec = spec
             return
-        if known.left.issuperset(known.workers) and self._covering.is_empty:
+        if known.workers.keys() <= await self._gone() and self._covering.is_empty:
             # The workers before these have all left; what they held says nothing of these.
             known.workers, known.left = {}, set()
             wanted = dataclasses.replace(known.spec, world_size=spec.world_size, gradients=spec.gradients)

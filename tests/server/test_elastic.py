@@ -41,6 +41,7 @@ from stepwell.sharding.layout import ParamSpec
 from stepwell.sharding.push import PushHeader, pack_present
 from stepwell.sharding.reports import StepResult
 from stepwell.sharding.vote import Decision
+from tests.gated_files import Gate, gated
 from tests.server.test_coordinator import Handle
 
 LIMIT_S = 20.0
@@ -277,6 +278,17 @@ async def test_next_workers_may_be_of_another_number_once_all_have_left(job: Job
         assert (await reply).ranks == (0, 1, 2)
 
 
+@run_test(IMPATIENT_S)
+async def test_workers_that_were_excluded_count_as_gone_for_the_next_ones(job: Job) -> None:
+    await job.begin(2)
+    assert (await job.push(0)).ranks == (0,)
+    await job.coordinator.leave(0, "0-a")
+    assert (await job.register(0, 3, process="b")).ranks == (0, 1, 2)
+    assert (await job.coordinator.refresh(1, "1-a")).ranks == (0, 1, 2)
+    with pytest.raises(IncarnationError, match="no worker has registered as this rank since"):
+        await job.push(1)
+
+
 @run_test()
 async def test_first_step_waits_for_all_that_the_first_worker_spoke_of(job: Job) -> None:
     await job.register(0, 2)
@@ -299,3 +311,25 @@ async def test_group_is_added_by_those_that_are_there(job: Job) -> None:
     )
     assert [each.ranks for each in told] == [(0, 2)] * 2
     assert [each.timeline for each in told] == [2, 2]
+
+
+def test_worker_joins_while_a_checkpoint_is_written() -> None:
+    async def save(job: Job, gate: Gate, uri: str) -> None:
+        await job.begin(2)
+        await job.step((0, 1))
+        before = await job.value()
+        assert await job.coordinator.begin_save("save", uri) == (True, uri, 1)
+        await asyncio.to_thread(gate.wait_until_reached)
+        assert (await job.register(2, 3)).ranks == (0, 1, 2)
+        await job.step((0, 1, 2))
+        await job.coordinator.leave(0, "0-a")
+        await job.step((1, 2))
+        gate.open()
+        await job.coordinator.end_save("save", uri)
+        told = await job.coordinator.restore(uri, "restore")
+        assert (told.step, told.ranks) == (1, (1, 2))
+        assert await job.value() == before
+        await job.step((1, 2))
+
+    with gated(num_files=1) as (gate, uri):
+        run_test()(lambda job: save(job, gate, uri))()
