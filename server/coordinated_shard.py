@@ -289,7 +289,6 @@ class CoordinatedShard:
         """Become what the process before this one was; whether any keeper knows."""
         found = await self._redundancy.fetch()
         if not found:
-            self._redundancy.may_come_back = False
             return False
         line, most = found[0]
         kept, segment = most.copy, await line.segment(most.copy.memory)

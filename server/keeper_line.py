@@ -25,7 +25,7 @@ from ..sharding.segments import (
 from .arrangement import KeeperPlace
 from .calls import gather
 from .keeper import Copy, LogEntry, LoggedPush
-from .messages import WireTensor, from_wire
+from .messages import WireTensor
 from .workers import Worker
 
 T = TypeVar("T")
@@ -183,7 +183,7 @@ class KeeperLine:
         async def bring(begin: int) -> None:
             size_bytes = min(PIECE_BYTES, len(memory) - begin)
             call = self.place.handle.read.remote(address.token, ALIGNMENT + begin, size_bytes)
-            memory[begin : begin + size_bytes].copy_(from_wire(("uint8", await self._answer(call))))
+            memory.numpy()[begin : begin + size_bytes] = await self._answer(call)
 
         await _a_few_at_once(range(0, len(memory), PIECE_BYTES), bring)
         return segment

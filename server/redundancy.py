@@ -192,7 +192,7 @@ class Redundancy:
         except (StepwellError, RuntimeError) as error:
             moment.snapshot.close("it is not copied")
             for line in self._logging:
-                self._lose(line, str(error))
+                self._lose(line, str(error), moment.snapshot.status.sequence)
         finally:
             self._progress.set()
 
@@ -243,11 +243,11 @@ class Redundancy:
         try:
             await call
         except StepwellError as error:
-            line.failed_at = failed_at
-            self._lose(line, str(error))
+            self._lose(line, str(error), failed_at)
 
-    def _lose(self, line: KeeperLine, why: str) -> None:
+    def _lose(self, line: KeeperLine, why: str, failed_at: int | None) -> None:
         line.forget()
+        line.failed_at = failed_at
         self._progress.set()
         if not self._was_told:
             logger.warning("shard %d: keeper %d keeps nothing for now: %s", self._index, line.place.index, why)

@@ -278,6 +278,7 @@ class Steps:
         self._give_up_resting()
         try:
             await self.compute(load)
+            self._lost_for_good = None
         finally:
             self._is_loading = False
             if self.shard is None or not self.shard.is_waiting:
