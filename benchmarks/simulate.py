@@ -124,13 +124,13 @@ async def _lives(spec: JobSpec, num_shards: int) -> list[Cost]:
     await measured("start", coordinator.start())
     note = f"job {len(job):,} bytes, holdings {len(holdings[-1]):,} bytes a worker"
     await measured("registration of all", _all(join(rank) for rank in ranks), note)
-    await measured("refresh of all", _all(coordinator.refresh() for _ in ranks))
+    await measured("refresh of all", _all(coordinator.refresh(rank, f"process-{rank}") for rank in ranks))
     with tempfile.TemporaryDirectory() as folder:
         await measured("save", save(folder))
         size_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
         found[-1] = dataclasses.replace(found[-1], note=f"manifest {size_bytes:,} bytes")
     await measured("forming a group", coordinator._shards.form_group())
-    await measured("goodbye of all", _all(coordinator.leave(rank) for rank in ranks))
+    await measured("goodbye of all", _all(coordinator.leave(rank, f"process-{rank}") for rank in ranks))
     return found
 
 
@@ -140,8 +140,7 @@ async def _all(work: Iterable[Coroutine[Any, Any, object]]) -> None:
 
 def _step(spec: JobSpec, num_shards: int) -> list[Cost]:
     """One shard admits everybody and takes everybody's push: what each shard does, beside the others."""
-    place = {"shard": num_shards // 2, "num_shards": num_shards}
-    shard = Shard(spec, **place, device=torch.device("meta"))
+    shard = Shard(spec, shard=num_shards // 2, num_shards=num_shards, device=torch.device("meta"))
     shard.load(StateSource(lambda *_: None, frozenset()), timeline=1)
     holdings = [holdings_of(spec, rank) for rank in range(spec.world_size)]
     begin = time.process_time()

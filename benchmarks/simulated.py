@@ -29,6 +29,7 @@ from stepwell.sharding.layout import Layout
 from stepwell.sharding.manifest import FileEntry, ShardFile, build_manifest, shard_file_name
 from stepwell.sharding.reports import ShardStatus
 from stepwell.sharding.saved import SavedCheckpoint
+from stepwell.sharding.world import World
 
 
 class Traffic:
@@ -234,6 +235,7 @@ class SimulatedShard:
             scalars=self._job.spec.rule.initial_scalars(self._job.spec.num_groups),
             step_counts=(),
             in_flight=False,
+            world=World(tuple(range(self._job.spec.world_size))),
         )
 
     def _report(self) -> ShardReport:

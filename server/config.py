@@ -33,6 +33,7 @@ class ServiceConfig:
         placement_timeout_s: How long a launch waits for room in the cluster.
         redundancy: How many keepers hold each shard's copy and log: 0, 1 or 2.
         log_steps: How many steps are kept for a shard that is lost.
+        elastic: Whether ranks may come and go between steps, and a step goes on without one that does not push in time.
 
     Raises:
         ValueError: If a value is out of range; the message holds it.
@@ -50,6 +51,7 @@ class ServiceConfig:
     placement_timeout_s: float = 60.0
     redundancy: int = 1
     log_steps: int = 8
+    elastic: bool = False
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", "a name without '/'", self.name)

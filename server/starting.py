@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoundError, StepwellError
 from .calls import ask
@@ -19,7 +19,6 @@ from .shard_actor import ShardActor
 
 ACTOR_START_TIMEOUT_S = 120.0
 
-Strategy = PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy
 
 untyped_ray: Any = ray  # some of its functions have no types
 
@@ -72,27 +71,25 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
 
 
 def _start_keepers(config: ServiceConfig, group: PlacementGroup, options: dict[str, Any]) -> list[Any]:
-    """One on each node that has shards, and so many at least as each shard wants."""
-    nodes = list(dict.fromkeys(placement_group_table(group)["bundles_to_node_id"].values()))
-    num_keepers = max(len(nodes), config.redundancy) if config.redundancy else 0
-    return [
-        _start_actor(
-            Keeper,
-            name=config.keeper_name(index),
-            num_cpus=0,
-            # Elsewhere if the node is lost: it has no place of its own in the group.
-            strategy=NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True),
-            **options,
-        )
-        for index in range(num_keepers)
-    ]
+    """One on each node that has shards, and so many at least as each shard wants.
+
+    Each has its place beside a shard, with which it goes to another node if its own is lost.
+    """
+    by_bundle = sorted(placement_group_table(group)["bundles_to_node_id"].items(), reverse=True)
+    first_bundles = sorted({node: bundle for bundle, node in by_bundle}.values())
+    num_keepers = max(len(first_bundles), config.redundancy) if config.redundancy else 0
+    keepers = []
+    for index in range(num_keepers):
+        strategy = _place(group, first_bundles[index % len(first_bundles)])
+        keepers.append(_start_actor(Keeper, name=config.keeper_name(index), num_cpus=0, strategy=strategy, **options))
+    return keepers
 
 
 def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
-def _start_actor(actor_class: type, *args: Any, strategy: Strategy, **options: Any) -> Any:
+def _start_actor(actor_class: type, *args: Any, strategy: PlacementGroupSchedulingStrategy, **options: Any) -> Any:
     remote_class: Any = ray.remote(actor_class)
     return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
 

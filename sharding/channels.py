@@ -78,9 +78,11 @@ class ChannelMap:
         runs = self.runs(tiles)
         first = self._keys.first_channel[self._extent.table(tiles).tensor_of_tile]
         key = torch.from_numpy(np.where(runs.channel < 0, self._keys.num_channels, first[runs.tile] + runs.channel))
-        lengths = torch.from_numpy(runs.lengths).to(values.device)
+        lengths = torch.from_numpy(runs.lengths).to(values.device, non_blocking=True)
         num_tiles = len(first)
-        spread = values[:, key.to(values.device)].repeat_interleave(lengths, dim=1, output_size=num_tiles * TILE_NUMEL)
+        spread = values[:, key.to(values.device, non_blocking=True)].repeat_interleave(
+            lengths, dim=1, output_size=num_tiles * TILE_NUMEL
+        )
         return spread.view(len(values), num_tiles, TILE_NUMEL)
 
 
@@ -95,12 +97,12 @@ def run_sums(values: Tensor, lengths: Tensor) -> Tensor:
         lengths: ``(num_runs,)`` int64; no run is in two rows, and together they are all of ``values``.
 
     Returns:
-        ``(num_runs,)`` float64, on the CPU.
+        ``(num_runs,)`` float64, where ``values`` are.
     """
     values = values.to(torch.float64)
     if values.device.type == "cpu":
         return torch.segment_reduce(values.reshape(-1), "sum", lengths=lengths, unsafe=True)
-    return shifted_run_sums(values, lengths.to(values.device)).cpu()
+    return shifted_run_sums(values, lengths.to(values.device, non_blocking=True))
 
 
 def shifted_run_sums(values: Tensor, lengths: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ every shard adds a key's partials in block order.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
 import numpy as np
@@ -21,6 +22,21 @@ from ..optim import TILE_NUMEL, ReducingRule, Rule, Scope
 from .channels import ChannelMap, run_sums
 from .keys import Keys
 from .layout import Extent, Layout, number_runs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """What one call of a kernel returned.
+
+    Attributes:
+        extent: The extent that its tiles are of.
+        first_tile: Index of the first of them.
+        parts: One tensor per sum, ``(tiles,)`` or, over channels, ``(tiles, 256)``.
+    """
+
+    extent: int
+    first_tile: int
+    parts: Sequence[Tensor]
 
 
 class SumTable(abc.ABC):
@@ -47,16 +63,31 @@ class SumTable(abc.ABC):
         """A vector of partials with nothing in it, ``(num_sums, num_segments)`` float64."""
         return torch.zeros(num_sums, self.num_segments, dtype=torch.float64)
 
-    @abc.abstractmethod
-    def fold(self, partials: Tensor, extent: int, first_tile: int, parts: Sequence[Tensor]) -> None:
-        """Add what a kernel returned to its segments, in order.
+    def folded(self, num_sums: int, outputs: Iterable[Output]) -> Tensor:
+        """Add what a kernel returns to the segments, in order; what a GPU returns all at once, so as to wait once.
 
         Args:
-            partials: ``(num_sums, num_segments)`` float64, changed in place.
-            extent: The extent that the tiles are of.
-            first_tile: Index of the first of them.
-            parts: One tensor per sum, ``(tiles,)`` or, over channels, ``(tiles, 256)``.
+            num_sums: How many sums there are.
+            outputs: Of the kernel's calls, in the order of their tiles.
+
+        Returns:
+            ``(num_sums, num_segments)`` float64 on the CPU, 0 in segments that no output is of.
         """
+        partials, waiting = self.empty(num_sums), []
+        for output in outputs:
+            segments, values = self._reduced(output)
+            if _is_at_hand(values):
+                _add(partials, segments, values)
+            else:
+                waiting.append((segments, values))
+        if waiting:
+            segments, values = (torch.cat(each, dim=-1) for each in zip(*waiting, strict=True))
+            _add(partials, segments, values.cpu())
+        return partials
+
+    @abc.abstractmethod
+    def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
+        """Segments ``(n,)`` int64 on the CPU, and what goes to each, ``(num_sums, n)`` float64 where the output is."""
 
     def totals(self, names: Sequence[str], partials: Tensor) -> dict[str, Tensor]:
         """Add every key's partials in block order: sum name to ``(num_keys,)`` float64."""
@@ -83,12 +114,11 @@ class TileSumTable(SumTable):
         num_keys = {Scope.MODEL: 1, Scope.GROUP: num_groups, Scope.TENSOR: len(layout.params)}[scope]
         super().__init__(num_keys, keys_of_segments)
 
-    def fold(self, partials: Tensor, extent: int, first_tile: int, parts: Sequence[Tensor]) -> None:
-        """See :class:`SumTable`; ``parts`` are ``(tiles,)`` each."""
-        numbers = number_runs(self._edges[extent], range(first_tile, first_tile + len(parts[0])))
-        segments = torch.from_numpy(numbers + self._first_segment[extent])
-        for row, values in zip(partials, parts, strict=True):
-            row.index_add_(0, segments, values.to("cpu", torch.float64))
+    def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
+        """See :class:`SumTable`."""
+        values, first = torch.stack(list(output.parts)).to(torch.float64), output.first_tile
+        numbers = number_runs(self._edges[output.extent], range(first, first + values.shape[1]))
+        return torch.from_numpy(numbers + self._first_segment[output.extent]), values
 
 
 @final
@@ -104,18 +134,19 @@ class ChannelSumTable(SumTable):
             keys_of_segments.append(self._segments[-1].keys)
         super().__init__(keys.num_channels, keys_of_segments)
 
-    def fold(self, partials: Tensor, extent: int, first_tile: int, parts: Sequence[Tensor]) -> None:
-        """See :class:`SumTable`; ``parts`` are ``(tiles, 256)`` each."""
-        tiles = range(first_tile, first_tile + len(parts[0]))
-        if not self._channels[extent].any_in(tiles):
-            return
-        runs = self._channels[extent].runs(tiles)
+    def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
+        """See :class:`SumTable`."""
+        parts, channels = output.parts, self._channels[output.extent]
+        tiles = range(output.first_tile, output.first_tile + len(parts[0]))
+        if not channels.any_in(tiles):
+            return torch.zeros(0, dtype=torch.int64), parts[0].new_zeros((len(parts), 0), dtype=torch.float64)
+        runs = channels.runs(tiles)
         is_within = runs.channel >= 0
-        base = self._segments[extent].bases(tiles)
+        base = self._segments[output.extent].bases(tiles)
         segments = torch.from_numpy((base[runs.tile] + runs.channel)[is_within])
-        kept, lengths = torch.from_numpy(np.flatnonzero(is_within)), torch.from_numpy(runs.lengths)
-        for row, values in zip(partials, parts, strict=True):
-            row.index_add_(0, segments, run_sums(values, lengths)[kept])
+        lengths = torch.from_numpy(runs.lengths)
+        kept = torch.from_numpy(np.flatnonzero(is_within)).to(parts[0].device, non_blocking=True)
+        return segments, torch.stack([run_sums(values, lengths)[kept] for values in parts])
 
 
 def sum_table(layout: Layout, rule: Rule, *, keys: Keys, num_groups: int) -> SumTable:
@@ -127,6 +158,16 @@ def sum_table(layout: Layout, rule: Rule, *, keys: Keys, num_groups: int) -> Sum
 def sum_vectors(vectors: Sequence[Tensor]) -> Tensor:
     """The all-reduce of shards that live in one process."""
     return torch.stack(list(vectors)).sum(dim=0) if len(vectors) > 1 else vectors[0]
+
+
+def _is_at_hand(values: Tensor) -> bool:
+    """Whether reading values waits for no other device."""
+    return values.device.type == "cpu"
+
+
+def _add(partials: Tensor, segments: Tensor, values: Tensor) -> None:
+    for row, its_values in zip(partials, values, strict=True):
+        row.index_add_(0, segments, its_values)
 
 
 def _segments(
