@@ -35,7 +35,7 @@ from .rendezvous import Rendezvous
 from .saves import Saves
 from .shards import POLL_S, Shards
 from .takeover import finish_changes
-from .watch import Watch
+from .watch import Recovery, Watch
 from .workers import Asked, Worker
 
 
@@ -226,11 +226,14 @@ class Coordinator:
         await self.start()
         await self._saves.end(save_id, uri)
 
-    async def status(self) -> tuple[ServiceConfig, JobSpec | None, Generation, int, list[ShardStatus | None]]:
-        """Settings, job, generation, epoch and every shard's status."""
+    async def status(
+        self,
+    ) -> tuple[ServiceConfig, JobSpec | None, Generation, int, list[ShardStatus | None], tuple[int, Recovery | None]]:
+        """Settings, job, generation, epoch, every shard's status, and how often and how shards were brought back."""
         await self.start()
-        shards = await self._shards.statuses_now()
-        return self._config, self._known.spec, self._shards.generation, self._shards.epoch, shards
+        shards, watch = await self._shards.statuses_now(), self._watch
+        recoveries = watch.num_recoveries, watch.last_recovery
+        return self._config, self._known.spec, self._shards.generation, self._shards.epoch, shards, recoveries
 
     async def leave(self, rank: int) -> None:
         """A worker says goodbye."""

@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store  # torch.distributed's, with types
 
 Tell = Callable[[str, bytes], None]
 """Sends a key and its value to all other members."""
 
 
-class Meeting(dist.Store):
+class Meeting(Store):
     """One member's view; called by gloo in the thread that forms the group, while others' values come in by another."""
 
     def __init__(self) -> None:

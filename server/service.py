@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import uuid
 from collections.abc import Sequence
@@ -61,10 +62,12 @@ class Service:
 
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
-            ``restarts``; ``redundancy``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
-            ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
+            ``restarts``; ``redundancy``; ``recoveries`` of shards since, with the seconds of the last one by part, see
+            :class:`stepwell.server.watch.Recovery`; with a job also ``rule``, ``world_size``, ``num_params``,
+            ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and
+            ``size_bytes`` per shard.
         """
-        config, spec, generation, epoch, shards = self.ask("status", what="its status")
+        config, spec, generation, epoch, shards, (count, last) = self.ask("status", what="its status")
         fields: dict[str, Any] = {
             "name": config.name,
             "num_shards": config.num_shards,
@@ -72,6 +75,7 @@ class Service:
             "epoch": epoch,
             "restarts": epoch - 1,
             "redundancy": config.redundancy,
+            "recoveries": {"count": count, "last": None if last is None else dataclasses.asdict(last)},
         }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ray.exceptions import RayTaskError
 
@@ -15,6 +16,38 @@ from .shards import Shards
 logger = logging.getLogger("stepwell")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovery:
+    """How shards were brought back.
+
+    Attributes:
+        shards: Which.
+        seconds: What it took, by part: ``restart`` until their processes had been started again and had imported torch,
+            ``rebuild`` until they were what they had been, ``rest`` until all had left their group, ``form`` until the
+            next one stood, ``resume`` until all had gone on with the step under way.
+    """
+
+    shards: tuple[int, ...]
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.seconds.items())
+        return f"shards {list(self.shards)} are back after {sum(self.seconds.values()):.2f} s: {parts}"
+
+
+class _Parts:
+    """Seconds by part, one after the other."""
+
+    def __init__(self) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._began, self.seconds = self._clock(), dict[str, float]()
+
+    def end(self, part: str) -> None:
+        """The part that is named has ended, and the next one begins."""
+        now = self._clock()
+        self.seconds[part], self._began = now - self._began, now
+
+
 class Watch:
     """See *Note: What survives a shard* in docs/design.md.
 
@@ -23,6 +56,10 @@ class Watch:
         shards: The shards.
         changing: Held by what changes the job or its state.
         has_job: Whether a job was registered.
+
+    Attributes:
+        num_recoveries: How often shards were brought back, by this coordinator.
+        last_recovery: The last time; None before the first one.
     """
 
     def __init__(
@@ -30,6 +67,8 @@ class Watch:
     ) -> None:
         self._config, self._shards, self._changing, self._has_job = config, shards, changing, has_job
         self._tasks: list[asyncio.Task[None]] = []
+        self.num_recoveries = 0
+        self.last_recovery: Recovery | None = None
 
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
@@ -38,8 +77,13 @@ class Watch:
 
     async def bring_back(self) -> None:
         """Have shards that were started again become what they were, and go on with the step that was under way."""
-        began, name = asyncio.get_running_loop().time(), self._config.name
+        name, parts = self._config.name, _Parts()
+        await self._shards.await_restarts()
+        parts.end("restart")
         empty, rebuilt = await self._shards.rebuild()
+        parts.end("rebuild")
+        if not empty and await self._shards.are_together():
+            return  # it was brought back with another one
         if not rebuilt and not self._has_job():
             await self._shards.form_group()
             return
@@ -47,10 +91,15 @@ class Watch:
             logger.error("service %r: shards %s are empty; restore the service from its last checkpoint", name, gone)
             await self._shards.all("give_up", what="the shards to give up what a lost one had")
             return
-        await self._shards.resume()
+        standings = await self._shards.rest()
+        parts.end("rest")
+        await self._shards.form_group()
+        parts.end("form")
+        await self._shards.resume(standings)
+        parts.end("resume")
         if empty:
-            took_s = asyncio.get_running_loop().time() - began
-            logger.warning("service %r: shards %s are back after %.1f s", name, empty, took_s)
+            self.num_recoveries, self.last_recovery = self.num_recoveries + 1, Recovery(tuple(empty), parts.seconds)
+            logger.warning("service %r: %s", name, self.last_recovery)
 
     async def _watch(self, index: int) -> None:
         while True:
