@@ -101,7 +101,8 @@ class CoordinatedShard:
         """Leave the last group and form that of ``generation`` with all ``shards``."""
         peers = [shard for index, shard in enumerate(shards) if index != self._index]
         self._steps.leave_group(generation, peers)
-        self._meetings = {each: meeting for each, meeting in self._meetings.items() if each >= generation}
+        for earlier in [each for each in self._meetings if each < generation]:
+            self._meetings.pop(earlier).end()
         meeting = self._meetings.setdefault(generation, Meeting())
 
         def tell(key: str, value: bytes) -> None:
