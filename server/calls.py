@@ -116,10 +116,10 @@ async def until_started(call: Callable[[], Any], *, timeout_s: float, what: str)
     await ended
 
 
-async def until_ended(endless: Any) -> None:
-    """Wait for a call that never returns, until its actor's process has ended."""
+async def until_ended(call: Any) -> None:
+    """Wait for a call that may take for ever, or until its actor's process has ended."""
     with contextlib.suppress(RayActorError):
-        await endless
+        await call
 
 
 def ask(coordinator: Any, method: str, *args: Any, timeout_s: float, what: str) -> Any:

@@ -256,8 +256,8 @@ class CoordinatedShard:
     # Coming back; called by the coordinator. See Note: What survives a shard
 
     async def linger(self) -> None:
-        """Never answer: who waits for this is told when the shard's process ends."""
-        await asyncio.Event().wait()
+        """Answer when this shard is cut off from the others; who waits is also told when the shard's process ends."""
+        await self._steps.until_cut_off()
 
     @change_of_coordinator
     async def rebuild(self) -> bool:

@@ -135,7 +135,7 @@ class Shards:
         self.generation = generation
 
     async def lost(self, index: int) -> None:
-        """Return when a shard's process has ended."""
+        """Return when a shard's process has ended, or it is cut off from the others in a step."""
         await until_ended(self.handles[index].linger.remote())
 
     async def rebuild(self) -> tuple[list[int], list[int]]:

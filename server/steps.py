@@ -62,6 +62,7 @@ class Steps:
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
         self.newest_generation = NO_GENERATION
+        self._is_cut_off = asyncio.Event()
 
     @property
     def generation(self) -> Generation:
@@ -123,6 +124,11 @@ class Steps:
             collective.close()
             raise ServiceError(f"generation {collective.generation} was given up for {self.newest_generation}")
         self.collective = collective
+        self._is_cut_off.clear()
+
+    async def until_cut_off(self) -> None:
+        """Wait until a step rests, as the group has broken: whether or not a shard has died, it must be formed anew."""
+        await self._is_cut_off.wait()
 
     async def compute(self, work: Callable[[], Any]) -> Any:
         """Do something in the thread for arithmetic, after what it is at."""
@@ -272,6 +278,7 @@ class Steps:
         )
 
     def _give_up_resting(self) -> None:
+        self._is_cut_off.clear()
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -363,6 +370,8 @@ class Steps:
         except ServiceError as error:
             logger.warning("shard %d: step %d was cut off: %s", self._index, self._sequence_of_step, error)
             outcome = error if self._redundancy.is_on else _with_advice(error)
+            if self._running is not None:
+                self._is_cut_off.set()
         finally:
             calling.cancel()
             told.set_result(outcome)

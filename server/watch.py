@@ -16,6 +16,10 @@ from .shards import Shards
 logger = logging.getLogger("stepwell")
 
 
+PAUSE_S = 0.2
+"""Before another try, where one has failed."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recovery:
     """How shards were brought back.
@@ -102,11 +106,13 @@ class Watch:
             logger.warning("service %r: %s", name, self.last_recovery)
 
     async def _watch(self, index: int) -> None:
+        name = self._config.name
         while True:
             await self._shards.lost(index)
-            logger.warning("service %r: shard %d was lost; bringing it back", self._config.name, index)
+            logger.warning("service %r: shard %d is lost, or its step was cut off; going on with it", name, index)
             try:
                 async with self._changing:
                     await self.bring_back()
             except (StepwellError, RayTaskError) as error:
-                logger.error("service %r: shard %d is not back: %s", self._config.name, index, error)
+                logger.error("service %r: shard %d is not back: %s", name, index, error)
+                await asyncio.sleep(PAUSE_S)
