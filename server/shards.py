@@ -158,8 +158,7 @@ class Shards:
         sequences = [standing.sequence for standing in standings]
         if max(sequences) - min(sequences) > 1:
             raise CheckpointRestoreNeededError(
-                f"the shards are at steps {sequences}: what one has lost cannot be brought back; restore the service "
-                "from its last checkpoint with service.restore(URI)"
+                f"the shards are at steps {sequences}: what one has lost cannot be brought back"
             )
         return standings
 

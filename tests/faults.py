@@ -140,7 +140,8 @@ def num_steps_of(shard: Any) -> float:
 def arm_shard(actor: Any, armed: Armed) -> None:
     """Hook a shard's actor."""
     steps, redundancy = actor._steps, actor._redundancy
-    _hook_asking(redundancy, armed)
+    armed.hook(redundancy, "log", "asking log", "asked log")
+    armed.hook(redundancy, "fetch", "asking fetch", "asked fetch")
     armed.hook(redundancy, "_copy", "copying")
     armed.hook(redundancy, "come_back", "rebuilt")
     armed.hook(actor._saves, "write", "writing", "written")
@@ -148,7 +149,7 @@ def arm_shard(actor: Any, armed: Armed) -> None:
     armed.hook(steps, "rest", "resting")
     armed.hook(steps, "leave_group", "joining")
     armed.hook(steps, "resume", "resuming")
-    enter_group, begin_step = steps.enter_group, steps._begin_step
+    enter_group, begin_step, arrange = steps.enter_group, steps._begin_step, redundancy.arrange
 
     def enter(collective: Any) -> None:
         armed.at("joined")
@@ -161,21 +162,22 @@ def arm_shard(actor: Any, armed: Armed) -> None:
             armed.hook(shard._kernels, "apply", "applying", "applied")
         begin_step(shard, *args, **keywords)
 
-    steps.enter_group, steps._begin_step = enter, begin
+    def arranged(to: Any) -> None:
+        arrange(to)
+        _hook_lines(redundancy, armed)
+
+    steps.enter_group, steps._begin_step, redundancy.arrange = enter, begin, arranged
+    _hook_lines(redundancy, armed)
     if steps.collective is not None:
         _hook_sums(steps, steps.collective, armed)
 
 
-def _hook_asking(redundancy: Any, armed: Armed) -> None:
-    ask = redundancy._ask
-
-    async def asked(method: str, *args: Any) -> Any:
-        armed.at(f"asking {method}")
-        answer = await ask(method, *args)
-        armed.at(f"asked {method}")
-        return answer
-
-    redundancy._ask = asked
+def _hook_lines(redundancy: Any, armed: Armed) -> None:
+    """Hook what goes to keepers."""
+    for line in redundancy._lines.values():
+        if not hasattr(line, "is_armed"):
+            line.is_armed = True
+            armed.hook(line, "keep", "asking keep", "asked keep")
 
 
 def _hook_sums(steps: Any, collective: Any, armed: Armed) -> None:

@@ -15,7 +15,7 @@ from tests.integration.processes import pid_of
 
 LIMIT_S = 60.0
 Name = int | str
-"""A shard's number, "keeper" or "coordinator"."""
+"""A shard's number, "keeper" (the first one) or "coordinator"."""
 
 
 class Victims:
@@ -28,7 +28,7 @@ class Victims:
     def __init__(self, service: stepwell.Service) -> None:
         self._actors: dict[Name, Any] = dict(enumerate(service.shards))
         self._actors["coordinator"] = service.coordinator
-        self._actors["keeper"] = ray.get_actor(service.config.keeper_name, namespace=NAMESPACE)
+        self._actors["keeper"] = ray.get_actor(service.config.keeper_name(0), namespace=NAMESPACE)
         self._pids: dict[Name, int] = {}
         self.await_successors()
 
@@ -40,6 +40,14 @@ class Victims:
     def await_successors(self) -> None:
         """Wait until all answer, so that all can be killed."""
         self._pids = {name: _pid_of(actor) for name, actor in self._actors.items()}
+
+    def await_copies(self) -> None:
+        """Wait until the keeper has a copy of every shard; where it has none, a step must have been taken since."""
+        keeper, deadline = self._actors["keeper"], time.monotonic() + LIMIT_S
+        for name in self._actors:
+            while isinstance(name, int) and ray.get(keeper.fetch.remote(name), timeout=LIMIT_S) is None:
+                assert time.monotonic() < deadline, f"expected a copy of shard {name} within {LIMIT_S:g} s, got none"
+                time.sleep(0.05)
 
 
 def _pid_of(actor: Any) -> int:

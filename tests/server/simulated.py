@@ -50,6 +50,10 @@ class Ref(concurrent.futures.Future[Any]):
         return asyncio.shield(asyncio.wrap_future(self)).__await__()
 
 
+HOLDER = "holder"
+"""Among what is copied already, the life of the process that gets the copy."""
+
+
 class Handle:
     """A process as another one, or a worker, calls it."""
 
@@ -61,12 +65,9 @@ class Handle:
             raise AttributeError(method)
         return SimpleNamespace(remote=functools.partial(self._process.call, self._life, method))
 
-    def __deepcopy__(self, memo: object) -> Handle:
-        return self
-
-    def held_by(self, life: Life) -> Handle:
-        """This handle in another process."""
-        return Handle(self._process, life)
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Handle:
+        """In a process that it is handed to, it is that process's."""
+        return Handle(self._process, memo.get(HOLDER, self._life))
 
 
 class Life:
@@ -159,13 +160,8 @@ class Process:
             _answer(ref, error=_unavailable())
             return
         self._unanswered.add(ref)
-        task = asyncio.ensure_future(getattr(self.actor, method)(*map(self._held_here, args)))
+        task = asyncio.ensure_future(getattr(self.actor, method)(*copy.deepcopy(args, {HOLDER: self.life})))
         task.add_done_callback(functools.partial(self._answered, ref, self.life))
-
-    def _held_here(self, value: Any) -> Any:
-        if isinstance(value, Handle):
-            return value.held_by(self.life)
-        return [self._held_here(each) for each in value] if type(value) is list else value
 
     def _answered(self, ref: Ref, life: Life, task: asyncio.Future[Any]) -> None:
         error = None if task.cancelled() else task.exception()  # looked at, or asyncio would tell of it
@@ -321,12 +317,13 @@ class Cluster:
             with mock.patch.object(self.loop, "call_later"):
                 process.kill()
 
-    def _shard(self, index: int, process: Process, _: bool) -> ShardActor:
-        return ShardActor(self.config, index, self.keeper.handle(process.life))
+    def _shard(self, index: int, *_: object) -> ShardActor:
+        return ShardActor(self.config, index)
 
     def _make_coordinator(self, process: Process, is_restarted: bool) -> Coordinator:
         handles = [shard.handle(process.life) for shard in self.shards]
-        coordinator = Coordinator(self.config, handles, is_first=not is_restarted, resign=process.die)
+        keepers, is_first = [self.keeper.handle(process.life)], not is_restarted
+        coordinator = Coordinator(self.config, handles, keepers=keepers, is_first=is_first, resign=process.die)
         process.handle().start.remote()
         return coordinator
 
