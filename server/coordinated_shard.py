@@ -11,7 +11,14 @@ import ray
 import torch
 
 from ..sharding.checkpoint import CheckpointReader
-from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
+from ..sharding.compiling import (
+    Kernel,
+    compiled_code,
+    kernel_identity,
+    require_same_kernels,
+    resolve_kernel,
+    take_compiled_code,
+)
 from ..sharding.coverage import Gradients
 from ..sharding.errors import CheckpointRestoreNeededError, PlacementError
 from ..sharding.folder import Destination
@@ -147,6 +154,12 @@ class CoordinatedShard:
         return kernel
 
     @of_coordinator
+    async def kernel_identity(self, kernel: Kernel) -> str:
+        """What the bits of such kernels depend on here."""
+        identity: str = await self._steps.compute(lambda: kernel_identity(self._device, kernel))
+        return identity
+
+    @of_coordinator
     async def compile(self, job: bytes) -> bytes:
         """Compile a job's kernels; returns their code, for the other shards. Called on shard 0 alone."""
         spec = unpack_job(job)
@@ -275,7 +288,11 @@ class CoordinatedShard:
 
     @change_of_coordinator
     async def rebuild(self) -> bool:
-        """Become what the process before this one was; whether any keeper knows."""
+        """Become what the process before this one was; whether any keeper knows.
+
+        Raises:
+            KernelError: If it would go on with other bits, on a machine of another kind.
+        """
         found = await self._redundancy.fetch()
         if not found:
             self._redundancy.may_come_back = False
@@ -285,6 +302,8 @@ class CoordinatedShard:
 
         def rebuild_from() -> Shard:
             shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
+            whose = f"shard {self._index}, started again,"
+            require_same_kernels(kept.status.kernel_identity, shard.status().kernel_identity, whose=whose)
             rebuild(shard, kept, segment)
             return shard
 

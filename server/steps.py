@@ -93,7 +93,7 @@ class Steps:
             NotRegisteredError: If it holds no job.
             ShardLostError: If it does not hold it yet, as its process was started again; or never will.
         """
-        if self.shard is None and self._lost_for_good is not None:
+        if self._lost_for_good is not None and (self.shard is None or not self.shard.is_whole):
             raise self._lost_for_good
         if self.shard is None and self._redundancy.may_come_back:
             raise ShardLostError(f"shard {self._index} was lost, and is being brought back")
@@ -258,7 +258,7 @@ class Steps:
 
     async def load(self, load: Callable[[], None]) -> None:
         """Take a state; no step begins before it is there, and one that rests is given up for it."""
-        self._is_loading = True
+        self._is_loading, self._lost_for_good = True, None
         self._give_up_resting()
         try:
             await self.compute(load)

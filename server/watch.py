@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from ray.exceptions import RayTaskError
 
-from ..sharding.errors import CheckpointRestoreNeededError, ShardLostError, StepwellError
+from ..sharding.errors import CheckpointRestoreNeededError, KernelError, ShardLostError, StepwellError
 from ..sharding.saved import SavedCheckpoint
 from .config import ServiceConfig
 from .keepers import Keepers
@@ -65,19 +65,19 @@ class Watch:
         await self._keepers.arrange()
         await self._shards.await_restarts()
         parts.end("restart")
-        empty, rebuilt = await self._shards.rebuild()
-        parts.end("rebuild")
-        if not empty and await self._shards.are_together():
-            return  # it was brought back with another one
         has_job, saved = self._what_is_there()
-        if not rebuilt and not has_job:
-            await self._shards.form_group()
-            return
         try:
+            empty, rebuilt = await self._shards.rebuild()
+            parts.end("rebuild")
+            if not empty and await self._shards.are_together():
+                return  # it was brought back with another one
+            if not rebuilt and not has_job:
+                await self._shards.form_group()
+                return
             if gone := sorted(set(empty) - set(rebuilt)):
                 raise CheckpointRestoreNeededError(f"what shards {gone} held is lost, and no keeper has it")
             standings = await self._shards.rest()
-        except CheckpointRestoreNeededError as error:
+        except (CheckpointRestoreNeededError, KernelError) as error:
             needed = CheckpointRestoreNeededError(f"service {name!r}: {error}. {_advice(saved)}")
             logger.error("%s", needed)
             await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")

@@ -276,6 +276,7 @@ class Cluster:
         self.do(self._stop)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(LIMIT_S)
+        self.loop.close()
 
     def do(self, action: Callable[[], Any]) -> Any:
         """Do something on the event loop, from outside."""

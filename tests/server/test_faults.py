@@ -19,7 +19,7 @@ import pytest
 import stepwell
 from stepwell.client import object_store
 from stepwell.sharding.checkpoint import find_damages
-from stepwell.sharding.errors import CheckpointRestoreNeededError, StepwellError
+from stepwell.sharding.errors import CheckpointRestoreNeededError, KernelError, StepwellError
 from stepwell.sharding.manifest import MANIFEST_NAME
 from tests.faults import (
     COORDINATOR_POINTS,
@@ -248,3 +248,25 @@ def test_slow_peer_only_takes_time() -> None:
     with simulated(NUM_SHARDS) as cluster:
         cluster.disturb = lambda caller, callee, method: "delay" if 2 in (caller, callee) else ""
         require_same(begin(cluster))
+
+
+def test_shard_that_comes_back_on_another_kind_of_machine_is_refused() -> None:
+    with simulated(NUM_SHARDS, [fail_at(1, FAILING, "voted")], log_steps=LOG_STEPS) as cluster:
+        trainer = begin(cluster).run(FAILING - 1)
+        with (
+            mock.patch("stepwell.sharding.owned_state.kernel_identity", return_value="torch 2, eager, cpu OLD"),
+            pytest.raises(
+                CheckpointRestoreNeededError, match=r"shard 1, started again, .*expected cpu \S+, got cpu OLD"
+            ),
+        ):
+            trainer.run(FAILING)
+
+
+def test_shards_on_machines_of_different_kinds_take_no_job() -> None:
+    kinds = ["torch 2, eager, cpu AVX512", "torch 2, eager, cpu AVX2"]
+    with (
+        simulated(2) as cluster,
+        mock.patch("stepwell.server.coordinated_shard.kernel_identity", side_effect=kinds),
+        pytest.raises(KernelError, match=r"shard 1 computes other bits .*expected cpu AVX512, got cpu AVX2"),
+    ):
+        begin(cluster)
