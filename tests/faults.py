@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
+import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,6 +77,26 @@ class Fault:
 def fail_at(shard: int, step: int, point: str, *, what: str = DIE) -> Fault:
     """A shard's fault within a step, or in the first one after it that comes to this point."""
     return Fault(shard, point, after=step - 1, what=what)
+
+
+def shard_faults(shard: int, step: int) -> list[Fault]:
+    """All that can befall a shard in a step, or just after it."""
+    lost = [fail_at(shard, step, point, what=LOSE) for point in ("voted", "summed")]
+    return [fail_at(shard, step, point) for point in SHARD_POINTS] + lost
+
+
+def shard_pairs(step: int) -> list[tuple[Fault, ...]]:
+    """Two shards, at each two points, whichever is first."""
+    both = itertools.product(shard_faults(0, step), shard_faults(1, step))
+    return [(first, second) for first, second in both if first.point <= second.point]
+
+
+def matrix(step: int) -> list[tuple[Fault, ...]]:
+    """Every point alone, and each two of what a service is made of."""
+    shards = shard_faults(1, step)
+    others = [Fault("coordinator", point, step - 1) for point in COORDINATOR_POINTS]
+    others += [Fault("keeper", point, step - 1) for point in KEEPER_POINTS]
+    return [*((fault,) for fault in shards), *shard_pairs(step), *itertools.product(shards, others)]
 
 
 class Armed:
@@ -215,3 +238,11 @@ def arm_coordinator(coordinator: Any, armed: Armed) -> None:
 
 
 ARM = {"keeper": arm_keeper, "coordinator": arm_coordinator}
+
+
+def arm_here(actor: Any, faults: Sequence[Fault], num_steps: float) -> None:
+    """Hook an actor that Ray runs, from within its process; where there is no shard to ask, after ``num_steps``."""
+    name = faults[0].who
+    taken = functools.partial(num_steps_of, actor) if isinstance(name, int) else lambda: num_steps
+    armed = Armed(faults, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda _: None, taken)
+    ARM.get(str(name), arm_shard)(actor, armed)

@@ -25,13 +25,13 @@ from tests.faults import (
     COORDINATOR_POINTS,
     COORDINATOR_SAVING_POINTS,
     KEEPER_POINTS,
-    LOSE,
     REBUILDING_POINTS,
     RECOVERY_POINTS,
     SAVING_POINTS,
-    SHARD_POINTS,
     Fault,
     fail_at,
+    shard_faults,
+    shard_pairs,
 )
 from tests.integration.training import D0, Trainer, assert_same_training
 from tests.server.simulated import Cluster, Disturb, simulated
@@ -99,32 +99,19 @@ def require_same(trainer: Trainer, rule: str = "Prodigy") -> None:
     assert_same_training(trainer.run(NUM_STEPS), left_alone(rule))
 
 
-def shard_faults(shard: int) -> list[Fault]:
-    """All that can befall a shard in a step."""
-    lost = [fail_at(shard, FAILING, point, what=LOSE) for point in ("voted", "summed")]
-    return [fail_at(shard, FAILING, point) for point in SHARD_POINTS] + lost
-
-
 def ids(*faults: Fault) -> str:
     return "+".join(map(str, faults))
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("fault", shard_faults(1), ids=str)
+@pytest.mark.parametrize("fault", shard_faults(1, FAILING), ids=str)
 def test_one_shard(fault: Fault, rule: str) -> None:
     with simulated(NUM_SHARDS, [fault], log_steps=LOG_STEPS) as cluster:
         require_same(begin(cluster, rule), rule)
         assert bool(cluster.happened) == (rule != "AdamW" or not fault.point.startswith("summ")), "AdamW sums once"
 
 
-TWO_SHARDS = [
-    (first, second)
-    for first, second in itertools.product(shard_faults(0), shard_faults(1))
-    if first.point <= second.point
-]
-
-
-@pytest.mark.parametrize("faults", TWO_SHARDS, ids=lambda faults: ids(*faults))
+@pytest.mark.parametrize("faults", shard_pairs(FAILING), ids=lambda faults: ids(*faults))
 def test_two_shards(faults: tuple[Fault, ...]) -> None:
     with simulated(NUM_SHARDS, faults, log_steps=LOG_STEPS) as cluster:
         require_same(begin(cluster))
@@ -143,17 +130,17 @@ def test_shard_while_one_is_brought_back(who: int, point: str) -> None:
 
 
 @pytest.mark.parametrize("point", COORDINATOR_POINTS)
-@pytest.mark.parametrize("fault", shard_faults(0), ids=str)
+@pytest.mark.parametrize("fault", shard_faults(0, FAILING), ids=str)
 def test_shard_and_coordinator(fault: Fault, point: str) -> None:
-    with simulated(NUM_SHARDS, [fault, Fault("coordinator", point, 1)], log_steps=LOG_STEPS) as cluster:
+    with simulated(2, [fault, Fault("coordinator", point, 1)], log_steps=LOG_STEPS) as cluster:
         require_same(begin(cluster))
         assert cluster.happened
 
 
 @pytest.mark.parametrize("point", WORKER_POINTS)
-@pytest.mark.parametrize("fault", [None, *shard_faults(1)], ids=str)
+@pytest.mark.parametrize("fault", [None, *shard_faults(1, FAILING)], ids=str)
 def test_shard_and_worker(fault: Fault | None, point: str) -> None:
-    with simulated(NUM_SHARDS, [fault] if fault else [], log_steps=LOG_STEPS) as cluster:
+    with simulated(2, [fault] if fault else [], log_steps=LOG_STEPS) as cluster:
         trainer = begin(cluster).run(FAILING - 1)
         with killed_at(point), pytest.raises(WorkerKilled):
             trainer.run(FAILING)
@@ -168,10 +155,10 @@ def test_keeper(point: str) -> None:
 
 
 @pytest.mark.parametrize("point", KEEPER_POINTS)
-@pytest.mark.parametrize("fault", shard_faults(1), ids=str)
+@pytest.mark.parametrize("fault", shard_faults(1, FAILING), ids=str)
 def test_shard_and_keeper(fault: Fault, point: str, tmp_path: Path) -> None:
     """What only the keeper had is gone; then the error says so, and the checkpoint brings all back."""
-    with simulated(NUM_SHARDS, [fault, Fault("keeper", point, FAILING - 1)], log_steps=LOG_STEPS) as cluster:
+    with simulated(2, [fault, Fault("keeper", point, FAILING - 1)], log_steps=LOG_STEPS) as cluster:
         trainer = begin(cluster).run(2)
         service = trainer.optimizer.service
         service.save(str(tmp_path))
