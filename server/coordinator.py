@@ -214,6 +214,7 @@ class Coordinator:
             self._shards.epoch,
             await self._shards.statuses_now(),
             await self._keepers.holdings(),
+            self._watch.recoveries,
         )
 
     async def leave(self, rank: int, incarnation: str) -> None:

@@ -71,6 +71,7 @@ class Steps:
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
         self.newest_generation = NO_GENERATION
+        self._is_cut_off = asyncio.Event()
         self._lost_for_good: CheckpointRestoreNeededError | None = None
 
     @property
@@ -95,7 +96,7 @@ class Steps:
             NotRegisteredError: If it holds no job.
             ShardLostError: If it does not hold it yet, as its process was started again; or never will.
         """
-        if self.shard is None and self._lost_for_good is not None:
+        if self._lost_for_good is not None and (self.shard is None or not self.shard.is_whole):
             raise self._lost_for_good
         if self.shard is None and self._redundancy.may_come_back:
             raise ShardLostError(f"shard {self._index} was lost, and is being brought back")
@@ -135,6 +136,11 @@ class Steps:
             collective.close()
             raise ServiceError(f"generation {collective.generation} was given up for {self.newest_generation}")
         self.collective = collective
+        self._is_cut_off.clear()
+
+    async def until_cut_off(self) -> None:
+        """Wait until a step rests, as the group has broken: whether or not a shard has died, it must be formed anew."""
+        await self._is_cut_off.wait()
 
     async def compute(self, work: Callable[[], Any]) -> Any:
         """Do something in the thread for arithmetic, after what it is at."""
@@ -274,7 +280,7 @@ class Steps:
 
     async def load(self, load: Callable[[], None]) -> None:
         """Take a state; no step begins before it is there, and one that rests is given up for it."""
-        self._is_loading = True
+        self._is_loading, self._lost_for_good = True, None
         self._give_up_resting()
         try:
             await self.compute(load)
@@ -321,6 +327,7 @@ class Steps:
         self._outcomes.dismiss(why)
 
     def _give_up_resting(self) -> None:
+        self._is_cut_off.clear()
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -403,6 +410,8 @@ class Steps:
         except ServiceError as error:
             logger.warning("shard %d: step %d was cut off: %s", self._index, self._sequence_of_step, error)
             outcome = error if self._redundancy.is_on else _with_advice(error)
+            if self._running is not None:
+                self._is_cut_off.set()
         finally:
             calling.cancel()
             told.set_result(outcome)
