@@ -81,8 +81,9 @@ class Steps:
 
     @property
     def usable_generation(self) -> Generation:
-        """As :attr:`generation`, but of a group that was closed :data:`NO_GENERATION` too."""
-        return self.generation if self.collective is not None and self.collective.is_open else NO_GENERATION
+        """As :attr:`generation`, but :data:`NO_GENERATION` too if it was closed, or a step rests until the next one."""
+        is_usable = self.collective is not None and self.collective.is_open and not self._is_cut_off.is_set()
+        return self.generation if is_usable else NO_GENERATION
 
     @property
     def is_stepping(self) -> bool:
@@ -136,10 +137,9 @@ class Steps:
             collective.close()
             raise ServiceError(f"generation {collective.generation} was given up for {self.newest_generation}")
         self.collective = collective
-        self._is_cut_off.clear()
 
     async def until_cut_off(self) -> None:
-        """Wait until a step rests, as the group has broken: whether or not a shard has died, it must be formed anew."""
+        """Wait until a step rests, as the group has broken, whether or not a shard has died: until it goes on."""
         await self._is_cut_off.wait()
 
     async def compute(self, work: Callable[[], Any]) -> Any:
@@ -296,6 +296,7 @@ class Steps:
     def rest_in(self, step: RunningStep) -> None:
         """Have a step under way, which a shard that was rebuilt has taken up to where it does not know the sums."""
         self._running = step
+        self._is_cut_off.set()
 
     async def rest(self) -> None:
         """Leave the group, in which nothing is summed up any more; a step that is under way ends or rests."""
@@ -388,6 +389,7 @@ class Steps:
         self, shard: Shard, sums: Sequence[Tensor] = (), *, before: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         told = self._outcomes.begin()
+        self._is_cut_off.clear()
         self._sequence_of_step = shard.sequence + 1
         self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told, sums, before))
 
