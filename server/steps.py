@@ -26,6 +26,7 @@ from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
 from .collective import NO_GENERATION, Collective, Generation, drive
+from .countdown import Countdown
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
 
@@ -56,7 +57,7 @@ class Steps:
         self._sequence_of_step = 0
         self._is_loading = False
         self._outcomes = Outcomes()
-        self._patience: asyncio.TimerHandle | None = None
+        self._patience = Countdown(timeout_s, self._give_up)
         self._held_after: int | None = None
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
@@ -149,7 +150,7 @@ class Steps:
         if receipt is Receipt.COMPLETE:
             self._start_if_complete()
         else:
-            self._wait_for_missing()
+            self._patience.begin()
         result = await self._wait(outcome, header.sequence, timeout_s)
         if result.decision is not Decision.ABORT:
             self.job().require_taken(header.rank, header.incarnation, header.attempt)
@@ -277,7 +278,7 @@ class Steps:
 
     def dismiss_pushes(self) -> None:
         """Tell the senders of pushes that a new timeline has swept away."""
-        self._stop_waiting_for_missing()
+        self._patience.stop()
         self._outcomes.dismiss(
             TimelineError(
                 "the service was restored or loaded before this step began. "
@@ -300,24 +301,14 @@ class Steps:
             raise result
         return result
 
-    def _wait_for_missing(self) -> None:
-        if self._patience is None:
-            self._patience = asyncio.get_running_loop().call_later(self._timeout_s, self._give_up)
-
-    def _stop_waiting_for_missing(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-        self._patience = None
-
     def _give_up(self) -> None:
         """Vote the step down if it still lacks a rank when its time is over."""
-        self._patience = None
         shard = self.shard
         if shard is not None and shard.is_waiting:
             if self._is_free(shard):
                 self._start(shard)
             else:
-                self._wait_for_missing()
+                self._patience.begin()
 
     def _start_if_complete(self) -> None:
         shard = self.shard
@@ -331,7 +322,7 @@ class Steps:
         return not (self.is_stepping or self._is_loading or is_held)
 
     def _start(self, shard: Shard) -> None:
-        self._stop_waiting_for_missing()
+        self._patience.stop()
         self._num_votes += 1
         pushes = shard.begin()
         self._begin_step(shard, before=lambda: self._redundancy.log(shard, pushes))
