@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import sys
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -37,7 +38,7 @@ from ..server.messages import (
 from ..server.service import Service
 from ..server.shards import STATE_TIMEOUT_S
 from ..sharding.coverage import Holdings
-from ..sharding.errors import SegmentError, ServiceError, ShardLostError, StepwellError
+from ..sharding.errors import SegmentError, ServiceError, ShardLostError, ShardsMovedError, StepwellError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, dtype_name
 from ..sharding.pieces import PieceValues
@@ -48,6 +49,8 @@ from ..sharding.vote import Decision
 from .flat import FlatBuffer, allocate_zeros
 from .node_memory import NodeMemory
 from .transport import Transport, join_pieces
+
+logger = logging.getLogger("stepwell")
 
 LEAVE_TIMEOUT_S = 15.0
 RECOVERY_TIMEOUT_S = 300.0
@@ -63,6 +66,7 @@ class ObjectStoreTransport(Transport):
 
     def __init__(self, service: Service, *, owned: bool = False) -> None:
         self.service: Service = service
+        self._shards = service.shards  # as this line knows them; the service's may be newer
         self._owned, self._is_closed = owned, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
         self._memory = NodeMemory()
@@ -117,14 +121,20 @@ class ObjectStoreTransport(Transport):
         """See :class:`Transport`."""
         push, calls = pack_push(header), []
         changed = {index: to_wire(value) for index, value in reloaded.items()}
-        for index, shard in enumerate(self.service.shards):
+        for index, shard in enumerate(self._shards):
             place, target = self._placement(gradient, index), self._target(params, index)
             request = pack_exchange(Exchange(push, place, target, self._step_timeout_s))
             parts = [] if place is not None else map(to_wire, self._parts(gradient, index))
             # Nothing but the request in the common case: each argument more costs Ray time.
             calls.append(shard.exchange.remote(request, *([list(parts), changed] if parts or changed else [])))
         what = f"step {header.sequence}"
-        replies = wait_for_all(calls, refusal=_refusal, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
+        limit_s = self._step_timeout_s + COLLECTIVE_MARGIN_S
+        try:
+            replies = wait_for_all(calls, refusal=_refusal, timeout_s=limit_s, what=what)
+        except ShardLostError as error:
+            if self._have_moved():
+                raise ShardsMovedError(f"{what} did not reach an end on the shards before these") from error
+            raise
         for reply, _, _ in replies:
             if reply.error is not None:
                 raise reply.error
@@ -151,8 +161,10 @@ class ObjectStoreTransport(Transport):
 
     def _ask_decided(self, timeline: int, sequence: int) -> tuple[list[StepResult | None], list[StepResult]]:
         """What each shard says of a step, and what those say that took it."""
-        calls = [shard.decided.remote(timeline, sequence, self._step_timeout_s) for shard in self.service.shards]
-        outcomes: list[StepResult | StepwellError | None] = self._wait(calls, what=f"the result of step {sequence}")
+        outcomes: list[StepResult | StepwellError | None] = self._ask_shards(
+            lambda _, shard: shard.decided.remote(timeline, sequence, self._step_timeout_s),
+            what=f"the result of step {sequence}",
+        )
         results = []
         for outcome in outcomes:
             if isinstance(outcome, StepwellError):
@@ -162,15 +174,15 @@ class ObjectStoreTransport(Transport):
 
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
-        calls = [
-            shard.parameters.remote(self._rank, pack_target(self._target(params, index)))
-            for index, shard in enumerate(self.service.shards)
-        ]
-        self._fill(params, self._wait(calls, what="the parameters"))
+        replies = self._ask_shards(
+            lambda index, shard: shard.parameters.remote(self._rank, pack_target(self._target(params, index))),
+            what="the parameters",
+        )
+        self._fill(params, replies)
 
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
         """See :class:`Transport`."""
-        replies = self._wait([shard.export.remote() for shard in self.service.shards], what="the state")
+        replies = self._ask_shards(lambda _, shard: shard.export.remote(), what="the state")
         pieces = [
             (param, slot, offset, from_wire(wire)) for exported, _ in replies for param, slot, offset, wire in exported
         ]
@@ -189,7 +201,7 @@ class ObjectStoreTransport(Transport):
                 self.service.ask("wait_until_left", others, LEAVE_TIMEOUT_S, what="the other ranks", **limits)
             else:
                 self.service.ask("leave", rank, what="the coordinator", timeout_s=LEAVE_TIMEOUT_S)
-                calls = [shard.forget.remote(rank) for shard in self.service.shards]
+                calls = [shard.forget.remote(rank) for shard in self._shards]
                 wait_for(calls, timeout_s=LEAVE_TIMEOUT_S, what="the shards to forget this worker")
         if self._owned:
             self.service.shutdown()
@@ -202,14 +214,14 @@ class ObjectStoreTransport(Transport):
                     target.copy_(from_wire(wire))
 
     def _parts(self, buffer: FlatBuffer, shard: int) -> list[Tensor]:
-        return buffer.shard_parts(self._layout, shard, len(self.service.shards))
+        return buffer.shard_parts(self._layout, shard, len(self._shards))
 
     def _placement(self, buffer: FlatBuffer, shard: int) -> Placement | None:
         """Where a shard finds its part of a buffer; None if it has to travel."""
         if not self._memory.is_near[shard]:
             return None
         if buffer not in self._placements:
-            shards = range(len(self.service.shards))
+            shards = range(len(self._shards))
             self._placements[buffer] = [self._memory.placement(self._parts(buffer, index)) for index in shards]
         return self._placements[buffer][shard]
 
@@ -222,15 +234,33 @@ class ObjectStoreTransport(Transport):
         try:
             segment, _ = allocate([])
         except SegmentError as error:
-            self._memory.note([str(error)] * len(self.service.shards))
+            self._memory.note([str(error)] * len(self._shards))
             return
         node: str = ray.get_runtime_context().get_node_id()
         probe = pack_target(Target("held", (), Placement(segment.address, ())))
-        calls = [shard.reach.remote(node, probe) for shard in self.service.shards]
-        self._memory.note(self._wait(calls, what="the shards to look for shared memory"))
+        why_not = self._ask_shards(lambda _, shard: shard.reach.remote(node, probe), what="the shards to map memory")
+        self._memory.note(why_not)
 
-    def _wait(self, calls: Sequence[Any], *, what: str) -> list[Any]:
-        return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
+    def _ask_shards(self, call: Callable[[int, Any], Any], *, what: str) -> list[Any]:
+        """Call all shards, ``call(index, shard)``, and wait; anew if others have taken their place."""
+        while True:
+            calls = [call(index, shard) for index, shard in enumerate(self._shards)]
+            try:
+                return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
+            except ShardLostError:
+                if not self._have_moved():
+                    raise
+
+    def _have_moved(self) -> bool:
+        """After shards were lost: whether others have taken their place, which are called from now on."""
+        found = self.service.find_shards()
+        if [shard._actor_id for shard in found] == [shard._actor_id for shard in self._shards]:
+            return False
+        self._shards = found
+        logger.warning("service %r: going on with %d other shards", self.service.name, len(found))
+        self._placements.clear()
+        self._look_around()
+        return True
 
     def _ask_where(self, method: str, *args: Any, what: str) -> Registration:
         # Longer than the coordinator itself waits for other ranks, as it can name them.

@@ -33,6 +33,8 @@ class ServiceConfig:
         placement_timeout_s: How long a launch waits for room in the cluster.
         redundancy: Copies of each shard beside its own memory: 0, or 1.
         log_steps: How many steps are kept for a shard that is lost, in memory of the workers.
+        shard_set: The number of the set of shards that these settings are of; see *Note: Another set of shards* in
+            docs/design.md.
 
     Raises:
         ValueError: If a value is out of range; the message holds it.
@@ -50,6 +52,7 @@ class ServiceConfig:
     placement_timeout_s: float = 60.0
     redundancy: int = 1
     log_steps: int = 8
+    shard_set: int = 0
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", "a name without '/'", self.name)
@@ -69,13 +72,22 @@ class ServiceConfig:
         return f"{self.name}/coordinator"
 
     @property
+    def set_name(self) -> str:
+        """What the names of a set's actors begin with, and its places are called."""
+        return f"{self.name}/set-{self.shard_set}"
+
+    @property
     def keeper_name(self) -> str:
         """The keeper's actor name."""
-        return f"{self.name}/keeper"
+        return f"{self.set_name}/keeper"
 
     def shard_name(self, shard: int) -> str:
         """A shard's actor name."""
-        return f"{self.name}/shard-{shard}"
+        return f"{self.set_name}/shard-{shard}"
+
+    def next_set(self, num_shards: int) -> ServiceConfig:
+        """The settings of the set of shards that is to follow this one."""
+        return dataclasses.replace(self, num_shards=num_shards, shard_set=self.shard_set + 1)
 
 
 def default_service() -> str | None:

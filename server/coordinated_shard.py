@@ -72,6 +72,7 @@ class CoordinatedShard:
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
+        self._is_in_office = False
 
     # The coordinator's death; see Note: Epochs
 
@@ -364,6 +365,7 @@ class CoordinatedShard:
             saves=self._saves.under_way,
             saved=self._saves.saved,
             was_restarted=self._was_restarted,
+            is_in_office=self._is_in_office,
         )
 
     def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:

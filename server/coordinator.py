@@ -20,11 +20,13 @@ from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
 from ..sharding.reports import ShardStatus
 from .collective import NO_GENERATION, Generation
-from .config import NAMESPACE, ServiceConfig
+from .config import ServiceConfig
 from .knowledge import Knowledge
 from .messages import LoadHeader, Registration, pack_job, unpack_job
+from .resizing import OneSet, Resizing, ShardSets
 from .roster import Roster
 from .saves import Saves
+from .shard_sets import SetsInRay
 from .shards import POLL_S, Shards
 from .takeover import finish_changes
 from .two_phase import change_state
@@ -44,6 +46,7 @@ class Coordinator:
         config: The service's settings.
         shards: The shards' handles, by index.
         is_first: Whether the service has had no coordinator before.
+        sets: Where other sets of shards come from; None if there are none but these.
         resign: Called when the shards obey another coordinator.
     """
 
@@ -53,6 +56,7 @@ class Coordinator:
         shards: Sequence[Any],
         *,
         is_first: bool = True,
+        sets: ShardSets | None = None,
         resign: Callable[[], None] = end_process,
     ) -> None:
         self._config, self._is_first = config, is_first
@@ -62,6 +66,9 @@ class Coordinator:
         self._saves = Saves(self._shards, self._changing, self._roster.require_spec)
         self._taking_over: asyncio.Task[None] | None = None
         self._watch = Watch(config, self._shards, self._changing, lambda: self._known.spec is not None)
+        self._resizing = Resizing(
+            self._shards, sets or OneSet(), self._saves, self._watch, self._changing, lambda: self._known, resign
+        )
 
     @property
     def _known(self) -> Knowledge:
@@ -79,8 +86,14 @@ class Coordinator:
         await asyncio.shield(task)
 
     async def describe(self) -> tuple[ServiceConfig, list[Any]]:
-        """The settings and the shards' handles."""
-        return self._config, self._shards.handles
+        """The settings and the shards' handles, at once."""
+        return self._shards.config, self._shards.handles
+
+    async def locate(self) -> tuple[ServiceConfig, list[Any]]:
+        """As :meth:`describe`, once no others are about to take their place."""
+        await self.start()
+        async with self._changing:
+            return await self.describe()
 
     async def register(self, job: bytes, rank: int, incarnation: str, holdings: bytes) -> Registration:
         """Register a worker; the first one's job is the service's, every other must be the same.
@@ -179,6 +192,11 @@ class Coordinator:
                 tell_of_other_kernels(manifest, (await self._shards.statuses())[0].kernel_identity, uri)
             return await self._roster.registration()
 
+    async def resize(self, num_shards: int, avoid: Sequence[str], request: str) -> None:
+        """Go on with other shards, see :meth:`Resizing.to`."""
+        await self.start()
+        await self._resizing.to(num_shards, request, avoid)
+
     async def begin_save(self, save_id: str, uri: str, keep_last: int | None = None) -> tuple[bool, str, int]:
         """Keep the state as it is between two steps, and begin to write it while steps go on.
 
@@ -206,7 +224,7 @@ class Coordinator:
         """Settings, job, generation, epoch and every shard's status."""
         await self.start()
         shards = await self._shards.statuses_now()
-        return self._config, self._known.spec, self._shards.generation, self._shards.epoch, shards
+        return self._shards.config, self._known.spec, self._shards.generation, self._shards.epoch, shards
 
     async def leave(self, rank: int) -> None:
         """A worker says goodbye."""
@@ -221,6 +239,7 @@ class Coordinator:
     async def _take_over(self) -> None:
         """Learn from the shards where the service stands, and bring to an end what another coordinator began."""
         shards = self._shards
+        await self._resizing.decide()
         reports = await shards.claim()
         try:
             if any(report.job is None and report.was_restarted for report in reports):
@@ -260,8 +279,8 @@ class CoordinatorActor(Coordinator):
 
     def __init__(self, config: ServiceConfig) -> None:
         # Not handed over: many handles would lie in the object store, and be lost with the process that launched it.
-        names = map(config.shard_name, range(config.num_shards))
-        shards = [ray.get_actor(name, namespace=NAMESPACE) for name in names]
-        context = ray.get_runtime_context()
-        super().__init__(config, shards, is_first=not context.was_current_actor_reconstructed)
+        context, sets = ray.get_runtime_context(), SetsInRay(config)
+        oldest = next(found for found in sets.found_now() if found.is_whole)
+        is_first = not context.was_current_actor_reconstructed
+        super().__init__(oldest.config, oldest.handles, is_first=is_first, sets=sets)
         context.current_actor.start.remote()

@@ -30,6 +30,7 @@ class ShardReport:
         saves: The saves that it has a part in, by their names.
         saved: The checkpoint that was completed last, if this shard knows.
         was_restarted: Whether another process was this shard before.
+        is_in_office: Whether its set has taken another one's place, and this process was told so.
     """
 
     job: JobSpec | None
@@ -42,6 +43,7 @@ class ShardReport:
     saves: Mapping[str, SaveUnderWay]
     saved: SavedCheckpoint | None
     was_restarted: bool
+    is_in_office: bool = False
 
     @property
     def timeline(self) -> int:

@@ -52,6 +52,7 @@ class Redundancy:
 
     Attributes:
         may_come_back: Whether it may become what the lost one was.
+        code: The job's compiled kernels; empty if they are not compiled, or there is no job.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Redundancy:
         self._index, self._keeper, self._log_steps, self._taken = index, keeper, log_steps, taken
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
         self._memories: list[tuple[Segment, Tensor]] = []
-        self._code = b""
+        self.code = b""
         self._received: dict[tuple[int, str, int], LoggedPush] = {}
         self._logged_after: tuple[int, int] | None = None
         self._copying: asyncio.Task[None] | None = None
@@ -81,7 +82,7 @@ class Redundancy:
 
     def lay_out(self, code: bytes) -> None:
         """Take note of a new job; there is no copy of it yet."""
-        self._code, self._logged_after, self._memories = code, None, []
+        self.code, self._logged_after, self._memories = code, None, []
 
     # Steps
 
@@ -191,7 +192,7 @@ class Redundancy:
         workers, left = _workers_of(shard)
         kept = Copy(
             pack_job(shard.spec),
-            self._code,
+            self.code,
             status,
             moment.replicated,
             workers,

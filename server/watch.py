@@ -34,7 +34,12 @@ class Watch:
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
         if self._config.redundancy:
-            self._tasks = [asyncio.create_task(self._watch(index)) for index in range(self._config.num_shards)]
+            self._tasks = [asyncio.create_task(self._watch(index)) for index in range(len(self._shards.handles))]
+
+    def end(self) -> None:
+        """Watch no more: the shards are to end."""
+        for task in self._tasks:
+            task.cancel()
 
     async def bring_back(self) -> None:
         """Have shards that were started again become what they were, and go on with the step that was under way."""
