@@ -232,21 +232,35 @@ class ObjectStoreTransport(Transport):
     def _look_around(self) -> None:
         """Find out which shards can map this process's memory; a restarted one may be on another node."""
         try:
+            self._take_up(self._shards)
+        except ShardLostError:
+            if not self._have_moved():
+                raise
+
+    def _take_up(self, shards: list[Any]) -> None:
+        """Call these shards from now on, once they have said whether they can map this process's memory."""
+        try:
             segment, _ = allocate([])
         except SegmentError as error:
-            self._memory.note([str(error)] * len(self._shards))
-            return
-        node: str = ray.get_runtime_context().get_node_id()
-        probe = pack_target(Target("held", (), Placement(segment.address, ())))
-        why_not = self._ask_shards(lambda _, shard: shard.reach.remote(node, probe), what="the shards to map memory")
+            why_not: list[str | None] = [str(error)] * len(shards)
+        else:
+            node: str = ray.get_runtime_context().get_node_id()
+            probe = pack_target(Target("held", (), Placement(segment.address, ())))
+            calls = [shard.reach.remote(node, probe) for shard in shards]
+            why_not = self._wait(calls, what="the shards to look for shared memory")
         self._memory.note(why_not)
+        self._shards = shards
+        self._placements.clear()
+
+    def _wait(self, calls: Sequence[Any], *, what: str) -> list[Any]:
+        return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
 
     def _ask_shards(self, call: Callable[[int, Any], Any], *, what: str) -> list[Any]:
         """Call all shards, ``call(index, shard)``, and wait; anew if others have taken their place."""
         while True:
             calls = [call(index, shard) for index, shard in enumerate(self._shards)]
             try:
-                return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
+                return self._wait(calls, what=what)
             except ShardLostError:
                 if not self._have_moved():
                     raise
@@ -256,10 +270,8 @@ class ObjectStoreTransport(Transport):
         found = self.service.find_shards()
         if [shard._actor_id for shard in found] == [shard._actor_id for shard in self._shards]:
             return False
-        self._shards = found
+        self._take_up(found)
         logger.warning("service %r: going on with %d other shards", self.service.name, len(found))
-        self._placements.clear()
-        self._look_around()
         return True
 
     def _ask_where(self, method: str, *args: Any, what: str) -> Registration:
