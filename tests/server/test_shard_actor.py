@@ -23,6 +23,7 @@ import torch
 from stepwell.optim import SGDRule
 from stepwell.server.collective import Collective, Generation
 from stepwell.server.config import ServiceConfig
+from stepwell.server.meeting import Meeting
 from stepwell.server.messages import (
     Exchange,
     Target,
@@ -104,7 +105,7 @@ class Line:
         self.run = Run(small(), SGDRule(lr=0.1), world_size=2)
         self.shard = self.steps.shard = self.run.group.shards[0]
         self.steps.collective = Collective(
-            GENERATION, 0, 1, host="", store_address=("", 0), forming_timeout_s=1.0, timeout_s=1.0
+            GENERATION, 0, 1, host="", meeting=Meeting(), forming_timeout_s=1.0, timeout_s=1.0
         )
 
     async def push(self, rank: int, **header: Any) -> Reply:
