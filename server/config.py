@@ -33,8 +33,8 @@ class ServiceConfig:
         placement_timeout_s: How long a launch waits for room in the cluster.
         redundancy: Copies of each shard beside its own memory: 0, or 1.
         log_steps: How many steps are kept for a shard that is lost, in memory of the workers.
-        shard_set: The number of the set of shards that these settings are of; see *Note: Another set of shards* in
-            docs/design.md.
+        shard_set: Which set of shards these settings are of: its number, and the epoch of the coordinator that started
+            it; see *Note: Another set of shards* in docs/design.md.
 
     Raises:
         ValueError: If a value is out of range; the message holds it.
@@ -52,7 +52,7 @@ class ServiceConfig:
     placement_timeout_s: float = 60.0
     redundancy: int = 1
     log_steps: int = 8
-    shard_set: int = 0
+    shard_set: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", "a name without '/'", self.name)
@@ -74,7 +74,7 @@ class ServiceConfig:
     @property
     def set_name(self) -> str:
         """What the names of a set's actors begin with, and its places are called."""
-        return f"{self.name}/set-{self.shard_set}"
+        return f"{self.name}/set-{self.shard_set[0]}.{self.shard_set[1]}"
 
     @property
     def keeper_name(self) -> str:
@@ -85,9 +85,9 @@ class ServiceConfig:
         """A shard's actor name."""
         return f"{self.set_name}/shard-{shard}"
 
-    def next_set(self, num_shards: int) -> ServiceConfig:
-        """The settings of the set of shards that is to follow this one."""
-        return dataclasses.replace(self, num_shards=num_shards, shard_set=self.shard_set + 1)
+    def next_set(self, num_shards: int, epoch: int) -> ServiceConfig:
+        """The settings of the set of shards that the coordinator of ``epoch`` puts in this one's place."""
+        return dataclasses.replace(self, num_shards=num_shards, shard_set=(self.shard_set[0] + 1, epoch))
 
 
 def default_service() -> str | None:

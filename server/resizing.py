@@ -116,7 +116,7 @@ class Resizing:
         each set that is newer before it is left out: none of them takes office any more.
         """
         found = await self._sets.found()
-        for each in [each for each in found if each.is_whole and each.config.shard_set > self._number]:
+        for each in [each for each in found if each.is_whole and each.config.shard_set > self._present]:
             newer = self._shards.beside(each.config, each.handles)
             reports = await newer.claim()
             self._shards.epoch = newer.epoch
@@ -124,7 +124,7 @@ class Resizing:
                 await newer.all("take_office", what="the new shards to take office")
                 self._shards.become(newer)
         for each in found:
-            if each.config.shard_set != self._number:
+            if each.config.shard_set != self._present:
                 await self._sets.end(each.config)
 
     async def to(self, num_shards: int, request: str, avoid: Collection[str] = ()) -> None:
@@ -148,7 +148,7 @@ class Resizing:
                     "a service without a name lives in the process that launched it, and keeps its shards. "
                     "Give it a name: stepwell.launch(NAME), or `stepwell up NAME`"
                 )
-            before, after = self._shards.config, self._shards.config.next_set(num_shards)
+            before, after = self._shards.config, self._shards.config.next_set(num_shards, self._shards.epoch)
             logger.info("service %r: starting %d new shards", before.name, num_shards)
             successors = self._shards.beside(after, await self._sets.start(after, avoid))
             try:
@@ -156,7 +156,7 @@ class Resizing:
                 async with self._saves.at_rest(), self._changing:
                     await self._hand_over(successors, request)
             except BaseException:
-                if self._number == before.shard_set:
+                if self._present == before.shard_set:
                     await self._sets.end(after)
                 raise
             await self._sets.end(before)
@@ -192,5 +192,5 @@ class Resizing:
         self._known().requests.append(request)
 
     @property
-    def _number(self) -> int:
+    def _present(self) -> tuple[int, int]:
         return self._shards.config.shard_set

@@ -208,13 +208,13 @@ def actor_names(prefix: str) -> list[str]:
 
 
 def _found(config: ServiceConfig) -> list[FoundSet]:
-    shards: dict[int, set[int]] = {}
+    shards: dict[tuple[int, int], set[int]] = {}
     for name in actor_names(f"{config.name}/"):
-        if match := re.fullmatch(r".*/set-(\d+)/shard-(\d+)", name):
-            shards.setdefault(int(match[1]), set()).add(int(match[2]))
+        if match := re.fullmatch(r".*/set-(\d+)\.(\d+)/shard-(\d+)", name):
+            shards.setdefault((int(match[1]), int(match[2])), set()).add(int(match[3]))
     sets = []
-    for number, indices in sorted(shards.items()):
-        each = dataclasses.replace(config, num_shards=max(indices) + 1, shard_set=number)
+    for shard_set, indices in sorted(shards.items()):
+        each = dataclasses.replace(config, num_shards=max(indices) + 1, shard_set=shard_set)
         handles = [find_actor(each.shard_name(index)) for index in sorted(indices)]
         sets.append(FoundSet(each, [handle for handle in handles if handle is not None], is_whole=0 in indices))
     return sets
