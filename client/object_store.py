@@ -24,12 +24,15 @@ from ..server.config import COLLECTIVE_MARGIN_S
 from ..server.messages import (
     Exchange,
     LoadHeader,
+    PieceHeader,
     Registration,
     Target,
+    WireTensor,
     from_wire,
     pack_exchange,
     pack_holdings,
     pack_job,
+    pack_piece,
     pack_push,
     pack_target,
     to_wire,
@@ -48,6 +51,7 @@ from ..sharding.segments import Placement, allocate
 from ..sharding.vote import Decision
 from .flat import FlatBuffer, allocate_zeros
 from .node_memory import NodeMemory
+from .streaming import PieceStream
 from .transport import Transport, join_pieces
 
 logger = logging.getLogger("stepwell")
@@ -71,12 +75,14 @@ class ObjectStoreTransport(Transport):
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
         self._memory = NodeMemory()
         self.recovery_timeout_s = RECOVERY_TIMEOUT_S if service.config.redundancy else 0.0
+        self._stream: PieceStream | None = None
         self._placements: weakref.WeakKeyDictionary[FlatBuffer, list[Placement | None]] = weakref.WeakKeyDictionary()
 
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """See :class:`Transport`."""
         # Not left to the optimizer, which may be gone long before the process ends, while other ranks still train.
         atexit.register(self.close, rank, spec.world_size)
+        self._incarnation = incarnation
         packed = pack_job(spec), rank, incarnation, pack_holdings(holdings)
         return self._ask_where("register", *packed, what="the registration")
 
@@ -92,6 +98,14 @@ class ObjectStoreTransport(Transport):
         """
         shared = self._memory.allocate(sizes, device)
         return allocate_zeros(sizes, device) if shared is None else shared
+
+    def stream(self, gradient: FlatBuffer) -> PieceStream | None:
+        """See :class:`Transport`."""
+        self._stream = None
+        if not all(self._memory.is_near):
+            num_shards, is_near = len(self._shards), self._memory.is_near_now
+            self._stream = PieceStream(self._layout, num_shards, gradient, is_near=is_near, send=self._send_piece)
+        return self._stream
 
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
@@ -119,21 +133,14 @@ class ObjectStoreTransport(Transport):
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
     ) -> StepResult:
         """See :class:`Transport`."""
-        push, calls = pack_push(header), []
         changed = {index: to_wire(value) for index, value in reloaded.items()}
-        for index, shard in enumerate(self._shards):
-            place, target = self._placement(gradient, index), self._target(params, index)
-            request = pack_exchange(Exchange(push, place, target, self._step_timeout_s))
-            parts = [] if place is not None else map(to_wire, self._parts(gradient, index))
-            # Nothing but the request in the common case: each argument more costs Ray time.
-            calls.append(shard.exchange.remote(request, *([list(parts), changed] if parts or changed else [])))
-        what = f"step {header.sequence}"
-        limit_s = self._step_timeout_s + COLLECTIVE_MARGIN_S
         try:
-            replies = wait_for_all(calls, refusal=_refusal, timeout_s=limit_s, what=what)
+            replies = self._exchange(header, gradient, changed, params)
         except ShardLostError as error:
             if self._have_moved():
-                raise ShardsMovedError(f"{what} did not reach an end on the shards before these") from error
+                raise ShardsMovedError(
+                    f"step {header.sequence} went to shards whose place others have taken"
+                ) from error
             raise
         for reply, _, _ in replies:
             if reply.error is not None:
@@ -144,6 +151,40 @@ class ObjectStoreTransport(Transport):
         near = zip(self._memory.is_near, replies, strict=True)
         self.kept_from = min((kept_from for is_near, (_, _, kept_from) in near if is_near), default=sys.maxsize)
         return result
+
+    def _exchange(
+        self, header: PushHeader, gradient: FlatBuffer, changed: Mapping[int, WireTensor], params: FlatBuffer
+    ) -> list[tuple[Any, list[WireTensor], int]]:
+        """Push to every shard; what each of them replies."""
+        push, calls = pack_push(header), []
+        self._await_pieces(header.sequence)
+        for index, shard in enumerate(self._shards):
+            place, target = self._placement(gradient, index), self._target(params, index)
+            ahead, parts = ((), []) if place is not None else self._left_to_send(gradient, index)
+            request = pack_exchange(Exchange(push, place, target, self._step_timeout_s, ahead))
+            # Nothing but the request in the common case: each argument more costs Ray time.
+            wires = list(map(to_wire, parts))
+            calls.append(shard.exchange.remote(request, *([wires, changed] if wires or changed else [])))
+        limit_s = self._step_timeout_s + COLLECTIVE_MARGIN_S
+        return wait_for_all(calls, refusal=_refusal, timeout_s=limit_s, what=f"step {header.sequence}")
+
+    def _await_pieces(self, sequence: int) -> None:
+        """Wait until the shards have what was sent ahead: what is named in a push and is not there then is lost."""
+        if self._stream is not None:
+            what = f"the shards to take the gradient of step {sequence}"
+            for error in self._wait(self._stream.finish(self._step_timeout_s, what=what), what=what):
+                if error is not None:
+                    raise error
+
+    def _send_piece(self, shard: int, piece: int, serial: int, values: Tensor) -> Any:
+        """See :data:`Send`."""
+        header = pack_piece(PieceHeader(self._rank, self._incarnation, piece, serial))
+        return self._shards[shard].hold_piece.remote(header, to_wire(values))
+
+    def _left_to_send(self, gradient: FlatBuffer, shard: int) -> tuple[tuple[int, ...], list[Tensor]]:
+        """What of a gradient goes with its push, and :attr:`Exchange.ahead`."""
+        ahead, left = ((), []) if self._stream is None else self._stream.ahead_of(shard)
+        return (ahead, left) if any(ahead) else ((), self._parts(gradient, shard))
 
     def decided(self, timeline: int, sequence: int) -> StepResult | None:
         """See :class:`Transport`."""
@@ -248,6 +289,8 @@ class ObjectStoreTransport(Transport):
             probe = pack_target(Target("held", (), Placement(segment.address, ())))
             calls = [shard.reach.remote(node, probe) for shard in shards]
             why_not = self._wait(calls, what="the shards to look for shared memory")
+        if self._stream is not None:
+            self._stream.turn_to(len(shards), self._step_timeout_s)
         self._memory.note(why_not)
         self._shards = shards
         self._placements.clear()

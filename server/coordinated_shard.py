@@ -23,6 +23,7 @@ from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
+from .ahead import Ahead
 from .changes import Change, Changes
 from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
@@ -73,6 +74,7 @@ class CoordinatedShard:
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
+        self._ahead = Ahead()
         self._is_in_office = False
 
     # The coordinator's death; see Note: Epochs
@@ -168,6 +170,7 @@ class CoordinatedShard:
         """Let workers' processes push, by rank; all or none."""
         for rank in self._admit(workers):
             self._mappings.forget(rank)
+            self._ahead.forget(rank)
         await self._redundancy.admit(self._steps.job())
 
     @change_of_coordinator
