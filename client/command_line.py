@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, commands.up, commands.status, commands.save, commands.down):
+for command in (demo, commands.up, commands.status, commands.save, commands.resize, commands.drain, commands.down):
     app.command()(command)
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 

@@ -21,6 +21,7 @@ from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernel
 from ..sharding.reports import ShardStatus
 from .collective import NO_GENERATION, Generation
 from .config import ServiceConfig
+from .draining import Draining
 from .knowledge import Knowledge
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .resizing import OneSet, Resizing, ShardSets
@@ -66,9 +67,11 @@ class Coordinator:
         self._saves = Saves(self._shards, self._changing, self._roster.require_spec)
         self._taking_over: asyncio.Task[None] | None = None
         self._watch = Watch(config, self._shards, self._changing, lambda: self._known.spec is not None)
+        sets = sets or OneSet()
         self._resizing = Resizing(
-            self._shards, sets or OneSet(), self._saves, self._watch, self._changing, lambda: self._known, resign
+            self._shards, sets, self._saves, self._watch, self._changing, lambda: self._known, resign
         )
+        self._draining = Draining(self._resizing, sets)
 
     @property
     def _known(self) -> Knowledge:
@@ -197,6 +200,11 @@ class Coordinator:
         await self.start()
         await self._resizing.to(num_shards, request, avoid)
 
+    async def drain(self, node: str, request: str) -> bool:
+        """Go on without shards on a node, see :meth:`Resizing.leave`."""
+        await self.start()
+        return await self._resizing.leave([node], request)
+
     async def begin_save(self, save_id: str, uri: str, keep_last: int | None = None) -> tuple[bool, str, int]:
         """Keep the state as it is between two steps, and begin to write it while steps go on.
 
@@ -253,6 +261,8 @@ class Coordinator:
         finally:
             await shards.release()
         self._watch.begin()
+        if shards.config.detached:
+            self._draining.begin()
 
     def _spec_of(self, manifest: Manifest, uri: str) -> JobSpec:
         """The job with which a checkpoint is restored, laid out as the checkpoint's was.

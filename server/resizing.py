@@ -62,6 +62,10 @@ class ShardSets(abc.ABC):
     async def nodes(self, config: ServiceConfig) -> list[str]:
         """Ids of the nodes of a set's shards, by index."""
 
+    @abc.abstractmethod
+    async def drained(self) -> list[str]:
+        """Ids of the nodes that are about to go."""
+
 
 class OneSet(ShardSets):
     """A set of shards that is the only one and stays."""
@@ -79,6 +83,10 @@ class OneSet(ShardSets):
 
     async def nodes(self, config: ServiceConfig) -> list[str]:
         """Nowhere that could be named."""
+        return []
+
+    async def drained(self) -> list[str]:
+        """None."""
         return []
 
 
@@ -161,6 +169,14 @@ class Resizing:
                 raise
             await self._sets.end(before)
             logger.warning("service %r: %d shards have gone over to %d", before.name, before.num_shards, num_shards)
+
+    async def leave(self, nodes: Collection[str], request: str) -> bool:
+        """Go on without shards on these nodes; whether there were any. Raises as :meth:`to`."""
+        config = self._shards.config
+        if request not in self._known().requests and not set(nodes).intersection(await self._sets.nodes(config)):
+            return False
+        await self.to(config.num_shards, request, nodes)
+        return True
 
     async def _prepare(self, successors: Shards) -> None:
         """Do what takes long, while steps go on."""

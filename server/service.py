@@ -15,7 +15,7 @@ from ..sharding.pending_save import PendingSave
 from . import cluster
 from .calls import ask
 from .config import Placement, ServiceConfig, default_kernel
-from .shard_sets import find_actor
+from .shard_sets import find_actor, find_node
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 from .starting import cut_short, end_service, exists, not_found, service_names, start_actors
 
@@ -156,6 +156,27 @@ class Service:
         what = f"{num_shards} new shards to take over"
         self.ask("resize", num_shards, (), uuid.uuid4().hex, what=what)
         self.find_shards()
+
+    def drain(self, node: str) -> bool:
+        """Move the shards of a node to others, between two steps, as for :meth:`resize`; the node may go then.
+
+        Nodes that Ray is told to drain (``ray drain-node``, an autoscaler's or a cloud's notice) are left without being
+        asked for. Called by one process, at any time.
+
+        Args:
+            node: The node's id in Ray, the beginning of that, its address or its host's name.
+
+        Returns:
+            Whether there were any shards on it.
+
+        Raises:
+            PlacementError: If there is no such node, or no room on others. Nothing has changed.
+            ServiceError, NotRegisteredError: As for :meth:`resize`.
+        """
+        node_id = find_node(node)
+        moved: bool = self.ask("drain", node_id, uuid.uuid4().hex, what=f"shards to move away from node {node}")
+        self.find_shards()
+        return moved
 
     def find_shards(self) -> list[Any]:
         """Handles of the shards that the service has now, which are :attr:`shards` then."""

@@ -54,6 +54,11 @@ class SetsInRay(ShardSets):
         """See :class:`ShardSets`."""
         return await asyncio.to_thread(nodes_of, config)
 
+    async def drained(self) -> list[str]:
+        """See :class:`ShardSets`."""
+        # As Ray's own libraries ask for it; there is no public function.
+        return list(await asyncio.to_thread(untyped_ray._private.state.state.get_draining_nodes))
+
 
 def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> list[Any]:
     """Place and start a set's shards, and what keeps their copies; they may not answer yet.
@@ -162,6 +167,27 @@ def _reserve(config: ServiceConfig, avoid: Collection[str]) -> PlacementGroup:
             "End another service with `stepwell down`, or ask for fewer shards or less for each."
         ) from error
     return group
+
+
+def find_node(text: str) -> str:
+    """The id of a node.
+
+    Args:
+        text: Its id, the beginning of that, its address or the name of its host.
+
+    Raises:
+        PlacementError: If no node of the cluster is meant, or more than one.
+    """
+    there = [node for node in untyped_ray.nodes() if node["Alive"]]
+    meant: list[str] = [
+        node["NodeID"]
+        for node in there
+        if node["NodeID"].startswith(text) or text in (node["NodeManagerAddress"], node["NodeManagerHostname"])
+    ]
+    if len(meant) != 1:
+        ids = ", ".join(f"{node['NodeID']} ({node['NodeManagerAddress']})" for node in there)
+        raise PlacementError(f"expected the id, address or host name of one node, got {text!r}; there are {ids}")
+    return meant[0]
 
 
 def end_set(set_name: str) -> None:

@@ -110,6 +110,7 @@ class Sets(ShardSets):
     async def start(self, config: ServiceConfig, avoid: Collection[str]) -> list[Any]:
         async def start() -> list[ShardActor]:
             if config.num_shards > self._service.room:
+                self._service.was_refused.set()
                 raise PlacementError(f"no room for {config.num_shards} shards")
             return self._service.make_set(config)
 
@@ -122,7 +123,10 @@ class Sets(ShardSets):
         await self._life.call(end, ())
 
     async def nodes(self, config: ServiceConfig) -> list[str]:
-        return ["here"] * config.num_shards
+        return [f"node-{config.shard_set[0]}"] * config.num_shards
+
+    async def drained(self) -> list[str]:
+        return self._service.drained
 
 
 class Service:
@@ -132,12 +136,15 @@ class Service:
         sets: The sets of shards, by number, each with its settings. One that has ended is not among them; as those of a
             node that is cut off its shards live on.
         room: How many shards another set may have.
+        was_refused: Set when another set had no room.
+        drained: Nodes that are about to go; each set is on one of its own, "node-0" and so on.
     """
 
     def __init__(self) -> None:
         self.sets: dict[tuple[int, int], tuple[ServiceConfig, list[ShardActor]]] = {}
         self.make_set(ServiceConfig("test", num_shards=NUM_SHARDS, kernel="eager", worker_timeout_s=LIMIT_S))
         self.room = 8
+        self.drained, self.was_refused = list[str](), asyncio.Event()
         self.lives: list[Life] = []
 
     @property

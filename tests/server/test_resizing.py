@@ -54,7 +54,7 @@ async def require_same(service: Service, before: tuple[Knowledge, dict[tuple[int
     (known, state), (known_before, state_before) = await known_and_state(service), before
     for name in ("spec", "workers", "left", "timeline"):
         assert getattr(known, name) == getattr(known_before, name), name
-    assert [request for request in known.requests if request != REQUEST] == list(known_before.requests)
+    assert list(known.requests)[: len(known_before.requests)] == list(known_before.requests)
     assert state.keys() == state_before.keys()
     assert all(torch.equal(state[key], state_before[key]) for key in state)
 
@@ -175,3 +175,34 @@ def test_service_without_a_job_or_without_parameters_takes_other_shards_or_refus
 
     with groups_without_sockets(FORMING_TIMEOUT_S):
         asyncio.run(test())
+
+
+def test_shards_leave_a_node_that_is_drained_and_no_other() -> None:
+    async def test(service: Service) -> None:
+        before = await known_and_state(service)
+        assert not await service.coordinator.drain("node-7", "elsewhere")
+        assert list(service.sets) == [(0, 0)]
+        assert await service.coordinator.drain("node-0", "drain")
+        assert await service.coordinator.drain("node-0", "drain")  # who asks again
+        await require_same(service, before)
+        assert (list(service.sets), service.config.num_shards) == ([(1, 1)], NUM_SHARDS)
+
+    run(test)
+
+
+def test_shards_leave_a_node_that_ray_drains_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no room at first."""
+    monkeypatch.setattr("stepwell.server.draining.LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr("stepwell.server.draining.TRY_AGAIN_S", 0.01)
+
+    async def test(service: Service) -> None:
+        before, service.room = await known_and_state(service), 0
+        service.drained = ["node-0"]
+        await service.was_refused.wait()
+        await require_same(service, before)
+        service.room = NUM_SHARDS
+        while (0, 0) in service.sets:
+            await asyncio.sleep(0.001)
+        await require_same(service, before)
+
+    run(test)
