@@ -287,7 +287,7 @@ async def test_decided_waits_for_a_step_that_is_under_way_and_for_no_other(line:
 async def test_pieces_and_what_comes_with_the_push_are_one_gradient(line: Line) -> None:
     """For the step and for the log; in pieces of a few tiles."""
     expected, push = params_after(2), line.run.pushes(0)[0]
-    pieces = [to_wire(piece) for piece in push.gradient[0].split(512)]
+    pieces = [to_wire(piece) for piece in torch.split(push.gradient[0], 512)]
     logged: list[LoggedPush] = []
     with (
         mock.patch("stepwell.sharding.push.PIECE_NUMEL", 512),
