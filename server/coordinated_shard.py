@@ -42,6 +42,7 @@ from .messages import (
 )
 from .redundancy import Redundancy, logged_steps, rebuild
 from .shard_saves import ShardSaves
+from .signals import end_at_sigterm
 from .steps import Steps
 from .workers import Worker
 
@@ -62,6 +63,7 @@ class CoordinatedShard:
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
         self._meetings: dict[Generation, Meeting] = {}
         self.fence, self._changes = Fence(shard), Changes(shard)
+        end_at_sigterm()
         # Not so where a test has an actor in its own process.
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self._redundancy = Redundancy(
