@@ -71,7 +71,7 @@ class ObjectStoreTransport(Transport):
     def __init__(self, service: Service, *, owned: bool = False) -> None:
         self.service: Service = service
         self._shards = service.shards  # as this line knows them; the service's may be newer
-        self._owned, self._is_closed = owned, False
+        self._owned, self._is_closed, self._may_have_moved = owned, False, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
         self._memory = NodeMemory()
         self.recovery_timeout_s = RECOVERY_TIMEOUT_S if service.config.redundancy else 0.0
@@ -133,8 +133,16 @@ class ObjectStoreTransport(Transport):
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
     ) -> StepResult:
         """See :class:`Transport`."""
+        self._look_again()
         changed = {index: to_wire(value) for index, value in reloaded.items()}
         try:
+            replies = self._exchange(header, gradient, changed, params)
+        except SegmentError:
+            # It may have been brought back on another node since this process looked; the others know a repeat.
+            before = list(self._memory.is_near)
+            self._look_around()
+            if self._memory.is_near == before:
+                raise
             replies = self._exchange(header, gradient, changed, params)
         except ShardLostError as error:
             if self._have_moved():
@@ -148,8 +156,7 @@ class ObjectStoreTransport(Transport):
         result: StepResult = replies[0][0]
         if result.decision is Decision.COMMIT:
             self._fill(params, [parts for _, parts, _ in replies])
-        near = zip(self._memory.is_near, replies, strict=True)
-        self.kept_from = min((kept_from for is_near, (_, _, kept_from) in near if is_near), default=sys.maxsize)
+        self.kept_from = min((kept_from for _, _, kept_from in replies), default=sys.maxsize)
         return result
 
     def _exchange(
@@ -215,6 +222,7 @@ class ObjectStoreTransport(Transport):
 
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
+        self._look_again()
         replies = self._ask_shards(
             lambda index, shard: shard.parameters.remote(self._rank, pack_target(self._target(params, index))),
             what="the parameters",
@@ -270,6 +278,12 @@ class ObjectStoreTransport(Transport):
         dtypes = tuple(dtype_name(part.dtype) for part in params.parts)
         return Target(params.part, dtypes, self._placement(params, shard))
 
+    def _look_again(self) -> None:
+        """Look around, if a shard was lost since, as it may come back on another node."""
+        if self._may_have_moved:
+            self._look_around()
+            self._may_have_moved = False
+
     def _look_around(self) -> None:
         """Find out which shards can map this process's memory; a restarted one may be on another node."""
         try:
@@ -309,9 +323,13 @@ class ObjectStoreTransport(Transport):
                     raise
 
     def _have_moved(self) -> bool:
-        """After shards were lost: whether others have taken their place, which are called from now on."""
+        """After shards were lost: whether others have taken their place, which are called from now on.
+
+        Else they may come back on another node.
+        """
         found = self.service.find_shards()
         if [shard._actor_id for shard in found] == [shard._actor_id for shard in self._shards]:
+            self._may_have_moved = True
             return False
         self._take_up(found)
         logger.warning("service %r: going on with %d other shards", self.service.name, len(found))

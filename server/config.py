@@ -31,8 +31,8 @@ class ServiceConfig:
         detached: Whether it outlives the process that launches it.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long a launch waits for room in the cluster.
-        redundancy: Copies of each shard beside its own memory: 0, or 1.
-        log_steps: How many steps are kept for a shard that is lost, in memory of the workers.
+        redundancy: How many keepers hold each shard's copy and log: 0, 1 or 2.
+        log_steps: How many steps are kept for a shard that is lost.
         shard_set: Which set of shards these settings are of: its number, and the epoch of the coordinator that started
             it; see *Note: Another set of shards* in docs/design.md.
 
@@ -62,7 +62,7 @@ class ServiceConfig:
         _require(self.placement in get_args(Placement), "placement", f"one of {get_args(Placement)}", self.placement)
         _require(self.kernel in KERNEL_CHOICES, "kernel", f"one of {KERNEL_CHOICES}", self.kernel)
         _require(self.worker_timeout_s > 0, "worker_timeout_s", "more than 0", self.worker_timeout_s)
-        _require(self.redundancy in (0, 1), "redundancy", "0 or 1", self.redundancy)
+        _require(self.redundancy in (0, 1, 2), "redundancy", "0, 1 or 2", self.redundancy)
         _require(self.log_steps >= 2, "log_steps", "at least 2", self.log_steps)
         _require(self.placement_timeout_s > 0, "placement_timeout_s", "more than 0", self.placement_timeout_s)
 
@@ -76,10 +76,9 @@ class ServiceConfig:
         """What the names of a set's actors begin with, and its places are called."""
         return f"{self.name}/set-{self.shard_set[0]}.{self.shard_set[1]}"
 
-    @property
-    def keeper_name(self) -> str:
-        """The keeper's actor name."""
-        return f"{self.set_name}/keeper"
+    def keeper_name(self, keeper: int) -> str:
+        """A keeper's actor name."""
+        return f"{self.set_name}/keeper-{keeper}"
 
     def shard_name(self, shard: int) -> str:
         """A shard's actor name."""

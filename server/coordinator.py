@@ -18,11 +18,12 @@ from ..sharding.errors import NotRegisteredError, ServiceTimeoutError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
-from ..sharding.reports import ShardStatus
-from .collective import NO_GENERATION, Generation
+from ..sharding.saved import SavedCheckpoint
+from .collective import NO_GENERATION
 from .config import ServiceConfig
 from .draining import Draining
-from .knowledge import Knowledge
+from .keepers import Keepers
+from .knowledge import Knowledge, ServiceStatus
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .resizing import OneSet, Resizing, ShardSets
 from .roster import Roster
@@ -46,6 +47,7 @@ class Coordinator:
     Args:
         config: The service's settings.
         shards: The shards' handles, by index.
+        keepers: The keepers', by index.
         is_first: Whether the service has had no coordinator before.
         sets: Where other sets of shards come from; None if there are none but these.
         resign: Called when the shards obey another coordinator.
@@ -56,20 +58,29 @@ class Coordinator:
         config: ServiceConfig,
         shards: Sequence[Any],
         *,
+        keepers: Sequence[Any] = (),
         is_first: bool = True,
         sets: ShardSets | None = None,
         resign: Callable[[], None] = end_process,
     ) -> None:
         self._config, self._is_first = config, is_first
         self._shards = Shards(config, shards, resign=resign)
+        self._keepers = Keepers(keepers, self._shards, config.redundancy)
         self._changing = asyncio.Lock()
         self._roster = Roster(config, self._shards, self._changing, self.load)
         self._saves = Saves(self._shards, self._changing, self._roster.require_spec)
         self._taking_over: asyncio.Task[None] | None = None
-        self._watch = Watch(config, self._shards, self._changing, lambda: self._known.spec is not None)
+        self._watch = Watch(config, self._shards, self._keepers, self._changing, self._what_is_there)
         sets = sets or OneSet()
         self._resizing = Resizing(
-            self._shards, sets, self._saves, self._watch, self._changing, lambda: self._known, resign
+            self._shards,
+            self._keepers,
+            sets,
+            saves=self._saves,
+            watch=self._watch,
+            changing=self._changing,
+            known=lambda: self._known,
+            resign=resign,
         )
         self._draining = Draining(self._resizing, sets)
 
@@ -228,11 +239,17 @@ class Coordinator:
         await self.start()
         await self._saves.end(save_id, uri)
 
-    async def status(self) -> tuple[ServiceConfig, JobSpec | None, Generation, int, list[ShardStatus | None]]:
-        """Settings, job, generation, epoch and every shard's status."""
+    async def status(self) -> ServiceStatus:
+        """Where the service stands."""
         await self.start()
-        shards = await self._shards.statuses_now()
-        return self._shards.config, self._known.spec, self._shards.generation, self._shards.epoch, shards
+        return ServiceStatus(
+            self._shards.config,
+            self._known.spec,
+            self._shards.generation,
+            self._shards.epoch,
+            await self._shards.statuses_now(),
+            await self._keepers.holdings(),
+        )
 
     async def leave(self, rank: int) -> None:
         """A worker says goodbye."""
@@ -250,6 +267,9 @@ class Coordinator:
         await self._resizing.decide()
         reports = await shards.claim()
         try:
+            self._roster.known = Knowledge.of(reports, is_first=self._is_first)
+            self._saves.learn(reports)
+            await self._keepers.arrange()
             if any(report.job is None and report.was_restarted for report in reports):
                 await self._watch.bring_back()
                 reports = await shards.all("report", what="the shards to tell what they know")
@@ -263,6 +283,10 @@ class Coordinator:
         self._watch.begin()
         if shards.config.detached:
             self._draining.begin()
+
+    def _what_is_there(self) -> tuple[bool, SavedCheckpoint | None]:
+        """Whether there is a job, and the last checkpoint that was saved of it."""
+        return self._known.spec is not None, self._saves.saved
 
     def _spec_of(self, manifest: Manifest, uri: str) -> JobSpec:
         """The job with which a checkpoint is restored, laid out as the checkpoint's was.
@@ -292,5 +316,5 @@ class CoordinatorActor(Coordinator):
         context, sets = ray.get_runtime_context(), SetsInRay(config)
         oldest = next(found for found in sets.found_now() if found.is_whole)
         is_first = not context.was_current_actor_reconstructed
-        super().__init__(oldest.config, oldest.handles, is_first=is_first, sets=sets)
+        super().__init__(oldest.config, oldest.shards, keepers=oldest.keepers, is_first=is_first, sets=sets)
         context.current_actor.start.remote()

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..sharding.errors import PlacementError, ServiceError
 from .config import ServiceConfig
+from .keepers import Keepers
 from .knowledge import Knowledge
 from .saves import Saves
 from .shards import FORMING_TIMEOUT_S, Shards
@@ -24,17 +25,19 @@ logger = logging.getLogger("stepwell")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class FoundSet:
-    """A set of shards, as it was found.
+class ShardSet:
+    """A set of shards, as it was started or found.
 
     Attributes:
         config: Its settings.
-        handles: Of its shards.
+        shards: Handles of its shards, by index.
+        keepers: Handles of what keeps their copies, by index.
         is_whole: Whether it has its first shard, which is ended before any other.
     """
 
     config: ServiceConfig
-    handles: list[Any]
+    shards: list[Any]
+    keepers: list[Any]
     is_whole: bool = True
 
 
@@ -42,12 +45,12 @@ class ShardSets(abc.ABC):
     """The sets of shards of one service, wherever they run."""
 
     @abc.abstractmethod
-    async def found(self) -> list[FoundSet]:
+    async def found(self) -> list[ShardSet]:
         """All of them, the oldest first: one, but for a time in which another takes its place."""
 
     @abc.abstractmethod
-    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> list[Any]:
-        """Start a set on other nodes than ``avoid``; returns the handles of its shards when all of them answer.
+    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
+        """Start a set on other nodes than ``avoid``; returns when all of its shards answer.
 
         Raises:
             PlacementError: If there is no room for it.
@@ -70,11 +73,11 @@ class ShardSets(abc.ABC):
 class OneSet(ShardSets):
     """A set of shards that is the only one and stays."""
 
-    async def found(self) -> list[FoundSet]:
+    async def found(self) -> list[ShardSet]:
         """None but the one that is known."""
         return []
 
-    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> list[Any]:
+    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
         """Refused."""
         raise PlacementError(f"service {config.name!r} has no place for another set of shards")
 
@@ -95,6 +98,7 @@ class Resizing:
 
     Args:
         shards: The shards that count, in whose place others are put.
+        keepers: Theirs.
         sets: All sets.
         saves: The saves of the service.
         watch: The eye on the shards.
@@ -106,14 +110,16 @@ class Resizing:
     def __init__(
         self,
         shards: Shards,
+        keepers: Keepers,
         sets: ShardSets,
+        *,
         saves: Saves,
         watch: Watch,
         changing: asyncio.Lock,
         known: Callable[[], Knowledge],
         resign: Callable[[], None],
     ) -> None:
-        self._shards, self._sets, self._saves, self._watch = shards, sets, saves, watch
+        self._shards, self._keepers, self._sets, self._saves, self._watch = shards, keepers, sets, saves, watch
         self._changing, self._known, self._resign = changing, known, resign
         self._resizing = asyncio.Lock()
 
@@ -125,12 +131,12 @@ class Resizing:
         """
         found = await self._sets.found()
         for each in [each for each in found if each.is_whole and each.config.shard_set > self._present]:
-            newer = self._shards.beside(each.config, each.handles)
+            newer = self._shards.beside(each.config, each.shards)
             reports = await newer.claim()
             self._shards.epoch = newer.epoch
             if any(report.is_in_office for report in reports):
                 await newer.all("take_office", what="the new shards to take office")
-                self._shards.become(newer)
+                self._become(newer, self._keepers.beside(each.keepers, newer))
         for each in found:
             if each.config.shard_set != self._present:
                 await self._sets.end(each.config)
@@ -158,11 +164,17 @@ class Resizing:
                 )
             before, after = self._shards.config, self._shards.config.next_set(num_shards, self._shards.epoch)
             logger.info("service %r: starting %d new shards", before.name, num_shards)
-            successors = self._shards.beside(after, await self._sets.start(after, avoid))
+            started = await self._sets.start(after, avoid)
+            successors = self._shards.beside(after, started.shards)
+            keepers = self._keepers.beside(started.keepers, successors)
             try:
-                await self._prepare(successors)
+                await self._prepare(successors, keepers)
                 async with self._saves.at_rest(), self._changing:
                     await self._hand_over(successors, request)
+                    self._watch.end()
+                    self._become(successors, keepers)
+                    self._watch.begin()
+                    self._known().requests.append(request)
             except BaseException:
                 if self._present == before.shard_set:
                     await self._sets.end(after)
@@ -178,9 +190,10 @@ class Resizing:
         await self.to(config.num_shards, request, nodes)
         return True
 
-    async def _prepare(self, successors: Shards) -> None:
+    async def _prepare(self, successors: Shards, keepers: Keepers) -> None:
         """Do what takes long, while steps go on."""
         await successors.begin_epoch()
+        await keepers.arrange()
         if self._known().spec is not None:
             estate: Estate = await self._shards.first("estate", what="shard 0 to tell what it knows")
             await successors.all("register", estate.job, estate.code, what="the new shards to allocate their buffers")
@@ -202,10 +215,10 @@ class Resizing:
         except BaseException:
             self._resign()  # some may have: another coordinator asks them
             raise
-        self._watch.end()
-        self._shards.become(successors)
-        self._watch.begin()
-        self._known().requests.append(request)
+
+    def _become(self, shards: Shards, keepers: Keepers) -> None:
+        self._shards.become(shards)
+        self._keepers.become(keepers)
 
     @property
     def _present(self) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from ..sharding.errors import PlacementError, StepwellError
 from .calls import wait_for
 from .config import NAMESPACE, ServiceConfig
 from .keeper import Keeper
-from .resizing import FoundSet, ShardSets
+from .resizing import ShardSet, ShardSets
 from .shard_actor import ShardActor
 
 ACTOR_START_TIMEOUT_S = 120.0
@@ -34,15 +34,15 @@ class SetsInRay(ShardSets):
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
 
-    def found_now(self) -> list[FoundSet]:
+    def found_now(self) -> list[ShardSet]:
         """See :meth:`found`; waits for Ray."""
         return _found(self._config)
 
-    async def found(self) -> list[FoundSet]:
+    async def found(self) -> list[ShardSet]:
         """See :class:`ShardSets`."""
         return await asyncio.to_thread(self.found_now)
 
-    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> list[Any]:
+    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
         """See :class:`ShardSets`."""
         return await asyncio.to_thread(_start_and_wait, config, avoid)
 
@@ -60,45 +60,58 @@ class SetsInRay(ShardSets):
         return list(await asyncio.to_thread(untyped_ray._private.state.state.get_draining_nodes))
 
 
-def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> list[Any]:
+def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> ShardSet:
     """Place and start a set's shards, and what keeps their copies; they may not answer yet.
 
     Args:
         config: The set's settings.
         avoid: Ids of nodes that nothing is to be placed on.
 
-    Returns:
-        Handles of the shards, by index.
-
     Raises:
         PlacementError: If the cluster has no room for them.
     """
     _require_resources(config)
-    group, keeper = _reserve(config, avoid), None
+    group = _reserve(config, avoid)
     common = common_options(config)
+    needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
     try:
-        if config.redundancy:
-            keeper = start_actor(Keeper, name=config.keeper_name, num_cpus=0, strategy=_place(group, 0), **common)
-        needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
-        shards = []
+        keepers, shards = _start_keepers(config), []
         for index in range(config.num_shards):
-            options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
-            shards.append(start_actor(ShardActor, config, index, keeper, **options))
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            options = {**common, **needs, "name": config.shard_name(index), "strategy": place}
+            shards.append(start_actor(ShardActor, config, index, **options))
     except ValueError:
         end_set(config.set_name)
         raise
-    return shards
+    return ShardSet(config, shards, keepers)
 
 
-def _start_and_wait(config: ServiceConfig, avoid: Collection[str]) -> list[Any]:
-    shards = start_set(config, avoid)
+def _start_keepers(config: ServiceConfig) -> list[Any]:
+    """One on each node that has shards, and so many at least as each shard wants."""
+    nodes = list(dict.fromkeys(nodes_of(config)))
+    num_keepers = max(len(nodes), config.redundancy) if config.redundancy else 0
+    return [
+        start_actor(
+            Keeper,
+            name=config.keeper_name(index),
+            num_cpus=0,
+            # Elsewhere if the node is lost: it has no place of its own in the group.
+            strategy=NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True),
+            **common_options(config),
+        )
+        for index in range(num_keepers)
+    ]
+
+
+def _start_and_wait(config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
+    started = start_set(config, avoid)
     try:
-        calls = [shard.epoch.remote() for shard in shards]
+        calls = [shard.epoch.remote() for shard in started.shards]
         wait_for(calls, timeout_s=ACTOR_START_TIMEOUT_S, what=f"the {config.num_shards} new shards to start")
     except StepwellError:
         end_set(config.set_name)
         raise
-    return shards
+    return started
 
 
 def common_options(config: ServiceConfig) -> dict[str, Any]:
@@ -112,10 +125,6 @@ def start_actor(actor_class: type, *args: Any, strategy: Any, **options: Any) ->
     """Start an actor under one of Ray's scheduling strategies; its handle."""
     remote_class: Any = ray.remote(actor_class)
     return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
-
-
-def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
 def beside_the_first(config: ServiceConfig) -> NodeAffinitySchedulingStrategy:
@@ -233,14 +242,22 @@ def actor_names(prefix: str) -> list[str]:
     return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]
 
 
-def _found(config: ServiceConfig) -> list[FoundSet]:
-    shards: dict[tuple[int, int], set[int]] = {}
+def _found(config: ServiceConfig) -> list[ShardSet]:
+    actors: dict[tuple[int, int], dict[str, set[int]]] = {}
     for name in actor_names(f"{config.name}/"):
-        if match := re.fullmatch(r".*/set-(\d+)\.(\d+)/shard-(\d+)", name):
-            shards.setdefault((int(match[1]), int(match[2])), set()).add(int(match[3]))
+        if match := re.fullmatch(r".*/set-(\d+)\.(\d+)/(shard|keeper)-(\d+)", name):
+            kinds = actors.setdefault((int(match[1]), int(match[2])), {"shard": set(), "keeper": set()})
+            kinds[match[3]].add(int(match[4]))
     sets = []
-    for shard_set, indices in sorted(shards.items()):
-        each = dataclasses.replace(config, num_shards=max(indices) + 1, shard_set=shard_set)
-        handles = [find_actor(each.shard_name(index)) for index in sorted(indices)]
-        sets.append(FoundSet(each, [handle for handle in handles if handle is not None], is_whole=0 in indices))
+    for shard_set, kinds in sorted(actors.items()):
+        num_shards = max(kinds["shard"], default=0) + 1
+        each = dataclasses.replace(config, num_shards=num_shards, shard_set=shard_set)
+        shards = _handles([each.shard_name(index) for index in sorted(kinds["shard"])])
+        keepers = _handles([each.keeper_name(index) for index in sorted(kinds["keeper"])])
+        sets.append(ShardSet(each, shards, keepers, is_whole=0 in kinds["shard"]))
     return sets
+
+
+def _handles(names: Sequence[str]) -> list[Any]:
+    """Of those actors that are there; some may have ended just now."""
+    return [actor for actor in map(find_actor, names) if actor is not None]

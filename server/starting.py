@@ -41,7 +41,7 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
         raise cut_short(config.name)
     # Ray warns that removing the places of actors ends these; that is what ending a service does.
     logging.getLogger("ray.actor").addFilter(_is_news)
-    shards = start_set(config)
+    shards = start_set(config).shards
     try:
         options = {**common_options(config), "name": config.coordinator_name, "num_cpus": 0}
         coordinator = start_actor(CoordinatorActor, config, strategy=beside_the_first(config), **options)

@@ -17,7 +17,7 @@ from stepwell.server.coordinator import Coordinator
 from stepwell.server.knowledge import ShardReport
 from stepwell.server.meeting import Meeting
 from stepwell.server.messages import from_wire, pack_holdings, pack_job, values_to_wire
-from stepwell.server.resizing import FoundSet, ShardSets
+from stepwell.server.resizing import ShardSet, ShardSets
 from stepwell.server.shard_actor import ShardActor
 from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.errors import PlacementError, ShardLostError
@@ -101,20 +101,21 @@ class Sets(ShardSets):
     def __init__(self, service: Service) -> None:
         self._service, self._life = service, service.life
 
-    async def found(self) -> list[FoundSet]:
+    async def found(self) -> list[ShardSet]:
         return [
-            FoundSet(config, self._service.handles(actors))
+            ShardSet(config, list(self._service.handles(actors)), [])
             for _, (config, actors) in sorted(self._service.sets.items())
         ]
 
-    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> list[Any]:
+    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
         async def start() -> list[ShardActor]:
             if config.num_shards > self._service.room:
                 self._service.was_refused.set()
                 raise PlacementError(f"no room for {config.num_shards} shards")
             return self._service.make_set(config)
 
-        return self._service.handles(await self._life.call(start, ()))
+        actors = await self._life.call(start, ())
+        return ShardSet(config, list(self._service.handles(actors)), [])
 
     async def end(self, config: ServiceConfig) -> None:
         async def end() -> None:
