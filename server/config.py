@@ -33,6 +33,7 @@ class ServiceConfig:
         placement_timeout_s: How long a launch waits for room in the cluster.
         redundancy: How many keepers hold each shard's copy and log: 0, 1 or 2.
         log_steps: How many steps are kept for a shard that is lost.
+        elastic: Whether ranks may come and go between steps, and a step goes on without one that does not push in time.
         shard_set: Which set of shards these settings are of: its number, and the epoch of the coordinator that started
             it; see *Note: Another set of shards* in docs/design.md.
 
@@ -52,6 +53,7 @@ class ServiceConfig:
     placement_timeout_s: float = 60.0
     redundancy: int = 1
     log_steps: int = 8
+    elastic: bool = False
     shard_set: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from ..sharding.errors import NotRegisteredError, ServiceTimeoutError
+from ..sharding.errors import ServiceTimeoutError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
@@ -115,13 +115,15 @@ class Coordinator:
         With a sharded model it returns when all ranks are in and cover every parameter exactly once. Else it returns as
         soon as rank 0 may send its parameters; other ranks wait with :meth:`wait_for_timeline`.
 
+        A rank that is new in an elastic job is waited for from the next step on.
+
         Raises:
             JobMismatchError: Naming the first difference.
             CoverageError: If the ranks leave a gap, or overlap.
             UnknownRankError: If the rank is not below the world size.
         """
         await self.start()
-        return await self._roster.register(unpack_job(job), rank, Worker(incarnation, holdings))
+        return await self._roster.register(job, rank, Worker(incarnation, holdings))
 
     async def wait_for_timeline(self, after: int, timeout_s: float) -> Registration:
         """Wait until the service is on a later timeline than ``after``: what other ranks do while rank 0 loads."""
@@ -131,16 +133,12 @@ class Coordinator:
             if asyncio.get_running_loop().time() > deadline:
                 raise ServiceTimeoutError(f"rank 0 did not load its state within {timeout_s:g} s")
             await asyncio.sleep(POLL_S)
-        async with self._changing:
-            return await self._roster.registration()
+        return await self._roster.tell()
 
-    async def refresh(self) -> Registration:
-        """Where the service stands now."""
+    async def refresh(self, rank: int, incarnation: str) -> Registration:
+        """Where the service stands now; an elastic job that goes on without this worker waits for it again."""
         await self.start()
-        async with self._changing:
-            if not self._known.is_loaded:
-                raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
-            return await self._roster.registration()
+        return await self._roster.refresh(rank, incarnation)
 
     async def load(self, values: Sequence[Any], header: LoadHeader, request: str) -> Registration:
         """Load a state that rank 0 holds, beginning a new timeline.
@@ -251,10 +249,10 @@ class Coordinator:
             await self._keepers.holdings(),
         )
 
-    async def leave(self, rank: int) -> None:
-        """A worker says goodbye."""
+    async def leave(self, rank: int, incarnation: str) -> None:
+        """A worker says goodbye; from the next step on an elastic job does not wait for it."""
         await self.start()
-        await self._roster.leave(rank)
+        await self._roster.leave(rank, incarnation)
 
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """Wait until all of ``ranks`` have said goodbye; whether they did within ``timeout_s``."""
@@ -303,7 +301,7 @@ class Coordinator:
         await self._shards.all("verify", uri, manifest, what=f"the shards to verify {uri}")
         is_new = spec != self._known.spec or None in await self._shards.statuses_now()
         code = await self._roster.compile(spec) if is_new else b""
-        args = uri, manifest, pack_job(spec), code, self._known.workers
+        args = uri, manifest, pack_job(spec), code, self._known.workers, await self._roster.world()
         rest = self._shards.stop
         await change_state(self._shards, self._known, "prepare_restore", *args, request=request, rest=rest, spec=spec)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -70,15 +71,16 @@ def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> ShardSet:
     Raises:
         PlacementError: If the cluster has no room for them.
     """
+    # Ray warns that removing the places of actors ends these; that is what ending a set does.
+    logging.getLogger("ray.actor").addFilter(_is_news)
     _require_resources(config)
     group = _reserve(config, avoid)
     common = common_options(config)
     needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
     try:
-        keepers, shards = _start_keepers(config), []
+        keepers, shards = _start_keepers(config, group), []
         for index in range(config.num_shards):
-            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            options = {**common, **needs, "name": config.shard_name(index), "strategy": place}
+            options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
             shards.append(start_actor(ShardActor, config, index, **options))
     except ValueError:
         end_set(config.set_name)
@@ -86,21 +88,23 @@ def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> ShardSet:
     return ShardSet(config, shards, keepers)
 
 
-def _start_keepers(config: ServiceConfig) -> list[Any]:
-    """One on each node that has shards, and so many at least as each shard wants."""
-    nodes = list(dict.fromkeys(nodes_of(config)))
-    num_keepers = max(len(nodes), config.redundancy) if config.redundancy else 0
-    return [
-        start_actor(
-            Keeper,
-            name=config.keeper_name(index),
-            num_cpus=0,
-            # Elsewhere if the node is lost: it has no place of its own in the group.
-            strategy=NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True),
-            **common_options(config),
-        )
-        for index in range(num_keepers)
-    ]
+def _start_keepers(config: ServiceConfig, group: PlacementGroup) -> list[Any]:
+    """One on each node that has shards, and so many at least as each shard wants.
+
+    Each has its place beside a shard, with which it goes to another node if its own is lost.
+    """
+    by_bundle = sorted(placement_group_table(group)["bundles_to_node_id"].items(), reverse=True)
+    first_bundles = sorted({node: bundle for bundle, node in by_bundle}.values())
+    num_keepers = max(len(first_bundles), config.redundancy) if config.redundancy else 0
+    keepers, common = [], common_options(config)
+    for index in range(num_keepers):
+        strategy = _place(group, first_bundles[index % len(first_bundles)])
+        keepers.append(start_actor(Keeper, name=config.keeper_name(index), num_cpus=0, strategy=strategy, **common))
+    return keepers
+
+
+def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
 def _start_and_wait(config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
@@ -112,6 +116,10 @@ def _start_and_wait(config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
         end_set(config.set_name)
         raise
     return started
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "restartable detached actor with a placement group" not in record.getMessage()
 
 
 def common_options(config: ServiceConfig) -> dict[str, Any]:

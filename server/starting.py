@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from ..sharding.errors import ServiceExistsError, ServiceNotFoundError, StepwellError
@@ -39,8 +38,6 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
         )
     if exists(config.name):
         raise cut_short(config.name)
-    # Ray warns that removing the places of actors ends these; that is what ending a service does.
-    logging.getLogger("ray.actor").addFilter(_is_news)
     shards = start_set(config).shards
     try:
         options = {**common_options(config), "name": config.coordinator_name, "num_cpus": 0}
@@ -51,10 +48,6 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
         end_service(config.name)
         raise
     return coordinator, shards
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "restartable detached actor with a placement group" not in record.getMessage()
 
 
 def service_names() -> list[str]:

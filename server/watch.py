@@ -64,22 +64,26 @@ class Watch:
         began, name = asyncio.get_running_loop().time(), self._config.name
         await self._keepers.arrange()
         empty, rebuilt = await self._shards.rebuild()
-        has_job, saved = self._what_is_there()
-        if not rebuilt and not has_job:
-            await self._shards.form_group()
-            return
         try:
             if gone := sorted(set(empty) - set(rebuilt)):
                 raise CheckpointRestoreNeededError(f"what shards {gone} held is lost, and no keeper has it")
             await self._shards.resume()
         except CheckpointRestoreNeededError as error:
-            needed = CheckpointRestoreNeededError(f"service {name!r}: {error}. {_advice(saved)}")
-            logger.error("%s", needed)
-            await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
+            await self._give_up(f"service {name!r}: {error}", is_empty=len(gone) == len(self._shards.handles))
             return
         if empty:
             took_s = asyncio.get_running_loop().time() - began
             logger.warning("service %r: shards %s are back after %.1f s", name, empty, took_s)
+
+    async def _give_up(self, why: str, *, is_empty: bool) -> None:
+        """Have all who ask be told that a checkpoint is to be restored; or there never was a job."""
+        has_job, saved = self._what_is_there()
+        needed = CheckpointRestoreNeededError(f"{why}. {_advice(saved)}")
+        if has_job or not is_empty:
+            logger.error("%s", needed)
+        await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
+        if is_empty:
+            await self._shards.form_group()
 
     def _watch(
         self, who: str, lost: Callable[[int], Awaitable[None]], index: int, bring_back: Callable[[], Awaitable[None]]

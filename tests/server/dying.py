@@ -141,9 +141,10 @@ class Service:
         drained: Nodes that are about to go; each set is on one of its own, "node-0" and so on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, elastic: bool = False) -> None:
         self.sets: dict[tuple[int, int], tuple[ServiceConfig, list[ShardActor]]] = {}
-        self.make_set(ServiceConfig("test", num_shards=NUM_SHARDS, kernel="eager", worker_timeout_s=LIMIT_S))
+        options: dict[str, Any] = {"kernel": "eager", "worker_timeout_s": LIMIT_S, "elastic": elastic}
+        self.make_set(ServiceConfig("test", num_shards=NUM_SHARDS, **options))
         self.room = 8
         self.drained, self.was_refused = list[str](), asyncio.Event()
         self.lives: list[Life] = []
@@ -217,6 +218,7 @@ class Service:
             assert report.job == reports[0].job
             assert report.workers == reports[0].workers
             assert report.left == reports[0].left
+            assert report.world == reports[0].world
             assert report.timeline == reports[0].timeline
         return reports
 

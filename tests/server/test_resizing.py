@@ -65,13 +65,13 @@ async def require_resized(service: Service) -> None:
     assert len(service.actors) == service.config.num_shards == AFTER
     config, handles = await service.coordinator.locate()
     assert (config, len(handles)) == (service.config, AFTER)
-    await service.coordinator.leave(1)
+    await service.coordinator.leave(1, "1-a")
     assert all(1 in report.left for report in await service.reports())
 
 
 def test_new_shards_take_over_what_the_others_had() -> None:
     async def test(service: Service) -> None:
-        await service.coordinator.leave(0)
+        await service.coordinator.leave(0, "0-a")
         before = await known_and_state(service)
         await resize(service.coordinator)
         await require_same(service, before)
