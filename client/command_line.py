@@ -20,7 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, plan, commands.up, commands.status, commands.save, commands.down):
+_SERVICE = commands.up, commands.status, commands.save, commands.resize, commands.drain, commands.down
+for command in (demo, plan, *_SERVICE):
     app.command()(command)
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 

@@ -51,6 +51,7 @@ from .messages import (
 )
 from .redundancy import Redundancy, rebuild
 from .shard_saves import ShardSaves
+from .signals import end_at_sigterm
 from .steps import Steps
 from .workers import Worker
 
@@ -70,6 +71,7 @@ class CoordinatedShard:
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
         self._meetings: dict[Generation, Meeting] = {}
         self.fence, self._changes = Fence(shard), Changes(shard)
+        end_at_sigterm()
         # Not so where a test has an actor in its own process.
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self._redundancy = Redundancy(
@@ -82,6 +84,7 @@ class CoordinatedShard:
         self._saves = ShardSaves(shard, config.num_shards)
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
         self._ahead = Ahead()
+        self._is_in_office = False
 
     # The coordinator's death; see Note: Epochs
 
@@ -430,6 +433,7 @@ class CoordinatedShard:
             saves=self._saves.under_way,
             saved=self._saves.saved,
             was_restarted=self._was_restarted,
+            is_in_office=self._is_in_office,
         )
 
     def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:

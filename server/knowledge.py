@@ -35,6 +35,7 @@ class ShardReport:
         saves: The saves that it has a part in, by their names.
         saved: The checkpoint that was completed last, if this shard knows.
         was_restarted: Whether another process was this shard before.
+        is_in_office: Whether its set has taken another one's place, and this process was told so.
     """
 
     job: JobSpec | None
@@ -47,6 +48,7 @@ class ShardReport:
     saves: Mapping[str, SaveUnderWay]
     saved: SavedCheckpoint | None
     was_restarted: bool
+    is_in_office: bool = False
 
     @property
     def timeline(self) -> int:

@@ -16,8 +16,9 @@ from . import cluster
 from .calls import ask
 from .config import Placement, ServiceConfig, default_kernel
 from .knowledge import ServiceStatus
+from .shard_sets import find_actor, find_node
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
-from .starting import actor_names, cut_short, end_actors, exists, find_actor, not_found, service_names, start_actors
+from .starting import cut_short, end_service, exists, not_found, service_names, start_actors
 
 
 class Service:
@@ -150,6 +151,49 @@ class Service:
         step: int = self.ask("restore", uri, uuid.uuid4().hex, what=f"the checkpoint {uri}").step
         return step
 
+    def resize(self, num_shards: int) -> None:
+        """Go on with another number of shards, between two steps: parameters and state are the same to the bit.
+
+        Called by one process, at any time. The new shards start beside the present ones, while steps go on; then all
+        of the state goes over, and the present ones end. Workers see a pause and a line in the log.
+
+        Raises:
+            PlacementError: If the cluster has no room for the new shards beside the present ones. Nothing has changed.
+            ServiceError: If the new shards could not take over, or the service has no name. Nothing has changed.
+            NotRegisteredError: If the job has no parameters yet. Nothing has changed.
+            ValueError: If ``num_shards`` is less than 1.
+        """
+        dataclasses.replace(self.config, num_shards=num_shards)  # checks it
+        what = f"{num_shards} new shards to take over"
+        self.ask("resize", num_shards, (), uuid.uuid4().hex, what=what)
+        self.find_shards()
+
+    def drain(self, node: str) -> bool:
+        """Move the shards of a node to others, between two steps, as for :meth:`resize`; the node may go then.
+
+        Nodes that Ray is told to drain (``ray drain-node``, an autoscaler's or a cloud's notice) are left without being
+        asked for. Called by one process, at any time.
+
+        Args:
+            node: The node's id in Ray, the beginning of that, its address or its host's name.
+
+        Returns:
+            Whether there were any shards on it.
+
+        Raises:
+            PlacementError: If there is no such node, or no room on others. Nothing has changed.
+            ServiceError, NotRegisteredError: As for :meth:`resize`.
+        """
+        node_id = find_node(node)
+        moved: bool = self.ask("drain", node_id, uuid.uuid4().hex, what=f"shards to move away from node {node}")
+        self.find_shards()
+        return moved
+
+    def find_shards(self) -> list[Any]:
+        """Handles of the shards that the service has now, which are :attr:`shards` then."""
+        self.config, self.shards = self.ask("locate", what="its shards")
+        return self.shards
+
     def checkpoints(self, uri: str) -> list[Checkpoint]:
         """The complete checkpoints in a run's folder, the one that was written last at the end.
 
@@ -169,8 +213,7 @@ class Service:
             return
         if self._pending is not None:
             self._pending.finish()
-        keepers = map(find_actor, actor_names(f"{self.name}/keeper-"))
-        end_actors([actor for actor in (self.coordinator, *keepers, *self.shards) if actor is not None], self.name)
+        end_service(self.name)
         if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
@@ -285,8 +328,7 @@ def end(name: str, *, address: str | None = None) -> None:
     cluster.attach(address)
     if not exists(name):
         raise not_found(name)
-    found = map(find_actor, actor_names(f"{name}/"))
-    end_actors([actor for actor in found if actor is not None], name)
+    end_service(name)
 
 
 def _restore_or_end(service: Service, uri: str) -> None:

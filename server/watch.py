@@ -50,7 +50,7 @@ class Watch:
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
         if self._config.redundancy:
-            shards, keepers = range(self._config.num_shards), range(len(self._keepers))
+            shards, keepers = range(len(self._shards.handles)), range(len(self._keepers))
             self._tasks = [
                 *(self._watch(f"shard {index}", self._shards.lost, index, self.bring_back) for index in shards),
                 *(
@@ -58,6 +58,11 @@ class Watch:
                     for index in keepers
                 ),
             ]
+
+    def end(self) -> None:
+        """Watch no more: the shards are to end."""
+        for task in self._tasks:
+            task.cancel()
 
     async def bring_back(self) -> None:
         """Have shards that were started again become what they were, and go on with the step that was under way."""

@@ -275,6 +275,21 @@ class OwnedState:
         for rank, member in workers.items():
             self.admit(rank, member.incarnation, member.holdings)
 
+    def succeed(self, status: ShardStatus, replicated: Replicated) -> None:
+        """Stand where the shards of another cut stood between two steps, whose slots are in the buffers already.
+
+        Args:
+            status: Where they stood.
+            replicated: What they had in common.
+        """
+        self.step_count = torch.tensor(status.step_counts, dtype=torch.float64)
+        self.scalars = status.scalars
+        self.history = copy.copy(replicated.history)
+        self.history.last_sums = ()  # of another group, whose votes were of another length
+        self.buffers.key_state.values, self.world = replicated.key_state, replicated.world
+        self._inbox = Inbox()
+        self._lost = None
+
     def set_workers(self, world_size: int, gradients: Gradients) -> None:
         """Change what the workers are, between two jobs' workers; those admitted so far are forgotten."""
         self.spec = dataclasses.replace(self.spec, world_size=world_size, gradients=gradients)
