@@ -370,7 +370,7 @@ class Steps:
     def _start_if_complete(self) -> None:
         shard = self.shard
         if shard is not None and self._is_free(shard):
-            is_complete = shard.is_waiting and not shard.missing_ranks
+            is_complete = shard.is_waiting and shard.is_complete
             if is_complete or self._attended == (self.generation, self._num_votes + 1):
                 self._start(shard)
 
