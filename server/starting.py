@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoundError, StepwellError
 from .calls import ask
@@ -18,6 +18,8 @@ from .keeper import Keeper
 from .shard_actor import ShardActor
 
 ACTOR_START_TIMEOUT_S = 120.0
+
+Strategy = PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy
 
 untyped_ray: Any = ray  # some of its functions have no types
 
@@ -46,21 +48,20 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
     common: dict[str, Any] = {
         "namespace": NAMESPACE, "lifetime": lifetime, "max_restarts": -1, "max_task_retries": 0
     }  # fmt: skip
-    actors, keeper = list[Any](), None
+    actors = list[Any]()
     # Ray warns that removing the group ends its actors; that is what shutdown does.
     logging.getLogger("ray.actor").addFilter(_is_news)
     try:
-        beside_the_first: dict[str, Any] = {**common, "num_cpus": 0, "strategy": _place(group, 0)}
-        if config.redundancy:
-            keeper = _start_actor(Keeper, name=config.keeper_name, **beside_the_first)
-            actors.append(keeper)
+        keepers = _start_keepers(config, group, common)
+        actors += keepers
         needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
         shards = []
         for index in range(config.num_shards):
             options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
-            shards.append(_start_actor(ShardActor, config, index, keeper, **options))
+            shards.append(_start_actor(ShardActor, config, index, **options))
         actors += shards
-        coordinator = _start_actor(CoordinatorActor, config, name=config.coordinator_name, **beside_the_first)
+        options = {**common, "num_cpus": 0, "name": config.coordinator_name, "strategy": _place(group, 0)}
+        coordinator = _start_actor(CoordinatorActor, config, len(keepers), **options)
         actors.append(coordinator)
         what = f"service {config.name!r} to start"
         ask(coordinator, "start", timeout_s=ACTOR_START_TIMEOUT_S, what=what)
@@ -70,11 +71,28 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
     return coordinator, shards
 
 
+def _start_keepers(config: ServiceConfig, group: PlacementGroup, options: dict[str, Any]) -> list[Any]:
+    """One on each node that has shards, and so many at least as each shard wants."""
+    nodes = list(dict.fromkeys(placement_group_table(group)["bundles_to_node_id"].values()))
+    num_keepers = max(len(nodes), config.redundancy) if config.redundancy else 0
+    return [
+        _start_actor(
+            Keeper,
+            name=config.keeper_name(index),
+            num_cpus=0,
+            # Elsewhere if the node is lost: it has no place of its own in the group.
+            strategy=NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True),
+            **options,
+        )
+        for index in range(num_keepers)
+    ]
+
+
 def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
-def _start_actor(actor_class: type, *args: Any, strategy: PlacementGroupSchedulingStrategy, **options: Any) -> Any:
+def _start_actor(actor_class: type, *args: Any, strategy: Strategy, **options: Any) -> Any:
     remote_class: Any = ray.remote(actor_class)
     return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
 
