@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ray
 
-from ..sharding.errors import NotRegisteredError, ServiceTimeoutError
+from ..sharding.errors import NotRegisteredError, ServiceTimeoutError, ShardLostError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
@@ -29,8 +30,10 @@ from .saves import Saves
 from .shards import POLL_S, Shards
 from .takeover import finish_changes
 from .two_phase import change_state
-from .watch import Watch
+from .watch import RETRY_S, Watch
 from .workers import Worker
+
+logger = logging.getLogger("stepwell")
 
 
 def end_process() -> None:
@@ -81,6 +84,17 @@ class Coordinator:
         if task is None or (task.done() and task.exception() is not None):
             self._taking_over = task = asyncio.create_task(self._take_over())
         await asyncio.shield(task)
+
+    async def persist(self) -> None:
+        """Take the shards over, again if one is lost meanwhile; called by the actor itself, as nobody else may call."""
+        while True:
+            try:
+                await self.start()
+            except (ShardLostError, ServiceTimeoutError) as error:
+                logger.warning("service %r: its shards are not taken over: %s", self._config.name, error)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
 
     async def describe(self) -> tuple[ServiceConfig, list[Any]]:
         """The settings and the shards' handles."""
@@ -281,7 +295,7 @@ class CoordinatorActor(Coordinator):
         keepers = _actors(map(config.keeper_name, range(num_keepers)))
         context = ray.get_runtime_context()
         super().__init__(config, shards, keepers=keepers, is_first=not context.was_current_actor_reconstructed)
-        context.current_actor.start.remote()
+        context.current_actor.persist.remote()
 
 
 def _actors(names: Iterable[str]) -> list[Any]:
