@@ -105,6 +105,22 @@ def state_folder() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "stepwell"
 
 
+def token_file() -> Path:
+    """The token of the Ray that the command line starts."""
+    return state_folder() / "ray-token"
+
+
+def has_ray_auth_mode() -> bool:
+    """Whether ``$RAY_AUTH_MODE`` says if Ray asks for a token."""
+    return bool(os.environ.get("RAY_AUTH_MODE"))
+
+
+def use_token(path: Path) -> None:
+    """Have Ray, and the processes that this one starts, ask for the token in a file and show it."""
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # goes before a file
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path))
+
+
 def set_ray_defaults() -> None:
     """Settle what Ray would otherwise decide by itself: no token file in the home folder, no usage reports.
 
