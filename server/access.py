@@ -6,12 +6,15 @@ import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
-from ray._raylet import AuthenticationTokenLoader, Config
+import ray._raylet
 
 from ..sharding.errors import ServiceError
 
 TOKEN_BYTES = 32
+
+untyped_raylet: Any = ray._raylet
 
 
 def own_token(path: Path) -> Path:
@@ -40,5 +43,5 @@ def own_token(path: Path) -> Path:
 
 def settle() -> None:
     """Have Ray read its mode and token from the environment again: it does so when it is imported, and not after."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    untyped_raylet.Config.initialize("")
+    untyped_raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -49,7 +49,7 @@ def attach(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     own = _read_state()
-    wanted = address or ray_address() or (own and own["address"])
+    wanted = address or ray_address() or (None if own is None else str(own["address"]))
     if wanted is None:
         raise ServiceNotFoundError(
             "there is no Ray cluster here: set RAY_ADDRESS, call ray.init() first, "
