@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +16,7 @@ from ..sharding.coverage import Gradients, Holdings
 from ..sharding.errors import NonFiniteGradientError
 from ..sharding.job import JobSpec
 from ..sharding.vote import Decision
-from .copies import revive, take_snapshot
+from .attached import AttachedOptimizer
 from .groups import (
     WeightDecayMask,
     apply_mask,
@@ -53,21 +51,7 @@ if TYPE_CHECKING:
     from ..server.service import Service
 
 
-_COPIED = (
-    "rule",
-    "gradients",
-    "max_grad_norm",
-    "max_grad_value",
-    "_on_nonfinite",
-    "_gathering",
-    "_world_size",
-    "_reference_uri",
-    "_detached_from",
-)
-"""What copies carry beside torch's own attributes."""
-
-
-class ServiceOptimizer(torch.optim.Optimizer):
+class ServiceOptimizer(AttachedOptimizer):
     """A ``torch.optim.Optimizer`` whose state and master parameters live in a Stepwell service.
 
     Every rank makes one, with the same model, and calls ``step()`` at the same times. Rank 0's initial parameters go to
@@ -120,10 +104,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         JobMismatchError: If the service runs another job.
     """
 
-    _worker: Worker | None = None
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to call ``step()`` whatever the gradients, with the scale as an attribute."""
-    _detached_from: str | None = None
     _mask: WeightDecayMask | None = None
 
     def __init__(
@@ -164,9 +146,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         transport = resolve_service(
             service, rank=rank, world_size=self._world_size, num_shards=num_shards, kernel=kernel, device=device
         )
-        self._worker = Worker(transport, spec, params, rank, holdings, options=self._gathering)
+        self._attach(Worker(transport, spec, params, rank, holdings, options=self._gathering))
         self._show_service()
-        atexit.register(_close_at_exit, weakref.ref(self))
 
     @property
     def service(self) -> ServiceHandle:
@@ -253,12 +234,6 @@ class ServiceOptimizer(torch.optim.Optimizer):
         Changes in place (``copy_``, ``load_state_dict``, ``clamp_``) are noticed without this.
         """
         self._registered.mark_changed()
-
-    def close(self) -> None:
-        """Part from the service. An in-process or embedded service ends with it, once the other ranks have parted."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch's form, keyed by parameter index, as the reference optimizer would give it.
@@ -369,55 +344,3 @@ class ServiceOptimizer(torch.optim.Optimizer):
             raise NonFiniteGradientError(message)
         # A scaler tries scales that are too large on purpose.
         logger.log(logging.INFO if is_scaled else logging.WARNING, message)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle carries: of an in-process optimizer all; of any other all but its place in the job.
-
-        Hooks stay behind, as torch's do.
-        """
-        state: dict[str, Any] = super().__getstate__()
-        state.update({name: getattr(self, name) for name in _COPIED})
-        if self._worker is None:
-            return state
-        worker = self._settled()
-        state["_mask"] = [spec.decays for spec in worker.spec.params]  # a callable may have no pickle
-        service = worker.transport.service
-        if isinstance(service, InProcessService):
-            return {**state, "snapshot": take_snapshot(worker, service)}
-        return {**state, "_detached_from": service.name}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, or what was pickled: an optimizer of its own if the original was in-process, else detached."""
-        state = dict(state)
-        snapshot = state.pop("snapshot", None)
-        defaults = dict(state["defaults"])
-        super().__setstate__(state)
-        self.defaults = defaults  # torch adds a key of its own
-        if snapshot is not None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            self._worker = revive(snapshot, params, self._gathering)
-            atexit.register(_close_at_exit, weakref.ref(self))
-
-    @property
-    def _registered(self) -> Worker:
-        if self._worker is not None:
-            return self._worker
-        if self._detached_from is not None:
-            raise RuntimeError(
-                f"this is a copy of an optimizer of service {self._detached_from!r}, and has no place in its job: use "
-                "the original, or make an optimizer with the constructor and give it the original's state_dict()"
-            )
-        raise RuntimeError("this optimizer is closed; make one with the constructor")
-
-    def _settled(self) -> Worker:
-        """The worker, once it is known what became of its last step."""
-        worker = self._registered
-        if worker.settle():
-            show_scalars(self.param_groups, worker.scalars)
-        return worker
-
-
-def _close_at_exit(reference: weakref.ref[ServiceOptimizer]) -> None:
-    optimizer = reference()
-    if optimizer is not None:
-        optimizer.close()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
-from ..sharding.errors import ServiceTimeoutError, ShardLostError, StepwellError
+from ..sharding.errors import CheckpointRestoreNeededError, ServiceTimeoutError, ShardLostError, StepwellError
 
 logger = logging.getLogger("stepwell")
+
+T = TypeVar("T")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0
 
@@ -25,24 +28,22 @@ class Patience:
         self._limit_s, self._what = limit_s, what
         self._began, self._pause_s, self._num_tries = time.monotonic(), FIRST_PAUSE_S, 0
 
-    def go_on_with(self, action: Callable[[], object]) -> None:
+    def go_on_with(self, action: Callable[[], T]) -> T:
         """Do something, again as long as a shard is lost."""
         while True:
             try:
-                action()
+                return action()
             except ShardLostError as error:
                 self.wait(error)
-            else:
-                return
 
     def wait(self, error: StepwellError) -> None:
         """Wait before another try, after one that ended with ``error``.
 
         Raises:
-            StepwellError: ``error`` itself, if there is nothing to wait for.
+            StepwellError: ``error`` itself, if nothing mends it.
             ServiceTimeoutError: If it has been long enough.
         """
-        if self._limit_s == 0:
+        if self._limit_s == 0 or isinstance(error, CheckpointRestoreNeededError):
             raise error
         self._num_tries += 1
         waited_s = time.monotonic() - self._began

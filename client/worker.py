@@ -75,7 +75,7 @@ class Worker:
         self._is_open, self._is_taking = False, False
         common_device(params)
         self._replica_group = replica_group(spec, rank)
-        registration = transport.register(spec, rank, self._incarnation, holdings)
+        registration = self._register(spec)
         self._attach(unpack_job(registration.spec))
         self._adopt(registration)
         if registration.needs_parameters:
@@ -83,6 +83,15 @@ class Worker:
         elif registration.step:
             logger.info("rank %d joined service %r at step %d", rank, transport.service.name, registration.step)
         self.take_parameters()
+
+    def _register(self, spec: JobSpec) -> Registration:
+        """Register, with shards that are lost once they are back."""
+        patience = Patience(self.transport.recovery_timeout_s, f"rank {self.rank}, registration")
+        registration = patience.go_on_with(
+            lambda: self.transport.register(spec, self.rank, self._incarnation, self._holdings)
+        )
+        patience.done()
+        return registration
 
     def extend(self, spec: JobSpec, params: Sequence[Tensor], holdings: Holdings | None) -> None:
         """Take more parameters into the job; called on every rank.
@@ -132,6 +141,7 @@ class Worker:
             group=self._replica_group,
             options=self._options,
             allocate=self.transport.allocate,
+            open_stream=self.transport.stream,
         )
 
     def step(
@@ -260,8 +270,10 @@ class Worker:
         self.take_parameters()
 
     def take_parameters(self) -> None:
-        """Take over the service's parameters."""
-        self.transport.read_parameters(self._buffers.held)
+        """Take over the service's parameters, from a lost shard once it is back."""
+        patience = Patience(self.transport.recovery_timeout_s, f"rank {self.rank}, parameters")
+        patience.go_on_with(lambda: self.transport.read_parameters(self._buffers.held))
+        patience.done()
         self._buffers.write_parameters()
 
     def restore(self, uri: str, digest: str) -> None:

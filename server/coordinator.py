@@ -9,15 +9,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
-from ..sharding.compiling import Kernel
-from ..sharding.coverage import require_exact_cover
-from ..sharding.errors import NotRegisteredError, ServiceTimeoutError, ShardLostError, UnknownRankError
+from ..sharding.errors import NotRegisteredError, ServiceTimeoutError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
@@ -26,12 +23,13 @@ from .collective import NO_GENERATION, Generation
 from .config import NAMESPACE, ServiceConfig
 from .knowledge import Knowledge
 from .messages import LoadHeader, Registration, pack_job, unpack_job
-from .rendezvous import Rendezvous
+from .roster import Roster
 from .saves import Saves
 from .shards import POLL_S, Shards
 from .takeover import finish_changes
+from .two_phase import change_state
 from .watch import Watch
-from .workers import Asked, Worker
+from .workers import Worker
 
 
 def end_process() -> None:
@@ -59,15 +57,15 @@ class Coordinator:
     ) -> None:
         self._config, self._is_first = config, is_first
         self._shards = Shards(config, shards, resign=resign)
-        self._known = Knowledge()
-        self._kernel: Kernel = "eager"
-        self._covering = Rendezvous(self._admit_first, what="all ranks to register")
-        self._starting = Rendezvous(self._load_parts, what="all ranks to hand in their parameters")
-        self._extending = Rendezvous(self._extend, what="all ranks to add a parameter group")
         self._changing = asyncio.Lock()
-        self._saves = Saves(self._shards, self._changing, self._require_spec)
+        self._roster = Roster(config, self._shards, self._changing, self.load)
+        self._saves = Saves(self._shards, self._changing, self._roster.require_spec)
         self._taking_over: asyncio.Task[None] | None = None
         self._watch = Watch(config, self._shards, self._changing, lambda: self._known.spec is not None)
+
+    @property
+    def _known(self) -> Knowledge:
+        return self._roster.known
 
     async def start(self) -> None:
         """Take the shards over, if that was not done yet: all else waits for it.
@@ -96,16 +94,7 @@ class Coordinator:
             UnknownRankError: If the rank is not below the world size.
         """
         await self.start()
-        spec, worker = self._as_served(unpack_job(job)), Worker(incarnation, holdings)
-        if not 0 <= rank < spec.world_size:
-            raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
-        async with self._changing:
-            await self._adopt(spec, rank)
-            self._extending.forget(rank)
-            if spec.gradients != "sharded" or self._known.workers.keys() >= set(range(spec.world_size)) - {rank}:
-                return await self._admit({rank: worker})
-        timeout_s = self._config.worker_timeout_s
-        return await self._covering.arrive(rank, worker, world_size=spec.world_size, timeout_s=timeout_s)
+        return await self._roster.register(unpack_job(job), rank, Worker(incarnation, holdings))
 
     async def wait_for_timeline(self, after: int, timeout_s: float) -> Registration:
         """Wait until the service is on a later timeline than ``after``: what other ranks do while rank 0 loads."""
@@ -116,7 +105,7 @@ class Coordinator:
                 raise ServiceTimeoutError(f"rank 0 did not load its state within {timeout_s:g} s")
             await asyncio.sleep(POLL_S)
         async with self._changing:
-            return await self._registration()
+            return await self._roster.registration()
 
     async def refresh(self) -> Registration:
         """Where the service stands now."""
@@ -124,7 +113,7 @@ class Coordinator:
         async with self._changing:
             if not self._known.is_loaded:
                 raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
-            return await self._registration()
+            return await self._roster.registration()
 
     async def load(self, values: Sequence[Any], header: LoadHeader, request: str) -> Registration:
         """Load a state that rank 0 holds, beginning a new timeline.
@@ -139,11 +128,14 @@ class Coordinator:
         """
         await self.start()
         if self._known.is_loaded:
-            await self._await_ranks()
+            await self._roster.await_ranks()
         async with self._changing:
             if request not in self._known.requests:
-                await self._change("prepare_load", header, *values, request=request, rest=self._shards.stop)
-            return await self._registration()
+                rest = self._shards.stop
+                await change_state(
+                    self._shards, self._known, "prepare_load", header, *values, request=request, rest=rest
+                )
+            return await self._roster.registration()
 
     async def hand_in(self, rank: int, values: Sequence[Any]) -> Registration:
         """Load the first parameters of a sharded model, of which each rank hands in its part.
@@ -151,11 +143,7 @@ class Coordinator:
         A process that took a rank's place after all had handed in gets what was loaded.
         """
         await self.start()
-        async with self._changing:
-            if self._known.is_loaded:
-                return await self._registration()
-        spec, timeout_s = self._require_spec(), self._config.worker_timeout_s
-        return await self._starting.arrive(rank, values, world_size=spec.world_size, timeout_s=timeout_s)
+        return await self._roster.hand_in(rank, values)
 
     async def extend(self, job: bytes, rank: int, holdings: bytes, values: Sequence[Any]) -> Registration:
         """Add parameters to the job, once every rank has asked for it; begins a new timeline.
@@ -172,14 +160,7 @@ class Coordinator:
             JobMismatchError: If it does not begin with the present job, or the ranks differ.
         """
         await self.start()
-        spec = unpack_job(job)
-        async with self._changing:
-            ours = self._require_spec()
-            if (len(spec.params), spec.num_groups) == (len(ours.params), ours.num_groups):
-                ours.require_same(spec, whose=f"rank {rank}")
-                return await self._registration()
-        asked, world_size, timeout_s = Asked(spec, holdings, values), ours.world_size, self._config.worker_timeout_s
-        return await self._extending.arrive(rank, asked, world_size=world_size, timeout_s=timeout_s)
+        return await self._roster.extend(unpack_job(job), rank, holdings, values)
 
     async def restore(self, uri: str, request: str) -> Registration:
         """Load a checkpoint, beginning a new timeline; without a job yet, the checkpoint's own.
@@ -196,7 +177,7 @@ class Coordinator:
                 manifest = await asyncio.to_thread(read_complete, uri)
                 await self._restore(self._spec_of(manifest, uri), uri, manifest.pack(), request)
                 tell_of_other_kernels(manifest, (await self._shards.statuses())[0].kernel_identity, uri)
-            return await self._registration()
+            return await self._roster.registration()
 
     async def begin_save(self, save_id: str, uri: str, keep_last: int | None = None) -> tuple[bool, str, int]:
         """Keep the state as it is between two steps, and begin to write it while steps go on.
@@ -230,20 +211,12 @@ class Coordinator:
     async def leave(self, rank: int) -> None:
         """A worker says goodbye."""
         await self.start()
-        async with self._changing:
-            self._known.left.add(rank)
-            if rank in self._known.workers:
-                await self._shards.in_turn("leave", rank, what="the shards to note that a worker left")
+        await self._roster.leave(rank)
 
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """Wait until all of ``ranks`` have said goodbye; whether they did within ``timeout_s``."""
         await self.start()
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while not self._known.left.issuperset(ranks):
-            if asyncio.get_running_loop().time() > deadline:
-                return False
-            await asyncio.sleep(POLL_S)
-        return True
+        return await self._roster.wait_until_left(ranks, timeout_s)
 
     async def _take_over(self) -> None:
         """Learn from the shards where the service stands, and bring to an end what another coordinator began."""
@@ -254,12 +227,7 @@ class Coordinator:
                 await self._watch.bring_back()
                 reports = await shards.all("report", what="the shards to tell what they know")
             reports = await finish_changes(shards, reports)
-            self._known = Knowledge.of(reports, is_first=self._is_first)
-            if self._known.spec is None:
-                kernels = await shards.all("kernel", what="the shards to look for a compiler")
-                self._kernel = "eager" if "eager" in kernels else "compiled"
-            else:
-                self._kernel = self._known.spec.kernel
+            await self._roster.take_over(Knowledge.of(reports, is_first=self._is_first))
             if shards.generation == NO_GENERATION:
                 await shards.form_group()
             await self._saves.take_over(reports)
@@ -267,135 +235,13 @@ class Coordinator:
             await shards.release()
         self._watch.begin()
 
-    # The job and its workers
-
-    async def _await_ranks(self) -> None:
-        """Wait until all ranks are here: each of them loads, and one that came after would wait for another load."""
-        deadline = asyncio.get_running_loop().time() + self._config.worker_timeout_s
-        while missing := set(range(self._require_spec().world_size)) - (self._known.workers.keys() - self._known.left):
-            if asyncio.get_running_loop().time() > deadline:
-                raise ServiceTimeoutError(
-                    f"rank {min(missing)} did not register within {self._config.worker_timeout_s:g} s; "
-                    "every rank makes its optimizer and loads the state dict"
-                )
-            await asyncio.sleep(POLL_S)
-
-    async def _adopt(self, spec: JobSpec, rank: int) -> None:
-        known = self._known
-        if known.spec is None:
-            if known.is_lost:
-                raise ShardLostError(
-                    f"all processes of service {self._config.name!r} were started again, and its state, if it had any, "
-                    "is gone. Restore its last checkpoint with service.restore(URI); or end it and launch it anew"
-                )
-            job, code = pack_job(spec), await self._compile(spec)
-            await self._shards.all("register", job, code, what="the shards to allocate their buffers")
-            known.spec = spec
-            return
-        if known.left.issuperset(known.workers) and self._covering.is_empty:
-            # The workers before these have all left; what they held says nothing of these.
-            known.workers, known.left = {}, set()
-            wanted = dataclasses.replace(known.spec, world_size=spec.world_size, gradients=spec.gradients)
-            if wanted != known.spec:
-                what = "the shards to take the workers"
-                await self._shards.in_turn("set_workers", spec.world_size, spec.gradients, what=what)
-                known.spec = wanted
-        known.spec.require_same(spec, whose=f"rank {rank}")
-
-    async def _admit(self, workers: Mapping[int, Worker]) -> Registration:
-        """Admit workers, of a sharded model if they and those that are here make it up."""
-        known, ranks = self._known, ", ".join(map(str, sorted(workers)))
-        _require_cover(self._require_spec(), {**known.workers, **workers})
-        await self._shards.in_turn("admit", workers, what=f"the shards to admit rank {ranks}")
-        known.workers.update(workers)
-        known.left.difference_update(workers)
-        return await self._registration()
-
-    async def _admit_first(self, workers: Mapping[int, Worker]) -> Registration:
-        async with self._changing:
-            return await self._admit(workers)
-
-    def _as_served(self, spec: JobSpec) -> JobSpec:
-        """A job with what the service decides about it."""
-        return dataclasses.replace(spec, chunk_numel=self._config.chunk_numel, kernel=self._kernel)
-
-    async def _compile(self, spec: JobSpec) -> bytes:
-        """A job's compiled kernels; empty if they are not compiled."""
-        if spec.kernel != "compiled":
-            return b""
-        # By one shard: those beside it would do the same at the same time, and a new one finds the code here.
-        code: bytes = await self._shards.first("compile", pack_job(spec), what="shard 0 to compile the kernels")
-        return code
-
-    async def _registration(self) -> Registration:
-        spec, status = self._require_spec(), (await self._shards.statuses())[0]
-        return Registration(
-            spec=pack_job(spec),
-            timeline=status.timeline,
-            sequence=status.sequence,
-            step=status.step,
-            skipped_steps=status.skipped_steps,
-            scalars=status.scalars,
-            needs_parameters=not self._known.is_loaded,
-        )
-
-    def _require_spec(self) -> JobSpec:
-        if self._known.spec is None:
-            raise NotRegisteredError(f"service {self._config.name!r} has no job yet; start a training script first")
-        return self._known.spec
-
-    # Its state
-
-    async def _change(
-        self, prepare: str, *args: Any, request: str, rest: Callable[[], Awaitable[object]], spec: JobSpec | None = None
-    ) -> None:
-        """Change the state on all shards, or on none: see *Note: Changes that are all or nothing*.
-
-        Args:
-            prepare: The shards' method that prepares it.
-            args: What that takes behind timeline and request.
-            request: Names what was asked for.
-            rest: Brings the shards to rest; they stay held.
-            spec: The job afterwards, if it changes too.
-        """
-        known, timeline = self._known, self._known.timeline + 1
-        try:
-            await self._shards.all(prepare, timeline, request, *args, what="the shards to prepare a new state")
-            await rest()
-            known.timeline = timeline
-            await self._shards.all("adopt", timeline, what="the shards to take the new state")
-            known.spec = spec or known.spec
-        finally:
-            await self._shards.release()
-        known.is_loaded = True
-        known.requests.append(request)
-
-    async def _load_parts(self, parts: Mapping[int, Sequence[Any]]) -> Registration:
-        return await self.load([value for rank in sorted(parts) for value in parts[rank]], LoadHeader(), _new_request())
-
-    async def _extend(self, asked: Mapping[int, Asked]) -> Registration:
-        async with self._changing:
-            first, known = asked[0].spec, self._known
-            for rank in sorted(asked):
-                first.require_same(asked[rank].spec, whose=f"rank {rank}")
-            spec = self._require_spec().extended(first)
-            workers = {
-                rank: dataclasses.replace(each, holdings=asked[rank].holdings) for rank, each in known.workers.items()
-            }
-            _require_cover(spec, workers)
-            values = [value for rank in sorted(asked) for value in asked[rank].values]
-            args, request = (pack_job(spec), workers, *values), _new_request()
-            await self._change("prepare_extension", *args, request=request, rest=self._shards.settle, spec=spec)
-            known.workers = workers
-            return await self._registration()
-
     def _spec_of(self, manifest: Manifest, uri: str) -> JobSpec:
         """The job with which a checkpoint is restored, laid out as the checkpoint's was.
 
         What was registered together fixes the order of sums.
         """
         if self._known.spec is None:
-            return self._as_served(manifest.spec)
+            return self._roster.as_served(manifest.spec)
         check_restorable(manifest, self._known.spec, uri)
         return dataclasses.replace(self._known.spec, batches=manifest.spec.batches)
 
@@ -403,9 +249,10 @@ class Coordinator:
         await self._shards.await_restarts()
         await self._shards.all("verify", uri, manifest, what=f"the shards to verify {uri}")
         is_new = spec != self._known.spec or None in await self._shards.statuses_now()
-        code = await self._compile(spec) if is_new else b""
+        code = await self._roster.compile(spec) if is_new else b""
         args = uri, manifest, pack_job(spec), code, self._known.workers
-        await self._change("prepare_restore", *args, request=request, rest=self._shards.stop, spec=spec)
+        rest = self._shards.stop
+        await change_state(self._shards, self._known, "prepare_restore", *args, request=request, rest=rest, spec=spec)
 
 
 class CoordinatorActor(Coordinator):
@@ -418,13 +265,3 @@ class CoordinatorActor(Coordinator):
         context = ray.get_runtime_context()
         super().__init__(config, shards, is_first=not context.was_current_actor_reconstructed)
         context.current_actor.start.remote()
-
-
-def _new_request() -> str:
-    return uuid.uuid4().hex
-
-
-def _require_cover(spec: JobSpec, workers: Mapping[int, Worker]) -> None:
-    """See that the workers of a sharded model push every element exactly once; of any other there is nothing to see."""
-    if spec.gradients == "sharded":
-        require_exact_cover(spec.params, {rank: worker.held(spec) for rank, worker in workers.items()})

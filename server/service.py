@@ -1,31 +1,21 @@
-"""Starting a service, finding one, and what one does with it."""
+"""A service: launching one, finding one, and what one does with it."""
 
 from __future__ import annotations
 
-import logging
 import uuid
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..sharding.compiling import KernelChoice
-from ..sharding.errors import PlacementError, ServiceExistsError, ServiceNotFoundError, StepwellError
+from ..sharding.errors import StepwellError
 from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
 from . import cluster
 from .calls import ask
-from .config import NAMESPACE, Placement, ServiceConfig, default_kernel
-from .coordinator import CoordinatorActor
-from .keeper import Keeper
-from .shard_actor import ShardActor
+from .config import Placement, ServiceConfig, default_kernel
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
-
-ACTOR_START_TIMEOUT_S = 120.0
-
-untyped_ray: Any = ray  # some of its functions have no types
+from .starting import actor_names, cut_short, end_actors, exists, find_actor, not_found, service_names, start_actors
 
 
 class Service:
@@ -167,8 +157,8 @@ class Service:
             return
         if self._pending is not None:
             self._pending.finish()
-        keeper = _find_actor(self.config.keeper_name)
-        _end([actor for actor in (self.coordinator, keeper, *self.shards) if actor is not None], self.name)
+        keeper = find_actor(self.config.keeper_name)
+        end_actors([actor for actor in (self.coordinator, keeper, *self.shards) if actor is not None], self.name)
         if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
@@ -235,7 +225,7 @@ def launch(
     else:
         cluster.attach()
     try:
-        service = _start(config, owns_ray)
+        service = Service(config, *start_actors(config), owns_ray=owns_ray)
         if restore is not None:
             _restore_or_end(service, restore)
     except StepwellError:
@@ -257,9 +247,9 @@ def connect(name: str, *, address: str | None = None) -> Service:
         ServiceNotFoundError: If there is no such service, or no cluster.
     """
     cluster.attach(address)
-    coordinator = _find_actor(f"{name}/coordinator")
+    coordinator = find_actor(f"{name}/coordinator")
     if coordinator is None:
-        raise _cut_short(name) if _exists(name) else _not_found(name)
+        raise cut_short(name) if exists(name) else not_found(name)
     config, shards = ask(coordinator, "describe", timeout_s=FORMING_TIMEOUT_S, what=f"service {name!r}")
     return Service(config, coordinator, shards)
 
@@ -275,68 +265,10 @@ def end(name: str, *, address: str | None = None) -> None:
         ServiceNotFoundError: If there is no such service, or no cluster.
     """
     cluster.attach(address)
-    if not _exists(name):
-        raise _not_found(name)
-    found = map(_find_actor, _actor_names(f"{name}/"))
-    _end([actor for actor in found if actor is not None], name)
-
-
-def service_names() -> list[str]:
-    """Names of the services in the cluster that this process is in."""
-    names = _actor_names("")
-    return sorted(name.removesuffix("/coordinator") for name in names if name.endswith("/coordinator"))
-
-
-def _start(config: ServiceConfig, owns_ray: bool) -> Service:
-    if _find_actor(config.coordinator_name) is not None:
-        raise ServiceExistsError(
-            f"there is a service {config.name!r} already; connect to it with stepwell.connect({config.name!r}), "
-            f"or end it with `stepwell down {config.name}`"
-        )
-    if _exists(config.name):
-        raise _cut_short(config.name)
-    _require_resources(config)
-    group = _reserve(config)
-    lifetime = "detached" if config.detached else None
-    # What a process that died was at is not for Ray to repeat: who asked for it asks again.
-    common: dict[str, Any] = {
-        "namespace": NAMESPACE, "lifetime": lifetime, "max_restarts": -1, "max_task_retries": 0
-    }  # fmt: skip
-    actors, keeper = list[Any](), None
-    # Ray warns that removing the group ends its actors; that is what shutdown does.
-    logging.getLogger("ray.actor").addFilter(_is_news)
-    try:
-        beside_the_first: dict[str, Any] = {**common, "num_cpus": 0, "strategy": _place(group, 0)}
-        if config.redundancy:
-            keeper = _start_actor(Keeper, name=config.keeper_name, **beside_the_first)
-            actors.append(keeper)
-        needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
-        shards = []
-        for index in range(config.num_shards):
-            options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
-            shards.append(_start_actor(ShardActor, config, index, keeper, **options))
-        actors += shards
-        coordinator = _start_actor(CoordinatorActor, config, name=config.coordinator_name, **beside_the_first)
-        actors.append(coordinator)
-        what = f"service {config.name!r} to start"
-        ask(coordinator, "start", timeout_s=ACTOR_START_TIMEOUT_S, what=what)
-    except (StepwellError, ValueError):
-        _end(actors, config.name)
-        raise
-    return Service(config, coordinator, shards, owns_ray=owns_ray)
-
-
-def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-
-
-def _start_actor(actor_class: type, *args: Any, strategy: PlacementGroupSchedulingStrategy, **options: Any) -> Any:
-    remote_class: Any = ray.remote(actor_class)
-    return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "restartable detached actor with a placement group" not in record.getMessage()
+    if not exists(name):
+        raise not_found(name)
+    found = map(find_actor, actor_names(f"{name}/"))
+    end_actors([actor for actor in found if actor is not None], name)
 
 
 def _restore_or_end(service: Service, uri: str) -> None:
@@ -345,90 +277,6 @@ def _restore_or_end(service: Service, uri: str) -> None:
     except StepwellError:
         service.shutdown()
         raise
-
-
-def _find_actor(name: str) -> Any | None:
-    try:
-        return ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError:
-        return None
-
-
-def _require_resources(config: ServiceConfig) -> None:
-    """Refuse at once what the whole cluster, were it idle, has no room for."""
-    there, num_nodes = untyped_ray.cluster_resources(), len(untyped_ray.nodes())
-    for resource, each in (("GPU", config.num_gpus_per_shard), ("CPU", config.num_cpus_per_shard)):
-        wanted, total = each * config.num_shards, there.get(resource, 0.0)
-        if wanted > total:
-            raise PlacementError(
-                f"{config.num_shards} shards with {each:g} {resource} each need {wanted:g} {resource}s; "
-                f"the cluster has {total:g} on {num_nodes} node(s). "
-                f"Ask for fewer shards, set num_{resource.lower()}s_per_shard lower, or add nodes."
-            )
-
-
-def _reserve(config: ServiceConfig) -> PlacementGroup:
-    bundle = {"CPU": config.num_cpus_per_shard, "GPU": config.num_gpus_per_shard}
-    # A bundle must hold something: a byte of memory, so that shards without CPUs have room where all CPUs are taken.
-    bundle = {resource: amount for resource, amount in bundle.items() if amount > 0} or {"memory": 1}
-    group: PlacementGroup = placement_group(
-        [dict(bundle) for _ in range(config.num_shards)],
-        strategy=config.placement,
-        name=f"{config.name}/shards",
-        lifetime="detached" if config.detached else None,
-    )
-    try:
-        ray.get(group.ready(), timeout=config.placement_timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
-        remove_placement_group(group)
-        free = untyped_ray.available_resources()
-        raise PlacementError(
-            f"no room for {config.num_shards} shards of {bundle} ({config.placement}) within "
-            f"{config.placement_timeout_s:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
-            "End another service with `stepwell down`, or ask for fewer shards or less for each."
-        ) from error
-    return group
-
-
-def _end(actors: Sequence[Any], name: str) -> None:
-    """End a service's actors, then give up their places: the other way about Ray would start them again."""
-    for actor in actors:
-        ray.kill(actor)
-    for group in _groups(name):
-        remove_placement_group(group)
-
-
-def _groups(name: str) -> list[PlacementGroup]:
-    """The places of a service, from whatever namespace it was launched."""
-    rows: dict[str, dict[str, Any]] = placement_group_table()
-    return [
-        PlacementGroup(untyped_ray.PlacementGroupID.from_hex(group))
-        for group, row in rows.items()
-        if row["name"] == f"{name}/shards" and row["state"] != "REMOVED"
-    ]
-
-
-def _actor_names(prefix: str) -> list[str]:
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]
-
-
-def _exists(name: str) -> bool:
-    """Whether there is anything of a service; the first thing that there is are the places of its shards."""
-    return bool(_groups(name) or _actor_names(f"{name}/"))
-
-
-def _not_found(name: str) -> ServiceNotFoundError:
-    return ServiceNotFoundError(
-        f"there is no service {name!r} in this cluster; running: {', '.join(service_names()) or 'none'}. "
-        f"Start it with `stepwell up {name}`"
-    )
-
-
-def _cut_short(name: str) -> ServiceExistsError:
-    return ServiceExistsError(
-        f"service {name!r} is being launched, or its launch was cut short; wait, or end it with `stepwell down {name}`"
-    )
 
 
 def describe_for_peers(service: Service) -> dict[str, str]:

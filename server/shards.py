@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..sharding.errors import EpochError, ServiceError, ShardLostError
+from ..sharding.errors import CheckpointRestoreNeededError, EpochError, ServiceError, ShardLostError
 from ..sharding.recovery import known_sums
 from ..sharding.reports import ShardStatus
 from .calls import gather, until_ended
@@ -101,14 +101,14 @@ class Shards:
         """Every shard's status, after the same step; they end one at different moments.
 
         Raises:
-            ShardLostError: If one was restarted, or they have parted.
+            CheckpointRestoreNeededError: If one was restarted, or they have parted.
         """
         deadline = asyncio.get_running_loop().time() + FORMING_TIMEOUT_S
         while True:
             statuses = await self.statuses_now()
             whole = [status for status in statuses if status is not None]
             if len(whole) < len(statuses):
-                raise ShardLostError(
+                raise CheckpointRestoreNeededError(
                     f"shard {statuses.index(None)} of {len(statuses)} was restarted and its state is gone; "
                     "restore the service from its last checkpoint with service.restore(URI)"
                 )
@@ -116,7 +116,7 @@ class Shards:
                 return whole
             is_moving = any(status.in_flight for status in whole)
             if not is_moving or asyncio.get_running_loop().time() > deadline:
-                raise ShardLostError(
+                raise CheckpointRestoreNeededError(
                     f"the shards are at different steps: {[status.sequence for status in whole]}; "
                     "restore the service from its last checkpoint with service.restore(URI)"
                 )
@@ -131,12 +131,7 @@ class Shards:
         """Form the next generation of the shards' group; steps that are under way fail."""
         self._num_formed += 1
         generation = Generation(self.epoch, self._num_formed)
-        store = await self.first(
-            "open_store", FORMING_TIMEOUT_S, what="shard 0 to open a store", timeout_s=FORMING_TIMEOUT_S
-        )
-        await self.all(
-            "join", generation, store, FORMING_TIMEOUT_S, self.handles, what="the shards to form their group"
-        )
+        await self.all("join", generation, FORMING_TIMEOUT_S, self.handles, what="the shards to form their group")
         self.generation = generation
 
     async def lost(self, index: int) -> None:
@@ -159,7 +154,7 @@ class Shards:
         standings = await self.all("rest", what="the shards to come to rest")
         sequences = [standing.sequence for standing in standings]
         if max(sequences) - min(sequences) > 1:
-            raise ShardLostError(
+            raise CheckpointRestoreNeededError(
                 f"the shards are at steps {sequences}: what one has lost cannot be brought back; restore the service "
                 "from its last checkpoint with service.restore(URI)"
             )

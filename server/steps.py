@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..sharding.errors import (
+    CheckpointRestoreNeededError,
     NotRegisteredError,
     ServiceError,
     ServiceTimeoutError,
@@ -25,6 +26,7 @@ from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
 from .collective import NO_GENERATION, Collective, Generation, drive
+from .countdown import Countdown
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
 
@@ -42,6 +44,7 @@ class Steps:
     Attributes:
         shard: The shard; None without a job.
         collective: The group that it reduces in; None before the first one was formed.
+        newest_generation: The last one that it was asked to join.
     """
 
     def __init__(self, index: int, timeout_s: float, redundancy: Redundancy) -> None:
@@ -55,11 +58,11 @@ class Steps:
         self._sequence_of_step = 0
         self._is_loading = False
         self._outcomes = Outcomes()
-        self._patience: asyncio.TimerHandle | None = None
+        self._patience = Countdown(timeout_s, self._give_up)
         self._held_after: int | None = None
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
-        self._newest = NO_GENERATION
+        self.newest_generation = NO_GENERATION
 
     @property
     def generation(self) -> Generation:
@@ -104,9 +107,9 @@ class Steps:
         Raises:
             ServiceError: If ``generation``, of the next one, is not newer than any that was asked for.
         """
-        if generation <= self._newest:
-            raise ServiceError(f"expected a generation after {self._newest}, got {generation}")
-        self._newest = generation
+        if generation <= self.newest_generation:
+            raise ServiceError(f"expected a generation after {self.newest_generation}, got {generation}")
+        self.newest_generation = generation
         if self.collective is not None:
             self.collective.close()
         self._num_votes, self._attended, self._peers = 0, None, peers
@@ -117,9 +120,9 @@ class Steps:
         Raises:
             ServiceError: If a newer one was asked for meanwhile.
         """
-        if collective.generation != self._newest:
+        if collective.generation != self.newest_generation:
             collective.close()
-            raise ServiceError(f"generation {collective.generation} was given up for {self._newest}")
+            raise ServiceError(f"generation {collective.generation} was given up for {self.newest_generation}")
         self.collective = collective
 
     async def compute(self, work: Callable[[], Any]) -> Any:
@@ -148,7 +151,7 @@ class Steps:
         if receipt is Receipt.COMPLETE:
             self._start_if_complete()
         else:
-            self._wait_for_missing()
+            self._patience.begin()
         result = await self._wait(outcome, header.sequence, timeout_s)
         if result.decision is not Decision.ABORT:
             self.job().require_taken(header.rank, header.incarnation, header.attempt)
@@ -177,11 +180,10 @@ class Steps:
     # Rest
 
     def hold(self) -> int:
-        """Begin no step after the one that is under way; returns the step to wait for, see :meth:`settle`."""
-        sequence = 0 if self.shard is None else self.shard.sequence
-        # Not one more than `sequence`: the other thread may have counted the step before its task has ended here.
-        self._held_after = self._sequence_of_step if self.is_stepping else sequence
-        return self._held_after
+        """Begin no step any more, nor again the one under way; returns the step to wait for, see :meth:`settle`."""
+        self._held_after = 0 if self.shard is None else self.shard.sequence
+        # Not one more than that: the other thread may have counted the step before its task has ended here.
+        return self._sequence_of_step if self.is_stepping else self._held_after
 
     async def settle(self, sequence: int, timeout_s: float) -> ShardStatus:
         """Run steps up to ``sequence``, no further, and wait for them; returns where the shard stands then.
@@ -264,7 +266,7 @@ class Steps:
         """Give up a step that rests, as a shard is lost for good, and tell those who wait for it."""
         self._give_up_resting()
         self._outcomes.dismiss(
-            ShardLostError(
+            CheckpointRestoreNeededError(
                 "another shard is lost, and nobody has what it held. Restore the service from its last checkpoint with "
                 "service.restore(URI), then call refresh() on every rank"
             )
@@ -277,7 +279,7 @@ class Steps:
 
     def dismiss_pushes(self) -> None:
         """Tell the senders of pushes that a new timeline has swept away."""
-        self._stop_waiting_for_missing()
+        self._patience.stop()
         self._outcomes.dismiss(
             TimelineError(
                 "the service was restored or loaded before this step began. "
@@ -300,24 +302,14 @@ class Steps:
             raise result
         return result
 
-    def _wait_for_missing(self) -> None:
-        if self._patience is None:
-            self._patience = asyncio.get_running_loop().call_later(self._timeout_s, self._give_up)
-
-    def _stop_waiting_for_missing(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-        self._patience = None
-
     def _give_up(self) -> None:
         """Vote the step down if it still lacks a rank when its time is over."""
-        self._patience = None
         shard = self.shard
         if shard is not None and shard.is_waiting:
             if self._is_free(shard):
                 self._start(shard)
             else:
-                self._wait_for_missing()
+                self._patience.begin()
 
     def _start_if_complete(self) -> None:
         shard = self.shard
@@ -331,7 +323,7 @@ class Steps:
         return not (self.is_stepping or self._is_loading or is_held)
 
     def _start(self, shard: Shard) -> None:
-        self._stop_waiting_for_missing()
+        self._patience.stop()
         self._num_votes += 1
         pushes = shard.begin()
         self._begin_step(shard, before=lambda: self._redundancy.log(shard, pushes))
@@ -398,5 +390,7 @@ class Steps:
 def _with_advice(error: ServiceError) -> ServiceError:
     """An error of shards that do not come back, with what to do."""
     if isinstance(error, ShardLostError):
-        return ShardLostError(f"{error}. Restore the service from its last checkpoint with service.restore(URI)")
+        return CheckpointRestoreNeededError(
+            f"{error}. Restore the service from its last checkpoint with service.restore(URI)"
+        )
     return error

@@ -32,7 +32,8 @@ StepwellError
      ├─ PlacementError           the cluster has no room for the shards
      ├─ ServiceTimeoutError      a wait ran out; the message names it
      ├─ SegmentError             memory that a worker and a shard share cannot be had, or not be reached
-     └─ ShardLostError           a shard died and its state with it
+     └─ ShardLostError           a shard died, and may come back
+         └─ CheckpointRestoreNeededError    nobody has what it held
 
 Each message says what was expected, what came and what to do. An error carries its message alone, so that it crosses
 process boundaries unchanged.
@@ -170,4 +171,8 @@ class SegmentError(ServiceError):
 
 
 class ShardLostError(ServiceError):
-    """A shard died and its state with it."""
+    """A shard died; where somebody has what it held it comes back."""
+
+
+class CheckpointRestoreNeededError(ShardLostError):
+    """A shard died and its state with it: the service goes on from its last checkpoint, once that is restored."""

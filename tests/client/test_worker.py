@@ -12,7 +12,13 @@ from torch import nn
 
 import stepwell
 from stepwell.client.inprocess import InProcessService, InProcessTransport
-from stepwell.sharding.errors import ServiceError, ServiceTimeoutError, StepAbortedError
+from stepwell.sharding.errors import (
+    CheckpointRestoreNeededError,
+    ServiceError,
+    ServiceTimeoutError,
+    ShardLostError,
+    StepAbortedError,
+)
 from tests.client.lines import Fault, FaultyTransport, reached_by
 from tests.client.training import (
     assert_equal,
@@ -206,3 +212,27 @@ def test_load_state_dict_after_a_failed_step_begins_anew() -> None:
     expected_params, expected = _undisturbed(range(5))
     assert_equal(params, expected_params)
     assert_same_state(optimizer.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("method", ["register", "read_parameters", "step"])
+def test_worker_waits_for_a_lost_shard_whatever_it_is_at(method: str) -> None:
+    params = copies_of(make_net().parameters())
+    lost = [Fault(method, call, "before", ShardLostError("a shard died")) for call in (1, 2)]
+    transport = FaultyTransport(InProcessTransport(InProcessService(num_shards=2)), *lost)
+    transport.recovery_timeout_s = 60.0
+    with reached_by(lambda rank: transport):
+        optimizer = stepwell.Prodigy(params)
+    drive(params, optimizer, range(3))
+    expected_params, expected = _undisturbed(range(3))
+    assert_equal(params, expected_params)
+    assert_same_state(optimizer.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("method", ["register", "read_parameters", "step"])
+def test_worker_does_not_wait_for_what_nobody_has(method: str) -> None:
+    params = copies_of(make_net().parameters())
+    lost = Fault(method, 1, "before", CheckpointRestoreNeededError("nobody has it; restore"))
+    transport = FaultyTransport(InProcessTransport(InProcessService(num_shards=2)), lost)
+    transport.recovery_timeout_s = 60.0
+    with reached_by(lambda rank: transport), pytest.raises(CheckpointRestoreNeededError, match="nobody has it"):
+        drive(params, stepwell.Prodigy(params), range(3))

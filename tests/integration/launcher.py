@@ -16,7 +16,7 @@ import ray
 import torch
 
 import stepwell
-from stepwell.server import service
+from stepwell.server import starting
 from stepwell.server.coordinator import CoordinatorActor
 from tests.integration.training import D0, Trainer, small_in_order
 
@@ -35,14 +35,14 @@ def main(name: str, what: str) -> None:
 
 
 def die_before_the_coordinator_starts() -> None:
-    start_actor = service._start_actor
+    start_actor = starting._start_actor
 
     def start(actor_class: type, *args: Any, **options: Any) -> Any:
         if actor_class is CoordinatorActor:
             os.kill(os.getpid(), signal.SIGKILL)
         return start_actor(actor_class, *args, **options)
 
-    service._start_actor = start
+    starting._start_actor = start
 
 
 if __name__ == "__main__":

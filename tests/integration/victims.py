@@ -41,6 +41,14 @@ class Victims:
         """Wait until all answer, so that all can be killed."""
         self._pids = {name: _pid_of(actor) for name, actor in self._actors.items()}
 
+    def await_copies(self) -> None:
+        """Wait until the keeper has a copy of every shard; where it has none, a step must have been taken since."""
+        keeper, deadline = self._actors["keeper"], time.monotonic() + LIMIT_S
+        for name in self._actors:
+            while isinstance(name, int) and ray.get(keeper.fetch.remote(name), timeout=LIMIT_S) is None:
+                assert time.monotonic() < deadline, f"expected a copy of shard {name} within {LIMIT_S:g} s, got none"
+                time.sleep(0.05)
+
 
 def _pid_of(actor: Any) -> int:
     deadline = time.monotonic() + LIMIT_S

@@ -1,0 +1,216 @@
+"""The job and its workers: who registers, adds to the job, leaves, and what they have to wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from ..sharding.compiling import Kernel
+from ..sharding.coverage import require_exact_cover
+from ..sharding.errors import CheckpointRestoreNeededError, NotRegisteredError, ServiceTimeoutError, UnknownRankError
+from ..sharding.job import JobSpec
+from .config import ServiceConfig
+from .knowledge import Knowledge
+from .messages import LoadHeader, Registration, pack_job
+from .rendezvous import Rendezvous
+from .shards import POLL_S, Shards
+from .two_phase import change_state
+from .workers import Asked, Worker
+
+
+class Roster:
+    """The coordinator's part of it; lives on its event loop.
+
+    Args:
+        config: The service's settings.
+        shards: The shards.
+        changing: Held by what changes the job or its state.
+        load: Loads a state: its parts, the small part, and what names the request.
+
+    Attributes:
+        known: What the coordinator knows of the service.
+        kernel: How passes run.
+    """
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        shards: Shards,
+        changing: asyncio.Lock,
+        load: Callable[[Sequence[Any], LoadHeader, str], Awaitable[Registration]],
+    ) -> None:
+        self._config, self._shards, self._changing, self._load = config, shards, changing, load
+        self.known = Knowledge()
+        self.kernel: Kernel = "eager"
+        self._covering = Rendezvous(self._admit_all, what="all ranks to register")
+        self._starting = Rendezvous(self._load_parts, what="all ranks to hand in their parameters")
+        self._extending = Rendezvous(self._extend, what="all ranks to add a parameter group")
+
+    async def take_over(self, known: Knowledge) -> None:
+        """Go on from what the shards know."""
+        self.known = known
+        if known.spec is None:
+            kernels = await self._shards.all("kernel", what="the shards to look for a compiler")
+            self.kernel = "eager" if "eager" in kernels else "compiled"
+        else:
+            self.kernel = known.spec.kernel
+
+    async def register(self, spec: JobSpec, rank: int, worker: Worker) -> Registration:
+        """See :meth:`Coordinator.register`."""
+        spec = self.as_served(spec)
+        if not 0 <= rank < spec.world_size:
+            raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
+        async with self._changing:
+            await self._adopt(spec, rank)
+            self._extending.forget(rank)
+            if spec.gradients != "sharded" or self.known.workers.keys() >= set(range(spec.world_size)) - {rank}:
+                return await self._admit({rank: worker})
+        timeout_s = self._config.worker_timeout_s
+        return await self._covering.arrive(rank, worker, world_size=spec.world_size, timeout_s=timeout_s)
+
+    async def hand_in(self, rank: int, values: Sequence[Any]) -> Registration:
+        """See :meth:`Coordinator.hand_in`."""
+        async with self._changing:
+            if self.known.is_loaded:
+                return await self.registration()
+        spec, timeout_s = self.require_spec(), self._config.worker_timeout_s
+        return await self._starting.arrive(rank, values, world_size=spec.world_size, timeout_s=timeout_s)
+
+    async def extend(self, spec: JobSpec, rank: int, holdings: bytes, values: Sequence[Any]) -> Registration:
+        """See :meth:`Coordinator.extend`."""
+        async with self._changing:
+            ours = self.require_spec()
+            if (len(spec.params), spec.num_groups) == (len(ours.params), ours.num_groups):
+                ours.require_same(spec, whose=f"rank {rank}")
+                return await self.registration()
+        asked, world_size, timeout_s = Asked(spec, holdings, values), ours.world_size, self._config.worker_timeout_s
+        return await self._extending.arrive(rank, asked, world_size=world_size, timeout_s=timeout_s)
+
+    async def leave(self, rank: int) -> None:
+        """See :meth:`Coordinator.leave`."""
+        async with self._changing:
+            self.known.left.add(rank)
+            if rank in self.known.workers:
+                await self._shards.in_turn("leave", rank, what="the shards to note that a worker left")
+
+    async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
+        """See :meth:`Coordinator.wait_until_left`."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not self.known.left.issuperset(ranks):
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
+
+    async def await_ranks(self) -> None:
+        """Wait until all ranks are here: each of them loads, and one that came after would wait for another load."""
+        deadline = asyncio.get_running_loop().time() + self._config.worker_timeout_s
+        while missing := set(range(self.require_spec().world_size)) - (self.known.workers.keys() - self.known.left):
+            if asyncio.get_running_loop().time() > deadline:
+                raise ServiceTimeoutError(
+                    f"rank {min(missing)} did not register within {self._config.worker_timeout_s:g} s; "
+                    "every rank makes its optimizer and loads the state dict"
+                )
+            await asyncio.sleep(POLL_S)
+
+    async def registration(self) -> Registration:
+        """Where the service stands, as a worker is told."""
+        spec, status = self.require_spec(), (await self._shards.statuses())[0]
+        return Registration(
+            spec=pack_job(spec),
+            timeline=status.timeline,
+            sequence=status.sequence,
+            step=status.step,
+            skipped_steps=status.skipped_steps,
+            scalars=status.scalars,
+            needs_parameters=not self.known.is_loaded,
+        )
+
+    def require_spec(self) -> JobSpec:
+        """The job.
+
+        Raises:
+            NotRegisteredError: If there is none yet.
+        """
+        if self.known.spec is None:
+            raise NotRegisteredError(f"service {self._config.name!r} has no job yet; start a training script first")
+        return self.known.spec
+
+    def as_served(self, spec: JobSpec) -> JobSpec:
+        """A job with what the service decides about it."""
+        return dataclasses.replace(spec, chunk_numel=self._config.chunk_numel, kernel=self.kernel)
+
+    async def compile(self, spec: JobSpec) -> bytes:
+        """A job's compiled kernels; empty if they are not compiled."""
+        if spec.kernel != "compiled":
+            return b""
+        # By one shard: those beside it would do the same at the same time, and a new one finds the code here.
+        code: bytes = await self._shards.first("compile", pack_job(spec), what="shard 0 to compile the kernels")
+        return code
+
+    # Within
+
+    async def _adopt(self, spec: JobSpec, rank: int) -> None:
+        known = self.known
+        if known.spec is None:
+            if known.is_lost:
+                raise CheckpointRestoreNeededError(
+                    f"all processes of service {self._config.name!r} were started again, and its state, if it had any, "
+                    "is gone. Restore its last checkpoint with service.restore(URI); or end it and launch it anew"
+                )
+            job, code = pack_job(spec), await self.compile(spec)
+            await self._shards.all("register", job, code, what="the shards to allocate their buffers")
+            known.spec = spec
+            return
+        if known.left.issuperset(known.workers) and self._covering.is_empty:
+            # The workers before these have all left; what they held says nothing of these.
+            known.workers, known.left = {}, set()
+            wanted = dataclasses.replace(known.spec, world_size=spec.world_size, gradients=spec.gradients)
+            if wanted != known.spec:
+                what = "the shards to take the workers"
+                await self._shards.in_turn("set_workers", spec.world_size, spec.gradients, what=what)
+                known.spec = wanted
+        known.spec.require_same(spec, whose=f"rank {rank}")
+
+    async def _admit(self, workers: Mapping[int, Worker]) -> Registration:
+        """Admit workers, of a sharded model if they and those that are here make it up."""
+        known, ranks = self.known, ", ".join(map(str, sorted(workers)))
+        _require_cover(self.require_spec(), {**known.workers, **workers})
+        await self._shards.in_turn("admit", workers, what=f"the shards to admit rank {ranks}")
+        known.workers.update(workers)
+        known.left.difference_update(workers)
+        return await self.registration()
+
+    async def _admit_all(self, workers: Mapping[int, Worker]) -> Registration:
+        async with self._changing:
+            return await self._admit(workers)
+
+    async def _load_parts(self, parts: Mapping[int, Sequence[Any]]) -> Registration:
+        values = [value for rank in sorted(parts) for value in parts[rank]]
+        return await self._load(values, LoadHeader(), uuid.uuid4().hex)
+
+    async def _extend(self, asked: Mapping[int, Asked]) -> Registration:
+        async with self._changing:
+            first, known = asked[0].spec, self.known
+            for rank in sorted(asked):
+                first.require_same(asked[rank].spec, whose=f"rank {rank}")
+            spec = self.require_spec().extended(first)
+            workers = {
+                rank: dataclasses.replace(each, holdings=asked[rank].holdings) for rank, each in known.workers.items()
+            }
+            _require_cover(spec, workers)
+            values = [value for rank in sorted(asked) for value in asked[rank].values]
+            args, request = (pack_job(spec), workers, *values), uuid.uuid4().hex
+            rest = self._shards.settle
+            await change_state(self._shards, known, "prepare_extension", *args, request=request, rest=rest, spec=spec)
+            known.workers = workers
+            return await self.registration()
+
+
+def _require_cover(spec: JobSpec, workers: Mapping[int, Worker]) -> None:
+    """See that the workers of a sharded model push every element exactly once; of any other there is nothing to see."""
+    if spec.gradients == "sharded":
+        require_exact_cover(spec.params, {rank: worker.held(spec) for rank, worker in workers.items()})
