@@ -1,4 +1,4 @@
-"""Ray's token: who has it may enter the Ray that Stepwell starts on this machine."""
+"""Ray's token: who has it may enter a Ray that Stepwell starts, and run code there."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from ..sharding.errors import ServiceError
 TOKEN_BYTES = 32
 
 untyped_raylet: Any = ray._raylet
+
+
+def new_token() -> str:
+    """A token that nobody guesses."""
+    return secrets.token_hex(TOKEN_BYTES)
 
 
 def own_token(path: Path) -> Path:
@@ -37,7 +42,7 @@ def own_token(path: Path) -> Path:
             ) from None
         return path
     with os.fdopen(file, "w", encoding="ascii") as token:
-        token.write(secrets.token_hex(TOKEN_BYTES))
+        token.write(new_token())
     return path
 
 
@@ -45,3 +50,11 @@ def settle() -> None:
     """Have Ray read its mode and token from the environment again: it does so when it is imported, and not after."""
     untyped_raylet.Config.initialize("")
     untyped_raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def shown_token() -> str:
+    """The token that this process shows, from wherever it has it; empty if it shows none."""
+    if untyped_raylet.get_authentication_mode() != untyped_raylet.AuthenticationMode.TOKEN:
+        return ""
+    token: str = untyped_raylet.AuthenticationTokenLoader.instance().get_raw_token()
+    return token

@@ -22,12 +22,13 @@ from ..sharding.errors import ServiceError, ServiceNotFoundError, ServiceTimeout
 from . import access
 from .config import (
     NAMESPACE,
-    has_ray_auth_mode,
     ray_address,
+    ray_auth_mode,
     set_ray_defaults,
     state_folder,
     token_file,
     use_token,
+    use_token_file,
 )
 
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
@@ -56,13 +57,19 @@ def attach(address: str | None = None) -> None:
             "or start a service with `stepwell up NAME`"
         )
     if own is not None and wanted == own["address"] and own.get("token"):
-        use_token(Path(own["token"]))
+        use_token_file(Path(own["token"]))
     set_ray_defaults()
     _init(wanted)
 
 
 def start_embedded(num_cpus: int) -> None:
-    """Start a Ray of this process's own on loopback; it ends with the process."""
+    """Start a Ray of this process's own; it ends with the process.
+
+    Its processes listen on every interface, whatever address it is given. So it asks for a token, made for it alone,
+    unless ``$RAY_AUTH_MODE`` is "disabled".
+    """
+    if ray_auth_mode() != "disabled":
+        use_token(access.new_token())
     set_ray_defaults()
     _init("local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address=LOOPBACK)
 
@@ -76,7 +83,8 @@ def address() -> str:
 def start_own(num_cpus: int) -> str:
     """Start a Ray on this machine that outlives this process, remember and attach to it; returns its address.
 
-    It asks for this user's token, unless ``$RAY_AUTH_MODE`` says what it is to ask for.
+    It asks for this user's token, as that of :func:`start_embedded` does for its own, unless ``$RAY_AUTH_MODE`` says
+    what it is to ask for.
 
     Raises:
         ServiceError: If the token is not this user's alone, or Ray ends at once.
@@ -84,9 +92,9 @@ def start_own(num_cpus: int) -> str:
     """
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    token = None if has_ray_auth_mode() else access.own_token(token_file())
+    token = None if ray_auth_mode() else access.own_token(token_file())
     if token is not None:
-        use_token(token)
+        use_token_file(token)
     set_ray_defaults()
     port = _free_port()
     # Of its own, so that it can be removed with the Ray; its path is short, as those of sockets have to be.

@@ -110,24 +110,28 @@ def token_file() -> Path:
     return state_folder() / "ray-token"
 
 
-def has_ray_auth_mode() -> bool:
-    """Whether ``$RAY_AUTH_MODE`` says if Ray asks for a token."""
-    return bool(os.environ.get("RAY_AUTH_MODE"))
+def ray_auth_mode() -> str | None:
+    """What ``$RAY_AUTH_MODE`` says, if anything: whether Ray asks for a token."""
+    return os.environ.get("RAY_AUTH_MODE") or None
 
 
-def use_token(path: Path) -> None:
-    """Have Ray, and the processes that this one starts, ask for the token in a file and show it."""
+def use_token(token: str) -> None:
+    """Have Ray, and the processes that this one starts, ask for a token and show it."""
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+
+
+def use_token_file(path: Path) -> None:
+    """The same with the token in a file."""
     os.environ.pop("RAY_AUTH_TOKEN", None)  # goes before a file
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path))
 
 
 def set_ray_defaults() -> None:
-    """Settle what Ray would otherwise decide by itself: no token file in the home folder, no usage reports.
+    """Settle what Ray would otherwise decide by itself: no usage reports, and no niceness for shards.
 
-    And shards that run as the training processes do, which wait for them in every step: Ray gives its actors a niceness
-    of 15, with which anything else that computes on the machine comes first.
+    Training processes wait for them in every step; with the 15 that Ray gives them, anything else that computes on the
+    machine comes first.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
 
