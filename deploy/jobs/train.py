@@ -11,9 +11,13 @@ import argparse
 import dataclasses
 import hashlib
 import math
+import sys
+from typing import Any
 
 import ray
 import torch
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 from torch import Tensor, nn
 
 import stepwell
@@ -35,6 +39,10 @@ class Run:
     shards: int
     cpus_per_shard: float
     gpus_per_shard: float
+
+
+ROOM_TIMEOUT_S = 300.0
+"""How long a job waits for room for its workers; shards have taken theirs by then."""
 
 
 class Net(nn.Sequential):
@@ -64,6 +72,17 @@ def find_or_launch(run: Run) -> stepwell.Service:
     if service.status()["rule"] is None and (saved := service.checkpoints(run.checkpoints)):
         service.restore(saved[-1].uri)
     return service
+
+
+def reserve(run: Run) -> dict[str, Any]:
+    """Room for all workers, given up when the job ends; without it those that have some would wait for the others."""
+    each = {"CPU": 1.0, "GPU": run.gpus_per_worker}
+    group = placement_group([{name: amount for name, amount in each.items() if amount}] * run.workers)
+    try:
+        ray.get(group.ready(), timeout=ROOM_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        sys.exit(f"no room for {run.workers} workers with {each} each within {ROOM_TIMEOUT_S:g} s; see `ray status`")
+    return {"num_cpus": 1, "num_gpus": run.gpus_per_worker, "scheduling_strategy": InGroup(group)}
 
 
 def train(run: Run, rank: int, first: int) -> str:
@@ -113,7 +132,7 @@ def main() -> None:
     first = find_or_launch(run).status()["step"]
     print(f"at step {first}", flush=True)
     if first < run.steps:
-        worker = ray.remote(num_cpus=1, num_gpus=run.gpus_per_worker, max_retries=0)(train)
+        worker = ray.remote(max_retries=0, **reserve(run))(train)
         print(ray.get([worker.remote(run, rank, first) for rank in range(run.workers)])[0])
 
 
