@@ -43,8 +43,12 @@ def up(
         str | None, typer.Option(help="compiled, eager or auto. Default: $STEPWELL_KERNEL, else auto.")
     ] = None,
     redundancy: Annotated[
-        int, typer.Option(min=0, max=1, help="1: what a shard holds survives the shard; 0: its checkpoint alone.")
+        int, typer.Option(min=0, max=2, help="Keepers of each shard's state; 0: its checkpoint alone survives it.")
     ] = 1,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Workers may join and leave; steps go on without one that is missing.")
+    ] = False,
+    worker_timeout_s: Annotated[float, typer.Option(help="Seconds that a step waits for its last worker.")] = 1800.0,
     restore: Annotated[str | None, typer.Option(help="A checkpoint to begin with.")] = None,
     placement_timeout_s: Annotated[float, typer.Option(min=1, help="Seconds to wait for room in the cluster.")] = 60.0,
     address: Address = None,
@@ -69,6 +73,8 @@ def up(
                 placement=strategy,
                 kernel=_kernel(kernel),
                 redundancy=redundancy,
+                elastic=elastic,
+                worker_timeout_s=worker_timeout_s,
                 restore=restore,
                 placement_timeout_s=placement_timeout_s,
             )

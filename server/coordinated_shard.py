@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,18 +13,19 @@ import torch
 from ..sharding.checkpoint import CheckpointReader
 from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
 from ..sharding.coverage import Gradients
-from ..sharding.errors import PlacementError
+from ..sharding.errors import CheckpointRestoreNeededError, IncarnationError, PlacementError
 from ..sharding.folder import Destination
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, ShardFile
 from ..sharding.recovery import Standing, Sums
 from ..sharding.reports import ShardStatus
-from ..sharding.running import RunningStep
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
+from ..sharding.world import World
 from .ahead import Ahead
+from .arrangement import Arrangement
 from .changes import Change, Changes
 from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
@@ -40,7 +42,7 @@ from .messages import (
     unpack_job,
     values_from_wire,
 )
-from .redundancy import Redundancy, logged_steps, rebuild
+from .redundancy import Redundancy, rebuild
 from .shard_saves import ShardSaves
 from .steps import Steps
 from .workers import Worker
@@ -52,10 +54,9 @@ class CoordinatedShard:
     Args:
         config: The service's.
         shard: This shard's index.
-        keeper: Handle of the keeper of its copies and log; None for none.
     """
 
-    def __init__(self, config: ServiceConfig, shard: int, keeper: Any | None = None) -> None:
+    def __init__(self, config: ServiceConfig, shard: int) -> None:
         self._config, self._index = config, shard
         self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._device = _device(config)
@@ -66,10 +67,9 @@ class CoordinatedShard:
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self._redundancy = Redundancy(
             shard,
-            keeper,
             log_steps=config.log_steps,
             taken=lambda: self._changes.taken,
-            was_restarted=self._was_restarted,
+            may_come_back=self._was_restarted and config.redundancy > 0,
         )
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
@@ -165,23 +165,33 @@ class CoordinatedShard:
         await self._steps.compute(lambda: self._lay_out(spec, code, timeline=0))
 
     @change_of_coordinator
-    async def admit(self, workers: Mapping[int, Worker]) -> None:
-        """Let workers' processes push, by rank; all or none."""
+    async def admit(self, workers: Mapping[int, Worker], world: World | None = None) -> None:
+        """Let workers' processes push, by rank; all or none.
+
+        Args:
+            workers: The workers.
+            world: Whom steps wait for then, if that changes; the service is held meanwhile.
+        """
         for rank in self._admit(workers):
             self._mappings.forget(rank)
             self._ahead.forget(rank)
-        await self._redundancy.admit(self._steps.job())
+            replaced = f"rank {rank}: another process has registered as this rank since; end this one"
+            self._steps.withdraw(rank, IncarnationError(replaced))
+        await self._set_world(world)
 
     @change_of_coordinator
-    async def leave(self, rank: int) -> None:
-        """Note that a worker has said goodbye."""
-        self._steps.job().members.leave(rank)
-        await self._redundancy.admit(self._steps.job())
+    async def leave(self, ranks: Sequence[int], world: World | None = None) -> None:
+        """Note that workers have said goodbye; ``world`` as for :meth:`admit`."""
+        for rank in ranks:
+            self._steps.job().members.leave(rank)
+        await self._set_world(world)
+        await self._steps.copy_at_rest()
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
-        """Change number and kind of the workers."""
+        """Change number and kind of the workers, all of whom have left; the service is held meanwhile."""
         self._steps.job().set_workers(world_size, gradients)
+        await self._copy()
 
     # Its state; called by the coordinator. See Note: Changes that are all or nothing
 
@@ -230,10 +240,11 @@ class CoordinatedShard:
         job: bytes,
         code: bytes,
         workers: Mapping[int, Worker],
+        world: World | None,
     ) -> None:
         """Prepare to take the state of a checkpoint that all shards have verified, as ``job``.
 
-        A shard without a job, or cut otherwise, lays it out.
+        A shard without a job, or cut otherwise, lays it out. Steps then wait for ``world``, or all ranks of the job.
         """
         spec, checkpoint = unpack_job(job), Manifest.unpack(manifest, uri)
 
@@ -242,6 +253,8 @@ class CoordinatedShard:
             if shard is None or shard.spec != spec:
                 self._lay_out(spec, code, timeline=timeline - 1)
                 self._admit(workers)
+            if world is not None:
+                self._steps.job().set_world(world)
             with CheckpointReader(uri, checkpoint) as reader:
                 self._steps.job().load(reader.source(), timeline=timeline)
 
@@ -261,28 +274,39 @@ class CoordinatedShard:
         """Never answer: who waits for this is told when the shard's process ends."""
         await asyncio.Event().wait()
 
+    async def node(self) -> str:
+        """Ray's id of the node that this shard is on."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    @change_of_coordinator
+    async def keep_with(self, arrangement: Arrangement) -> None:
+        """Be told which keepers are to keep this shard; those that have no copy of it get one."""
+        self._redundancy.arrange(arrangement)
+        await self._steps.copy_at_rest()
+
     @change_of_coordinator
     async def rebuild(self) -> bool:
-        """Become what the process before this one was; whether its keeper knows."""
+        """Become what the process before this one was; whether any keeper knows."""
         found = await self._redundancy.fetch()
-        if found is None:
-            self._redundancy.may_come_back = False
+        if not found:
             return False
-        kept, entries = found
+        line, most = found[0]
+        kept, segment = most.copy, await line.segment(most.copy.memory)
 
-        def rebuild_from() -> tuple[Shard, RunningStep | None]:
+        def rebuild_from() -> Shard:
             shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
-            rebuild(shard, kept)
-            running = None
-            for logged in logged_steps(entries):
-                running = shard.replay(logged)
-            return shard, running
+            rebuild(shard, kept, segment)
+            return shard
 
-        self._steps.shard, running = await self._steps.compute(rebuild_from)
+        shard, running = await self._steps.compute(rebuild_from), None
+        async for logged in self._redundancy.steps(line, most):
+            running = await self._steps.compute(functools.partial(shard.replay, logged))
+        self._steps.shard = shard
         self._changes.recall(kept.requests)
         if running is not None and running.result is None:
             self._steps.rest_in(running)
-        self._redundancy.come_back(kept)
+        self._redundancy.come_back(found)
         return True
 
     @of_coordinator
@@ -292,9 +316,9 @@ class CoordinatedShard:
         return None if self._steps.shard is None else self._steps.shard.standing()
 
     @of_coordinator
-    async def give_up(self) -> None:
+    async def give_up(self, why: CheckpointRestoreNeededError) -> None:
         """See :meth:`Steps.give_up`."""
-        self._steps.give_up()
+        self._steps.give_up(why)
 
     @of_coordinator
     async def resume(self, known: Sums) -> None:
@@ -346,9 +370,9 @@ class CoordinatedShard:
         return self._saves.saved
 
     @change_of_coordinator
-    async def finish_save(self, save_id: str) -> None:
-        """Forget a save: the checkpoint is complete."""
-        self._saves.finish(save_id)
+    async def finish_save(self, save_id: str, saved: SavedCheckpoint | None) -> None:
+        """Forget a save, and know which checkpoint was completed last."""
+        self._saves.finish(save_id, saved)
 
     @change_of_coordinator
     async def give_up_save(self, save_id: str, uri: str) -> None:
@@ -357,10 +381,19 @@ class CoordinatedShard:
 
     # Within
 
+    async def _set_world(self, world: World | None) -> None:
+        """Have steps wait for other ranks, and the keeper know of these and of the workers."""
+        shard = self._steps.job()
+        if world is None or world == shard.world:
+            await self._redundancy.admit(shard)
+        else:
+            self._steps.set_world(world)
+            await self._copy()
+
     async def _copy(self) -> None:
         """Have the keeper know the state as it is, before anybody is told that it is so."""
-        if self._redundancy.is_on:
-            shard = self._steps.whole_job()
+        shard = self._steps.job()
+        if self._redundancy.is_on and shard.is_whole:
             await self._redundancy.copy_now(shard, await self._steps.compute(lambda: self._redundancy.moment(shard)))
 
     def _report(self) -> ShardReport:
@@ -388,8 +421,10 @@ class CoordinatedShard:
         self._redundancy.lay_out(code)
         take_compiled_code(code)
         warm_up(spec, self._device)
-        place = {"shard": self._index, "num_shards": self._config.num_shards}
-        return Shard(spec, **place, device=self._device, timeline=timeline)
+        config = self._config
+        world = World(tuple(range(spec.world_size)), is_elastic=config.elastic, timeout_s=config.worker_timeout_s)
+        place = {"shard": self._index, "num_shards": config.num_shards}
+        return Shard(spec, **place, device=self._device, timeline=timeline, world=world)
 
     def _admit(self, workers: Mapping[int, Worker]) -> list[int]:
         """Admit workers; the ranks that have another process now."""

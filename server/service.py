@@ -14,6 +14,7 @@ from ..sharding.pending_save import PendingSave
 from . import access, cluster
 from .calls import ask
 from .config import Placement, ServiceConfig, default_kernel
+from .knowledge import ServiceStatus
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 from .starting import actor_names, cut_short, end_actors, exists, find_actor, not_found, service_names, start_actors
 
@@ -51,17 +52,23 @@ class Service:
 
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
-            ``restarts``; ``redundancy``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
-            ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
+            ``restarts``; ``elastic``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards``
+            what those have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps
+            after it, ``size_bytes``; with a job also ``rule``, ``world_size``, the ``ranks`` that the next step waits
+            for, ``excluded`` (rank to the step from which on the job goes on without it), ``num_params``, ``numel``,
+            ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per
+            shard.
         """
-        config, spec, generation, epoch, shards = self.ask("status", what="its status")
+        found: ServiceStatus = self.ask("status", what="its status")
+        config, spec, shards = found.config, found.spec, found.shards
         fields: dict[str, Any] = {
             "name": config.name,
             "num_shards": config.num_shards,
-            "generation": str(generation),
-            "epoch": epoch,
-            "restarts": epoch - 1,
-            "redundancy": config.redundancy,
+            "generation": str(found.generation),
+            "epoch": found.epoch,
+            "restarts": found.epoch - 1,
+            "elastic": config.elastic,
+            "redundancy": {"wanted": config.redundancy, "shards": found.redundancy()},
         }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}
@@ -69,7 +76,9 @@ class Service:
         return {
             **fields,
             "rule": spec.rule.name,
-            "world_size": spec.world_size,
+            "world_size": first.world.size,
+            "ranks": list(first.world.ranks),
+            "excluded": dict(first.world.excluded),
             "num_params": len(spec.params),
             "numel": sum(param.numel for param in spec.params),
             "step": first.step,
@@ -157,8 +166,8 @@ class Service:
             return
         if self._pending is not None:
             self._pending.finish()
-        keeper = find_actor(self.config.keeper_name)
-        end_actors([actor for actor in (self.coordinator, keeper, *self.shards) if actor is not None], self.name)
+        keepers = map(find_actor, actor_names(f"{self.name}/keeper-"))
+        end_actors([actor for actor in (self.coordinator, *keepers, *self.shards) if actor is not None], self.name)
         if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
@@ -180,6 +189,7 @@ def launch(
     worker_timeout_s: float = 1800.0,
     placement_timeout_s: float = 60.0,
     redundancy: int = 1,
+    elastic: bool = False,
 ) -> Service:
     """Start a service.
 
@@ -197,8 +207,12 @@ def launch(
         restore: A checkpoint to begin with.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long to wait for room in the cluster.
-        redundancy: 1: what a shard holds survives the shard, by a copy of its state and the last steps' gradients in
-            memory of its node; 0: a shard that dies takes the service back to its last checkpoint.
+        redundancy: How many keepers, processes beside the shards, hold a copy of each shard's state and the last steps'
+            gradients in memory, on other nodes where shards are on several: with 1 or 2, what a shard holds survives
+            the shard. 0: a shard that dies takes the service back to its last checkpoint.
+        elastic: Whether workers may join and leave between steps, for gradients that are local to ranks. A worker that
+            does not push within ``worker_timeout_s`` is then excluded and the step taken without it; else the step is
+            given up on all, with a :class:`MissingRankError` that names it. See *Note: Elastic jobs* in docs/design.md.
 
     Raises:
         ServiceExistsError: If there is a service of this name.
@@ -218,6 +232,7 @@ def launch(
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,
         redundancy=redundancy,
+        elastic=elastic,
     )
     owns_ray = name is None and not ray.is_initialized()
     if owns_ray:

@@ -18,6 +18,7 @@ from ..sharding.errors import (
     ShardLostError,
     StepwellError,
     TimelineError,
+    UnknownRankError,
 )
 from ..sharding.push import Push
 from ..sharding.recovery import Sums
@@ -25,12 +26,17 @@ from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
+from ..sharding.world import World
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .countdown import Countdown
+from .keeper_line import Received
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
 
 logger = logging.getLogger("stepwell")
+
+IDLE_S = 20.0
+"""After so long without a step a copy is made, so that no gradients are kept for what may never come."""
 
 
 class Steps:
@@ -56,13 +62,16 @@ class Steps:
         self._step: asyncio.Task[None] | None = None
         self._running: RunningStep | None = None
         self._sequence_of_step = 0
-        self._is_loading = False
+        self._is_loading = self._is_noting = False
+        self._idle: asyncio.TimerHandle | None = None
+        self._resting: asyncio.Task[None] | None = None
         self._outcomes = Outcomes()
         self._patience = Countdown(timeout_s, self._give_up)
         self._held_after: int | None = None
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
         self.newest_generation = NO_GENERATION
+        self._lost_for_good: CheckpointRestoreNeededError | None = None
 
     @property
     def generation(self) -> Generation:
@@ -84,8 +93,10 @@ class Steps:
 
         Raises:
             NotRegisteredError: If it holds no job.
-            ShardLostError: If it does not hold it yet, as its process was started again.
+            ShardLostError: If it does not hold it yet, as its process was started again; or never will.
         """
+        if self.shard is None and self._lost_for_good is not None:
+            raise self._lost_for_good
         if self.shard is None and self._redundancy.may_come_back:
             raise ShardLostError(f"shard {self._index} was lost, and is being brought back")
         if self.shard is None:
@@ -131,10 +142,15 @@ class Steps:
 
     # One step
 
-    async def take(self, push: Push, timeout_s: float) -> StepResult:
+    async def take(self, push: Push, received: Received, timeout_s: float) -> StepResult:
         """Keep a push, start the step if it is complete, and wait for what comes of it.
 
         A repeat is told what the first one is; of a step that was taken before, at once.
+
+        Args:
+            push: The push.
+            received: The same, as it came.
+            timeout_s: How long to wait.
 
         Raises:
             RequestError: If the push is refused; nothing has changed.
@@ -146,8 +162,8 @@ class Steps:
         receipt = shard.receive(push)
         if receipt is Receipt.DECIDED:
             return await self._taken(push)
-        key = (header.timeline, header.sequence, header.incarnation, header.attempt)
-        outcome = self._outcomes.promise(header.rank, key)
+        self._redundancy.receive(header, received)
+        outcome = self._outcomes.promise(header.rank, header.key)
         if receipt is Receipt.COMPLETE:
             self._start_if_complete()
         else:
@@ -171,6 +187,10 @@ class Steps:
         if self.is_stepping:
             await self._wait(self._outcomes.first, sequence, timeout_s)
         return self.job().result(timeline, sequence)
+
+    def withdraw(self, rank: int, error: StepwellError) -> None:
+        """Tell who waits with a rank's push that it is not held any more."""
+        self._outcomes.withdraw(rank, error)
 
     def attend(self, generation: Generation, vote: int) -> None:
         """Vote on a step that another shard waits in, now or when this one is free; see :meth:`ShardActor.attend`."""
@@ -216,10 +236,41 @@ class Steps:
             raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
         self._give_up_resting()
 
+    def set_world(self, world: World) -> None:
+        """Have the next step wait for other ranks: as long as ever, for those that are new in it."""
+        shard = self.job()
+        for rank in set(shard.world.ranks) - set(world.ranks):
+            self.withdraw(rank, UnknownRankError(f"rank {rank} has left the job, and its push was dropped"))
+        shard.set_world(world)
+        self._patience.stop()
+        if shard.is_waiting:
+            self._patience.begin()
+
     def release(self) -> None:
         """Go on with steps after a :meth:`hold`."""
         self._held_after = None
         self._start_if_complete()
+
+    async def copy_at_rest(self) -> None:
+        """Have the keepers know the state as it is, unless they do or a step is under way; none begins meanwhile.
+
+        A load that begins meanwhile waits for the thread, and finds the copy begun.
+        """
+        shard = self.shard
+        if shard is None or not self._is_free(shard, though_held=True):
+            return
+
+        def note() -> Moment | None:
+            return self._redundancy.moment_if_due(shard, at_rest=True) if shard.is_whole else None
+
+        self._is_noting = True
+        try:
+            moment = await self.compute(note)
+            if moment is not None:
+                self._redundancy.begin_copy(shard, moment)
+        finally:
+            self._is_noting = False
+            self._start_if_complete()
 
     async def load(self, load: Callable[[], None]) -> None:
         """Take a state; no step begins before it is there, and one that rests is given up for it."""
@@ -227,6 +278,7 @@ class Steps:
         self._give_up_resting()
         try:
             await self.compute(load)
+            self._lost_for_good = None
         finally:
             self._is_loading = False
             if self.shard is None or not self.shard.is_waiting:
@@ -262,15 +314,11 @@ class Steps:
         self._num_votes += had == 0 and not sums
         self._begin_step(shard, sums)
 
-    def give_up(self) -> None:
-        """Give up a step that rests, as a shard is lost for good, and tell those who wait for it."""
+    def give_up(self, why: CheckpointRestoreNeededError) -> None:
+        """Give up a step that rests, as a shard is lost for good, and tell those who wait for it, or will."""
+        self._lost_for_good = why
         self._give_up_resting()
-        self._outcomes.dismiss(
-            CheckpointRestoreNeededError(
-                "another shard is lost, and nobody has what it held. Restore the service from its last checkpoint with "
-                "service.restore(URI), then call refresh() on every rank"
-            )
-        )
+        self._outcomes.dismiss(why)
 
     def _give_up_resting(self) -> None:
         if self._running is not None:
@@ -318,9 +366,10 @@ class Steps:
             if is_complete or self._attended == (self.generation, self._num_votes + 1):
                 self._start(shard)
 
-    def _is_free(self, shard: Shard) -> bool:
+    def _is_free(self, shard: Shard, *, though_held: bool = False) -> bool:
         is_held = self._held_after is not None and shard.sequence >= self._held_after
-        return not (self.is_stepping or self._is_loading or is_held)
+        is_busy = self.is_stepping or self._is_loading or self._is_noting
+        return not is_busy and (though_held or not is_held)
 
     def _start(self, shard: Shard) -> None:
         self._patience.stop()
@@ -357,8 +406,19 @@ class Steps:
         finally:
             calling.cancel()
             told.set_result(outcome)
+            self._await_rest()
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)
+
+    def _await_rest(self) -> None:
+        """Let the keepers have no gradients to hold when no step has come for a while."""
+        if self._idle is not None:
+            self._idle.cancel()
+        if self._redundancy.is_on:
+            self._idle = asyncio.get_running_loop().call_later(IDLE_S, self._begin_rest)
+
+    def _begin_rest(self) -> None:
+        self._resting = asyncio.create_task(self.copy_at_rest())
 
     def _advance(self, shard: Shard, sums: Sequence[Tensor]) -> tuple[StepResult, Moment | None]:
         """Take the step under way to its end, with the sums that are known; in the thread for arithmetic.

@@ -9,6 +9,7 @@ StepwellError
  │   ├─ JobMismatchError         this model or rule is not the service's job
  │   │   └─ CoverageError        the ranks' parts of a parameter leave a gap or overlap
  │   ├─ UnknownRankError
+ │   ├─ RankExcludedError        the job goes on without this rank, as it did not push in time
  │   ├─ IncarnationError         another process has taken this rank's place
  │   ├─ SequenceError            the step number is not the next one
  │   │   ├─ StaleRequestError
@@ -33,7 +34,7 @@ StepwellError
      ├─ ServiceTimeoutError      a wait ran out; the message names it
      ├─ SegmentError             memory that a worker and a shard share cannot be had, or not be reached
      └─ ShardLostError           a shard died, and may come back
-         └─ CheckpointRestoreNeededError    nobody has what it held
+         └─ CheckpointRestoreNeededError    nobody has what it held; the message names the last checkpoint
 
 Each message says what was expected, what came and what to do. An error carries its message alone, so that it crosses
 process boundaries unchanged.
@@ -76,6 +77,10 @@ class CoverageError(JobMismatchError):
 
 class UnknownRankError(RequestError):
     """The rank is not one of the job's."""
+
+
+class RankExcludedError(RequestError):
+    """The elastic job goes on without this rank, as it did not push in time."""
 
 
 class IncarnationError(RequestError):
@@ -175,4 +180,4 @@ class ShardLostError(ServiceError):
 
 
 class CheckpointRestoreNeededError(ShardLostError):
-    """A shard died and its state with it: the service goes on from its last checkpoint, once that is restored."""
+    """More was lost at once than the redundancy survives; the message names the last checkpoint, to be restored."""
