@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration
 from ..sharding.coverage import Holdings
+from ..sharding.chronicle import Columns
 from ..sharding.folder import Checkpoint
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout
@@ -39,6 +40,9 @@ class ServiceHandle(Protocol):
 
     def status(self) -> dict[str, Any]:
         """Where the service stands, as plain values."""
+
+    def history(self, last: int | None = None) -> Columns:
+        """What each step brought."""
 
     @overload
     def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...

@@ -151,6 +151,7 @@ class Worker:
         limits: ClipLimits | None = None,
         grad_scale: float = 1.0,
         found_inf: bool = False,
+        loss: float | None = None,
     ) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
 
@@ -164,6 +165,7 @@ class Worker:
             limits: Rank 0: of the averaged gradient. Other ranks: None.
             grad_scale: What this rank's gradients are multiplied by.
             found_inf: Whether this rank wants the step skipped, as its gradients are not finite.
+            loss: What the gradients are of, if the trainer has told.
 
         Returns:
             The result, COMMIT or SKIP.
@@ -173,7 +175,7 @@ class Worker:
         sequence, was_lost = self.sequence, False
         while self.sequence == sequence:
             try:
-                self._try_step(hyper, scalars, limits, grad_scale, found_inf)
+                self._try_step(hyper, scalars, limits, grad_scale, found_inf, loss)
             except ShardLostError as error:
                 was_lost = True
                 patience.wait(error)
@@ -198,6 +200,7 @@ class Worker:
         limits: ClipLimits | None,
         grad_scale: float,
         found_inf: bool,
+        loss: float | None,
     ) -> None:
         gathered = self._buffers.gather_gradients()
         is_finite = math.isfinite(gathered.max_abs)
@@ -215,6 +218,7 @@ class Worker:
             grad_scale=grad_scale,
             found_inf=found_inf or not is_finite,
             max_abs=gathered.max_abs if is_finite else None,
+            loss=loss,
         )
         reloaded = self._buffers.reloaded()
         self._is_open, self._is_taking = True, False

@@ -7,12 +7,13 @@ from typing import Any, Literal, overload
 
 import ray
 
+from ..sharding.chronicle import Columns
 from ..sharding.compiling import KernelChoice
 from ..sharding.errors import StepwellError
 from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
 from . import cluster
-from .calls import ask
+from .calls import ask, wait_for
 from .config import Placement, ServiceConfig, default_kernel
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 from .starting import actor_names, cut_short, end_actors, exists, find_actor, not_found, service_names, start_actors
@@ -80,6 +81,29 @@ class Service:
             "kernel": first.kernel_identity,
             "size_bytes": [0 if shard is None else shard.size_bytes for shard in shards],
         }
+
+    def history(self, last: int | None = None) -> Columns:
+        """What each step brought, from the first on that led to the present state.
+
+        When there are about a thousand rows every second one goes, and so on: the whole run stays, at a coarser grain,
+        and the last step always. Begins with this service: a checkpoint holds none of it.
+
+        Args:
+            last: How many rows, from the end; None for all.
+
+        Returns:
+            A list for each column, NaN where it is not known. ``step``; ``time_s`` (Unix time); ``timeline``,
+            ``sequence`` and ``skipped_steps`` so far; ``loss``, if :meth:`stepwell.ServiceOptimizer.report` was told;
+            ``grad_norm``, if a limit is set; ``lr``, and the rule's scalars such as ``d``, with several groups
+            ``lr[0]``, ...; seconds of the first shard by phase: ``gather_s``, ``log_s``, ``vote_s``, ``reduce_s``,
+            ``apply_s``. Empty before the first step.
+
+        Raises:
+            ServiceError: If the first shard does not answer.
+        """
+        call, what = self.shards[0].chronicle.remote(last), f"service {self.name!r}: its history"
+        columns: Columns = wait_for([call], timeout_s=FORMING_TIMEOUT_S, what=what)[0]
+        return columns
 
     @overload
     def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
+from ..sharding.chronicle import Columns
 from ..sharding.delivery import Sink
 from ..sharding.errors import SegmentError, StepwellError
 from ..sharding.layout import dtype_from_name
@@ -51,6 +52,10 @@ class ShardActor(CoordinatedShard):
     async def status(self) -> ShardStatus | None:
         """Where the shard stands; None without a job."""
         return None if self._steps.shard is None else self._steps.shard.status()
+
+    async def chronicle(self, last: int | None) -> Columns:
+        """The last rows of the run's history, None for all; empty without a job."""
+        return {} if self._steps.shard is None else self._steps.shard.history.chronicle.columns(last)
 
     # One step; called by workers
 

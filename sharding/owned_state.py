@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +26,7 @@ from .push import Inbox, Push, PushHeader
 from .recovery import Standing
 from .reports import ShardStatus
 from .snapshot import Snapshot
+from .stopwatch import Stopwatch
 from .tables import Tables
 
 
@@ -85,6 +85,7 @@ class OwnedState:
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
         self._sums: list[Tensor] = []
+        self.stopwatch = Stopwatch()
         self._lost: str | None = f"shard {shard} has no parameters yet"
 
     def _allocate(self, spec: JobSpec, layout: Layout) -> Buffers:
@@ -170,7 +171,7 @@ class OwnedState:
 
     def replicated(self) -> Replicated:
         """What the shard has in common with all others, as it is between two steps."""
-        return Replicated(copy.copy(self.history), self.buffers.key_state.values)
+        return Replicated(self.history.copied(), self.buffers.key_state.values)
 
     def standing(self) -> Standing:
         """Where the shard stands, for the others, when some were lost."""
@@ -241,8 +242,7 @@ class OwnedState:
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)
         self.scalars = {**self.spec.rule.initial_scalars(self.spec.num_groups), **source.scalars}
-        self.history.sequence, self.history.num_steps = source.sequence, source.step
-        self.history.num_skipped = source.skipped_steps
+        self.history.go_on_from(source.sequence, source.step, source.skipped_steps)
         self._lost = None
         self._begin(timeline)
 
@@ -255,7 +255,7 @@ class OwnedState:
             workers: Whom it had admitted, by rank.
         """
         self.load(source, timeline=replicated.history.timeline)
-        self.history = copy.copy(replicated.history)
+        self.history = replicated.history.copied()
         self.buffers.key_state.values = replicated.key_state
         for rank, member in workers.items():
             self.admit(rank, member.incarnation, member.holdings)

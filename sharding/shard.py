@@ -50,6 +50,8 @@ class Shard(OwnedState):
                 )
             return Receipt.WAITING
         self.members.check_content(push)
+        if self._inbox.is_empty:
+            self.stopwatch.restart()
         self._inbox.put(push)
         return Receipt.WAITING if self._inbox.missing else Receipt.COMPLETE
 
@@ -90,6 +92,7 @@ class Shard(OwnedState):
 
     def _begin_with(self, pushes: list[Push]) -> None:
         self._deciding, self._sums = pushes, []
+        self.stopwatch.lap("gather")
         # A successor with other holdings may be admitted meanwhile.
         self._senders = [self.members[push.header.rank] for push in pushes]
 
@@ -102,6 +105,7 @@ class Shard(OwnedState):
         if self._deciding is None:
             self.begin()
         pushes, moving = self._deciding or [], False
+        self.stopwatch.lap("log")
         here = {push.header.rank for push in pushes}
         missing = [rank for rank in range(self.spec.world_size) if rank not in here]
         try:
@@ -119,6 +123,7 @@ class Shard(OwnedState):
                 square_sums=square_sums,
             )
             total = yield from self._summed(vote)
+            self.stopwatch.lap("vote")
             result = self._decide(total, limits)
             if result.decision is Decision.COMMIT:
                 self._detach_snapshots(for_step=not any(push.reloaded for push in pushes))
@@ -127,7 +132,8 @@ class Shard(OwnedState):
                 gradient = limited(gradient, limits.max_value, limits.coefficient(grad_norm), self.buffers)
                 result = dataclasses.replace((yield from self._commit(pushes, gradient)), grad_norm=grad_norm)
             if result.decision is not Decision.ABORT:
-                self.history.note(result, pushes, self._sums)
+                self.stopwatch.lap("apply")
+                self.history.note(result, pushes, self._sums, self.stopwatch.seconds)
             moving = False
             return result
         finally:
@@ -199,6 +205,7 @@ class Shard(OwnedState):
             then = self._second_pass(step, unmoved, totals, delivery) if self._is_one_pass else None
             partials = yield from self._summed(self._kernels.local(self.buffers, gradient, c, table, then))
             totals = table.totals(rule.sums, partials)
+            self.stopwatch.lap("reduce")
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
 
@@ -235,6 +242,7 @@ class Shard(OwnedState):
 
         The log has it from a shard that had checked its pushes; their senders may have been replaced since.
         """
+        self.stopwatch.restart()
         self._begin_with([dataclasses.replace(push, sink=None) for push in logged.pushes])
         running = RunningStep(self.step())
         for total in logged.sums:
