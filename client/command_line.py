@@ -11,6 +11,7 @@ from ..server import commands
 from ..sharding.errors import StepwellError
 from . import checkpoint_commands
 from .demo.command import demo
+from .watching import commands as watching
 
 app = typer.Typer(
     name="stepwell",
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, commands.up, commands.status, commands.save, commands.down):
+for command in (demo, commands.up, commands.status, commands.save, watching.plot, commands.down):
     app.command()(command)
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 

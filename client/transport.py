@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration
-from ..sharding.coverage import Holdings
 from ..sharding.chronicle import Columns
+from ..sharding.coverage import Holdings
 from ..sharding.folder import Checkpoint
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout

@@ -114,3 +114,16 @@ def _widened(table: _Table, names: Sequence[str]) -> _Table:
     while table.num_rows > _capacity(len(table.names)):
         table = _thinned(table)
     return table
+
+
+def last_row(columns: Columns) -> dict[str, float]:
+    """The newest step's values, without those that are not known; empty before the first step."""
+    return {name: values[-1] for name, values in columns.items() if not math.isnan(values[-1])}
+
+
+def steps_per_second(columns: Columns) -> float | None:
+    """How fast the steps of these rows came; None if there is only one, or the clock was set back."""
+    if not columns or len(columns["step"]) < 2:
+        return None
+    took_s = columns["time_s"][-1] - columns["time_s"][0]
+    return (columns["step"][-1] - columns["step"][0]) / took_s if took_s > 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -52,7 +53,7 @@ def test_long_run_is_thinned_out_and_stays_whole(num_steps: int, num_columns: in
     assert len(steps) <= most + 1
     assert steps[-1] == num_steps
     assert len(steps) >= min(num_steps, most // 2), "no more is dropped than has to be"
-    gaps = {after - before for before, after in zip(steps[:-1], steps[1:-1], strict=False)}
+    gaps = {after - before for before, after in itertools.pairwise(steps[:-1])}
     assert len(gaps) <= 1
     assert steps[0] in (1, *gaps)
     assert columns["column 1"] == [10 * step + 1 for step in steps]

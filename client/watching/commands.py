@@ -1,0 +1,55 @@
+"""The command line's commands for watching a service: plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ...server.commands import Address, Json, Name
+from ...server.service import connect
+from ...sharding.chronicle import Columns
+from ...sharding.errors import NotRegisteredError
+from .panels import write_csv
+from .plot import draw
+
+console = Console()
+
+
+def plot(
+    name: Name,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Picture to write (.png, .svg, .pdf). Default: NAME.png.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table to write.")] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a run's loss, d, learning rates, gradient norm and seconds by phase, from the service's own history.
+
+    With --csv alone the history is written as a table, and nothing is drawn.
+
+    Example: stepwell plot trainer -o trainer.png --csv trainer.csv
+    """
+    columns = connect(name, address=address).history()
+    if not columns:
+        raise NotRegisteredError(f"service {name!r} has taken no step yet; there is nothing to draw")
+    picture = Path(f"{name}.png") if out is None and csv is None else out
+    if picture is not None:
+        draw(picture, title=_title(name, columns), columns=columns)
+    if csv is not None:
+        write_csv(columns, csv)
+    written = [str(path) for path in (picture, csv) if path is not None]
+    if as_json:
+        typer.echo(json.dumps({"name": name, "rows": len(columns["step"]), "written": written}))
+    else:
+        console.print(f"{_title(escape(name), columns)}: {escape(', '.join(written))}", highlight=False, soft_wrap=True)
+
+
+def _title(name: str, columns: Columns) -> str:
+    first, last = columns["step"][0], columns["step"][-1]
+    return f"{name}, steps {first:.0f} to {last:.0f}"
