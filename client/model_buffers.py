@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from .holdings import is_distributed, local_part, version_of
 from .in_place import ParameterViews
 from .overlap import EarlyCopies
 from .replicas import Replicas
+from .streaming import PieceStream
 
 logger = logging.getLogger("stepwell")
 
@@ -76,6 +77,7 @@ class ModelBuffers:
         group: Over which replicas exchange parameters, see :func:`replica_group`.
         options: How gradients are gathered.
         allocate: Where their memory comes from.
+        open_stream: Gives what sends gradients ahead of their push; see :meth:`Transport.stream`.
 
     Attributes:
         pushed: For gradients.
@@ -97,6 +99,7 @@ class ModelBuffers:
         group: dist.ProcessGroup | None = None,
         options: GatherOptions = DEFAULT_OPTIONS,
         allocate: Allocate = allocate_zeros,
+        open_stream: Callable[[FlatBuffer], PieceStream | None] = lambda gradient: None,
     ) -> None:
         self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
@@ -113,10 +116,11 @@ class ModelBuffers:
             self.held = FlatBuffer(layout, device, coverage=held, parts=self._replicas.parts)
             self.pulled = FlatBuffer(layout, device, coverage=pushed, part="pushed", parts=self._replicas.own)
         self._early: EarlyCopies | None = None
+        self._stream: PieceStream | None = None
         self._used: list[tuple[int, Gatherer]] = []
         self._renew_pushed()
         if options.overlap:
-            self._early = self._copy_early()
+            self._early = self._copy_early(open_stream)
         self._present: tuple[list[bool], bytes] = [], b""
         self._views = ParameterViews(self.held, self._params)
         self._copied = self._to_copy()
@@ -158,6 +162,8 @@ class ModelBuffers:
         self._gatherer, self.pushed, self._is_lent = gatherer, gatherer.buffer, False
         if self._early is not None:
             self._early.copy = gatherer.copy
+        if self._stream is not None:
+            self._stream.use(gatherer.buffer)
 
     def gather_gradients(self) -> Gathered:
         """Copy this rank's part of every gradient to its place. It stays there until :meth:`take_back_gradients`.
@@ -177,6 +183,9 @@ class ModelBuffers:
         if self._early is not None:
             copied = self._early.take()
             self._early.may_copy = False
+        if self._stream is not None:
+            places = enumerate(self.pushed.places)
+            self._stream.spoil(at for at, place in places if grads[place.param] is not None and at not in copied)
         max_abs = self._gatherer.gather(grads, copied)
         present = [grad is not None for grad in grads]
         if present != self._present[0]:
@@ -212,6 +221,8 @@ class ModelBuffers:
         """Leave the model as any other: without hooks, its parameters in memory of their own."""
         if self._early is not None:
             self._early.close()
+        if self._stream is not None:
+            self._stream.close()
         self._views.release()
 
     def values(self) -> dict[int, tuple[int, Tensor]]:
@@ -254,13 +265,14 @@ class ModelBuffers:
         held = [place.view.view(self._shapes[place.param]) for place in places]
         return [self._params[place.param] for place in places], held
 
-    def _copy_early(self) -> EarlyCopies | None:
+    def _copy_early(self, open_stream: Callable[[FlatBuffer], PieceStream | None]) -> EarlyCopies | None:
         """Hooks, where what backward leaves in a gradient is what is pushed of it."""
         if self._spec.gradients != "local" or not self._is_plain:
             logger.info("overlap: gradients are reduced among ranks after backward's hooks; step() copies them")
             return None
         params = {at: self._params[place.param] for at, place in enumerate(self.pushed.places)}
-        return EarlyCopies(params, self._gatherer.copy)
+        self._stream = open_stream(self.pushed)
+        return EarlyCopies(params, self._gatherer.copy, self._stream)
 
     def _slice_of(self, place: Place) -> slice | None:
         """Where a place lies in the flattened local gradient; None if it is all of it."""

@@ -37,6 +37,10 @@ class NodeMemory:
             logger.info("gradients and parameters go by %s", "; ".join(ways))
         self._why, self.is_near = list(why_not), [why is None for why in why_not]
 
+    def is_near_now(self, shard: int) -> bool:
+        """Whether a shard maps this memory, as far as is known at the moment."""
+        return self.is_near[shard]
+
     def allocate(self, sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor] | None:
         """Flat tensors, all zero, that near shards can map; None if none could.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import sys
 import uuid
 import weakref
@@ -23,12 +24,14 @@ from ..server.config import COLLECTIVE_MARGIN_S
 from ..server.messages import (
     Exchange,
     LoadHeader,
+    PieceHeader,
     Registration,
     Target,
     from_wire,
     pack_exchange,
     pack_holdings,
     pack_job,
+    pack_piece,
     pack_push,
     pack_target,
     to_wire,
@@ -47,6 +50,7 @@ from ..sharding.segments import Placement, allocate
 from ..sharding.vote import Decision
 from .flat import FlatBuffer, allocate_zeros
 from .node_memory import NodeMemory
+from .streaming import PieceStream
 from .transport import Transport, join_pieces
 
 LEAVE_TIMEOUT_S = 15.0
@@ -67,12 +71,14 @@ class ObjectStoreTransport(Transport):
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
         self._memory = NodeMemory()
         self.recovery_timeout_s = RECOVERY_TIMEOUT_S if service.config.redundancy else 0.0
+        self._stream: PieceStream | None = None
         self._placements: weakref.WeakKeyDictionary[FlatBuffer, list[Placement | None]] = weakref.WeakKeyDictionary()
 
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """See :class:`Transport`."""
         # Not left to the optimizer, which may be gone long before the process ends, while other ranks still train.
         atexit.register(self.close, rank, spec.world_size)
+        self._incarnation = incarnation
         packed = pack_job(spec), rank, incarnation, pack_holdings(holdings)
         return self._ask_where("register", *packed, what="the registration")
 
@@ -88,6 +94,14 @@ class ObjectStoreTransport(Transport):
         """
         shared = self._memory.allocate(sizes, device)
         return allocate_zeros(sizes, device) if shared is None else shared
+
+    def stream(self, gradient: FlatBuffer) -> PieceStream | None:
+        """See :class:`Transport`."""
+        shards, self._stream = self.service.shards, None
+        if not all(self._memory.is_near):
+            send = functools.partial(_send_piece, shards, self._rank, self._incarnation)
+            self._stream = PieceStream(self._layout, len(shards), gradient, is_near=self._memory.is_near_now, send=send)
+        return self._stream
 
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
         """See :class:`Transport`."""
@@ -117,12 +131,14 @@ class ObjectStoreTransport(Transport):
         """See :class:`Transport`."""
         push, calls = pack_push(header), []
         changed = {index: to_wire(value) for index, value in reloaded.items()}
+        self._await_pieces(header.sequence)
         for index, shard in enumerate(self.service.shards):
             place, target = self._placement(gradient, index), self._target(params, index)
-            request = pack_exchange(Exchange(push, place, target, self._step_timeout_s))
-            parts = [] if place is not None else map(to_wire, self._parts(gradient, index))
+            ahead, parts = ((), []) if place is not None else self._left_to_send(gradient, index)
+            request = pack_exchange(Exchange(push, place, target, self._step_timeout_s, ahead))
             # Nothing but the request in the common case: each argument more costs Ray time.
-            calls.append(shard.exchange.remote(request, *([list(parts), changed] if parts or changed else [])))
+            wires = list(map(to_wire, parts))
+            calls.append(shard.exchange.remote(request, *([wires, changed] if wires or changed else [])))
         what = f"step {header.sequence}"
         replies = wait_for_all(calls, refusal=_refusal, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
         for reply, _, _ in replies:
@@ -134,6 +150,19 @@ class ObjectStoreTransport(Transport):
         near = zip(self._memory.is_near, replies, strict=True)
         self.kept_from = min((kept_from for is_near, (_, _, kept_from) in near if is_near), default=sys.maxsize)
         return result
+
+    def _await_pieces(self, sequence: int) -> None:
+        """Wait until the shards have what was sent ahead: what is named in a push and is not there then is lost."""
+        if self._stream is not None:
+            what = f"the shards to take the gradient of step {sequence}"
+            for error in self._wait(self._stream.finish(self._step_timeout_s, what=what), what=what):
+                if error is not None:
+                    raise error
+
+    def _left_to_send(self, gradient: FlatBuffer, shard: int) -> tuple[tuple[int, ...], list[Tensor]]:
+        """What of a gradient goes with its push, and :attr:`Exchange.ahead`."""
+        ahead, left = ((), []) if self._stream is None else self._stream.ahead_of(shard)
+        return (ahead, left) if any(ahead) else ((), self._parts(gradient, shard))
 
     def decided(self, timeline: int, sequence: int) -> StepResult | None:
         """See :class:`Transport`."""
@@ -238,6 +267,14 @@ class ObjectStoreTransport(Transport):
         registration: Registration = self.service.ask(method, *args, what=what, timeout_s=timeout_s)
         self._look_around()
         return registration
+
+
+def _send_piece(
+    shards: Sequence[Any], rank: int, incarnation: str, shard: int, piece: int, serial: int, values: Tensor
+) -> Any:
+    """See :data:`Send`."""
+    header = pack_piece(PieceHeader(rank, incarnation, piece, serial))
+    return shards[shard].hold_piece.remote(header, to_wire(values))
 
 
 def _put(values: PieceValues) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .gathering import Seen
+from .streaming import PieceStream
 
 logger = logging.getLogger("stepwell")
 
@@ -44,22 +45,27 @@ class EarlyCopies:
     Args:
         params: The parameters whose gradients are to be copied, by place in the buffer.
         copy: Copies a gradient to a place of the buffer.
+        stream: Is told of each copy; None if gradients are only pushed.
 
     Attributes:
         copy: As above.
         may_copy: Whether the buffer is free: the shards may read it from a push until its step is settled.
     """
 
-    def __init__(self, params: Mapping[int, Tensor], copy: Callable[[int, Tensor], Seen]) -> None:
+    def __init__(
+        self, params: Mapping[int, Tensor], copy: Callable[[int, Tensor], Seen], stream: PieceStream | None = None
+    ) -> None:
         self.may_copy = True
-        self.copy = copy
+        self.copy, self._stream = copy, stream
+        # A small gradient that was left to the step would keep the piece that it is in.
+        min_numel = MIN_NUMEL if stream is None else 1
         self._copied: dict[int, _Copied] = {}
         self._num_useless = 0
         # Parameters outlive their optimizer, and what they refer to lives with them.
         mine = weakref.ref(self)
         self._handles: list[RemovableHandle] = []
         for place, param in params.items():
-            if param.requires_grad and param.numel() >= MIN_NUMEL:
+            if param.requires_grad and param.numel() >= min_numel:
                 hook = functools.partial(_on_accumulated, mine, place)
                 self._handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
@@ -96,6 +102,8 @@ class EarlyCopies:
         grad = param.grad
         if self.may_copy and grad is not None and grad.layout is torch.strided:
             self._copied[place] = _Copied(param, grad, grad._version, self.copy(place, grad))
+            if self._stream is not None:
+                self._stream.written(place)
 
 
 def _on_accumulated(reference: weakref.ref[EarlyCopies], place: int, param: Tensor) -> None:

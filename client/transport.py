@@ -21,6 +21,7 @@ from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
 from ..sharding.reports import ShardStatus, StepResult
 from .flat import FlatBuffer, allocate_zeros
+from .streaming import PieceStream
 
 Values = Mapping[tuple[int, str], Tensor]
 """Whole slots, flattened: (parameter index, slot name) to ``(numel,)``."""
@@ -83,6 +84,10 @@ class Transport(abc.ABC):
     def allocate(self, sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor]:
         """Memory for this worker's buffers, see :data:`stepwell.client.flat.Allocate`. Called after :meth:`attach`."""
         return allocate_zeros(sizes, device)
+
+    def stream(self, gradient: FlatBuffer) -> PieceStream | None:
+        """What sends ahead the pieces of a gradient which is to be pushed whole; None if none has far to go."""
+        return None
 
     @abc.abstractmethod
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:

@@ -141,6 +141,7 @@ class Worker:
             group=self._replica_group,
             options=self._options,
             allocate=self.transport.allocate,
+            open_stream=self.transport.stream,
         )
 
     def step(

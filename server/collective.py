@@ -39,20 +39,6 @@ class Generation(NamedTuple):
 NO_GENERATION = Generation(0, 0)
 
 
-class GroupStore:
-    """The rendezvous of one generation, hosted by the first shard; it binds a free port before it is announced.
-
-    Args:
-        host: The address that the other shards reach this one at.
-        timeout_s: Limit for every wait on it.
-    """
-
-    def __init__(self, host: str, timeout_s: float) -> None:
-        limit = timedelta(seconds=timeout_s)
-        self._store = c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        self.address = (host, self._store.port)
-
-
 class Collective:
     """All-reduces among the shards of one generation.
 
@@ -61,7 +47,7 @@ class Collective:
         shard: This shard's index.
         num_shards: How many shards there are.
         host: This shard's own address.
-        store_address: Where the generation's :class:`GroupStore` listens.
+        meeting: Where the members find each other, of this generation alone; see :class:`Meeting`.
         forming_timeout_s: Limit for all shards to come together.
         timeout_s: Limit of one all-reduce, the wait for the slowest shard included.
 
@@ -76,7 +62,7 @@ class Collective:
         num_shards: int,
         *,
         host: str,
-        store_address: tuple[str, int],
+        meeting: dist.Store,
         forming_timeout_s: float,
         timeout_s: float,
     ) -> None:
@@ -85,10 +71,11 @@ class Collective:
         self._is_alone = num_shards == 1
         self._lock = threading.Lock()
         self._group: Any = None
+        self._meeting = meeting  # the group refers to it, but does not keep what Python adds to a store
         if not self._is_alone:
             try:
-                self._group = _form(generation, shard, num_shards, host, store_address, forming_timeout_s)
-            except RuntimeError as error:
+                self._group = _form(meeting, shard, num_shards, host, forming_timeout_s)
+            except (RuntimeError, TimeoutError) as error:
                 raise ShardLostError(
                     f"shard {shard}: the {num_shards} shards of generation {generation} did not come together within "
                     f"{forming_timeout_s:g} s: {_first_line(error)}"
@@ -166,15 +153,12 @@ def drive(step: RunningStep, collective: Collective | None) -> StepResult:
     return step.result
 
 
-def _form(
-    generation: Generation, shard: int, num_shards: int, host: str, store_address: tuple[str, int], timeout_s: float
-) -> Any:
+def _form(meeting: dist.Store, shard: int, num_shards: int, host: str, timeout_s: float) -> Any:
     limit = timedelta(seconds=timeout_s)
-    store = c10d.PrefixStore(f"generation-{generation}", c10d.TCPStore(*store_address, is_master=False, timeout=limit))
     options = c10d.ProcessGroupGloo._Options()
     options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = limit
-    group = c10d.ProcessGroupGloo(store, shard, num_shards, options)
+    group = c10d.ProcessGroupGloo(meeting, shard, num_shards, options)
     group.barrier().wait(limit)
     return group
 

@@ -23,12 +23,14 @@ from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
+from .ahead import Ahead
 from .changes import Change, Changes
-from .collective import Collective, Generation, GroupStore
+from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .epochs import Fence, change_of_coordinator, of_coordinator
 from .knowledge import ShardReport
 from .mappings import Mappings
+from .meeting import Meeting
 from .messages import (
     LoadHeader,
     WireValues,
@@ -58,7 +60,7 @@ class CoordinatedShard:
         self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._device = _device(config)
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
-        self._store: GroupStore | None = None
+        self._meetings: dict[Generation, Meeting] = {}
         self.fence, self._changes = Fence(shard), Changes(shard)
         # Not so where a test has an actor in its own process.
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
@@ -72,6 +74,7 @@ class CoordinatedShard:
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
+        self._ahead = Ahead()
 
     # The coordinator's death; see Note: Epochs
 
@@ -96,17 +99,18 @@ class CoordinatedShard:
     # Forming the group; called by the coordinator
 
     @of_coordinator
-    async def open_store(self, timeout_s: float) -> tuple[str, int]:
-        """Host the rendezvous of the next generation; called on shard 0 alone."""
-        self._store = GroupStore(self._host, timeout_s)
-        return self._store.address
-
-    @of_coordinator
-    async def join(
-        self, generation: Generation, store_address: tuple[str, int], timeout_s: float, shards: Sequence[Any]
-    ) -> None:
+    async def join(self, generation: Generation, timeout_s: float, shards: Sequence[Any]) -> None:
         """Leave the last group and form that of ``generation`` with all ``shards``."""
-        self._steps.leave_group(generation, [shard for index, shard in enumerate(shards) if index != self._index])
+        peers = [shard for index, shard in enumerate(shards) if index != self._index]
+        self._steps.leave_group(generation, peers)
+        self._meetings = {each: meeting for each, meeting in self._meetings.items() if each >= generation}
+        meeting = self._meetings.setdefault(generation, Meeting())
+
+        def tell(key: str, value: bytes) -> None:
+            for peer in peers:
+                peer.meet.remote(generation, key, value)
+
+        meeting.attend(tell, timeout_s)
         collective = await asyncio.get_running_loop().run_in_executor(
             None,
             lambda: Collective(
@@ -114,12 +118,20 @@ class CoordinatedShard:
                 self._index,
                 self._config.num_shards,
                 host=self._host,
-                store_address=store_address,
+                meeting=meeting,
                 forming_timeout_s=timeout_s,
                 timeout_s=self._config.worker_timeout_s + COLLECTIVE_MARGIN_S,
             ),
         )
         self._steps.enter_group(collective)
+
+    async def meet(self, generation: Generation, key: str, value: bytes) -> None:
+        """Take what another shard tells of itself for the group of ``generation``; called by that shard.
+
+        It may have been asked to join before this one.
+        """
+        if generation >= self._steps.newest_generation:
+            self._meetings.setdefault(generation, Meeting()).note(key, value)
 
     @of_coordinator
     async def generation(self) -> Generation:
@@ -157,6 +169,7 @@ class CoordinatedShard:
         """Let workers' processes push, by rank; all or none."""
         for rank in self._admit(workers):
             self._mappings.forget(rank)
+            self._ahead.forget(rank)
         await self._redundancy.admit(self._steps.job())
 
     @change_of_coordinator

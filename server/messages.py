@@ -99,12 +99,31 @@ class Exchange:
         gradient: Memory of the worker's that the gradient lies in, per extent; None if it travels.
         target: Where the parameters go.
         timeout_s: How long the sender waits for the step to be decided.
+        ahead: Which pieces of the gradient were sent before, in order, by their serial numbers; 0 for one that comes
+            with this. Empty if the gradient is not in pieces.
     """
 
     push: bytes
     gradient: Placement | None
     target: Target
     timeout_s: float
+    ahead: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PieceHeader:
+    """What a piece of a gradient is that is sent ahead of its push.
+
+    Attributes:
+        rank, incarnation: Who sends it.
+        piece: Which one it is of the sender's pieces for this shard.
+        serial: Counts what the sender sends ahead, from 1: of two that are the same piece the later one counts.
+    """
+
+    rank: int
+    incarnation: str
+    piece: int
+    serial: int
 
 
 def pack_push(header: PushHeader) -> bytes:
@@ -144,7 +163,7 @@ def pack_exchange(exchange: Exchange) -> bytes:
     """What goes to one shard as bytes."""
     gradient, target = _placement_fields(exchange.gradient), _target_fields(exchange.target)
     fields = {"push": exchange.push, "gradient": gradient, "target": target, "timeout_s": exchange.timeout_s}
-    return _pack("exchange", fields)
+    return _pack("exchange", {**fields, "ahead": exchange.ahead})
 
 
 def unpack_exchange(data: bytes) -> Exchange:
@@ -155,6 +174,23 @@ def unpack_exchange(data: bytes) -> Exchange:
         gradient=_placement(fields, "gradient"),
         target=_target(_field(fields, "target", _is_fields)),
         timeout_s=_field(fields, "timeout_s", lambda value: _is_positive(value) and _is_finite(value)),
+        ahead=tuple(_field(fields, "ahead", lambda value: isinstance(value, list) and all(map(_is_count, value)))),
+    )
+
+
+def pack_piece(header: PieceHeader) -> bytes:
+    """The header of a piece as bytes."""
+    return _pack("piece", {field.name: getattr(header, field.name) for field in dataclasses.fields(header)})
+
+
+def unpack_piece(data: bytes) -> PieceHeader:
+    """The reverse of :func:`pack_piece`; raises as :func:`unpack_push`."""
+    fields = _unpack("piece", data)
+    return PieceHeader(
+        rank=_field(fields, "rank", _is_count),
+        incarnation=_field(fields, "incarnation", lambda value: isinstance(value, str)),
+        piece=_field(fields, "piece", _is_count),
+        serial=_field(fields, "serial", lambda value: _is_count(value) and value > 0),
     )
 
 

@@ -23,6 +23,7 @@ from .messages import (
     from_wire,
     to_wire,
     unpack_exchange,
+    unpack_piece,
     unpack_push,
     unpack_target,
 )
@@ -37,6 +38,7 @@ class ShardActor(CoordinatedShard):
     async def forget(self, rank: int) -> None:
         """Give up the memory of a worker that leaves; called by the worker."""
         self._mappings.forget(rank)
+        self._ahead.forget(rank)
 
     async def export(self) -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
         """Every owned piece as (param, slot, offset, values), and where the shard stands."""
@@ -76,6 +78,14 @@ class ShardActor(CoordinatedShard):
             return str(error)
         return None
 
+    async def hold_piece(self, header: bytes, piece: WireTensor) -> StepwellError | None:
+        """Hold a piece of a gradient for the exchange that will name it; an error as a value, as there."""
+        try:
+            self._ahead.hold(unpack_piece(header), piece, self._steps.job().members)
+        except StepwellError as error:
+            return error
+        return None
+
     async def exchange(
         self, request: bytes, gradient: Sequence[WireTensor] = (), reloaded: Mapping[int, WireTensor] | None = None
     ) -> tuple[Outcome, list[WireTensor], int]:
@@ -83,7 +93,8 @@ class ShardActor(CoordinatedShard):
 
         Args:
             request: The push's header, where its gradient lies and where the parameters go.
-            gradient: The gradient, where it lies in no memory that can be mapped here.
+            gradient: The gradient, where it lies in no memory that can be mapped here; without the pieces that came
+                ahead of it.
             reloaded: Parameters that were changed by hand.
 
         Returns:
@@ -95,6 +106,7 @@ class ShardActor(CoordinatedShard):
             exchange = unpack_exchange(request)
             header, shard = unpack_push(exchange.push), self._steps.job()
             shard.require_sender(header)  # before anything is mapped for it
+            gradient = self._ahead.merge(header.rank, exchange.ahead, gradient)
             parts = tuple(map(from_wire, gradient))
             if exchange.gradient is not None:
                 parts = self._mappings.tensors(header.rank, "gradient", exchange.gradient)

@@ -131,12 +131,7 @@ class Shards:
         """Form the next generation of the shards' group; steps that are under way fail."""
         self._num_formed += 1
         generation = Generation(self.epoch, self._num_formed)
-        store = await self.first(
-            "open_store", FORMING_TIMEOUT_S, what="shard 0 to open a store", timeout_s=FORMING_TIMEOUT_S
-        )
-        await self.all(
-            "join", generation, store, FORMING_TIMEOUT_S, self.handles, what="the shards to form their group"
-        )
+        await self.all("join", generation, FORMING_TIMEOUT_S, self.handles, what="the shards to form their group")
         self.generation = generation
 
     async def lost(self, index: int) -> None:

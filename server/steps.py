@@ -44,6 +44,7 @@ class Steps:
     Attributes:
         shard: The shard; None without a job.
         collective: The group that it reduces in; None before the first one was formed.
+        newest_generation: The last one that it was asked to join.
     """
 
     def __init__(self, index: int, timeout_s: float, redundancy: Redundancy) -> None:
@@ -61,7 +62,7 @@ class Steps:
         self._held_after: int | None = None
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
-        self._newest = NO_GENERATION
+        self.newest_generation = NO_GENERATION
 
     @property
     def generation(self) -> Generation:
@@ -106,9 +107,9 @@ class Steps:
         Raises:
             ServiceError: If ``generation``, of the next one, is not newer than any that was asked for.
         """
-        if generation <= self._newest:
-            raise ServiceError(f"expected a generation after {self._newest}, got {generation}")
-        self._newest = generation
+        if generation <= self.newest_generation:
+            raise ServiceError(f"expected a generation after {self.newest_generation}, got {generation}")
+        self.newest_generation = generation
         if self.collective is not None:
             self.collective.close()
         self._num_votes, self._attended, self._peers = 0, None, peers
@@ -119,9 +120,9 @@ class Steps:
         Raises:
             ServiceError: If a newer one was asked for meanwhile.
         """
-        if collective.generation != self._newest:
+        if collective.generation != self.newest_generation:
             collective.close()
-            raise ServiceError(f"generation {collective.generation} was given up for {self._newest}")
+            raise ServiceError(f"generation {collective.generation} was given up for {self.newest_generation}")
         self.collective = collective
 
     async def compute(self, work: Callable[[], Any]) -> Any:

@@ -7,6 +7,7 @@ The mean is not written down: the passes compute it from the ranks' own memory a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..optim import TILE_NUMEL
 from .buffers import Buffers, ExtentBuffers
 from .coverage import Gradients, Runs
-from .push import Push, PushHeader
+from .push import Push, PushHeader, by_extent
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -80,11 +81,34 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> Gradie
         present: ``(world_size, num_tensors)`` bool.
         buffers: The shard's memory, for its tiles and device; not changed.
     """
+    numels = [extent.numel for extent in buffers.extents]
+    by_rank = [by_extent(push.gradient, numels) for push in pushes]
     scales = [push.header.grad_scale for push in pushes]
-    return tuple(
-        (_mean([push.gradient[index] for push in pushes], scales, present, range(len(extent.tiles)), extent),)
-        for index, extent in enumerate(buffers.extents)
-    )
+    gradient = []
+    for index, extent in enumerate(buffers.extents):
+        ranks = [_by_start(pieces[index]) for pieces in by_rank]
+        starts = sorted({start for pieces in ranks for start in pieces})
+        stretches = [
+            _mean([_between(pieces, *edges) for pieces in ranks], scales, present, _tiles(*edges), extent)
+            for edges in itertools.pairwise([*starts, extent.numel])
+        ]
+        gradient.append(tuple(stretches))
+    return tuple(gradient)
+
+
+def _by_start(pieces: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Pieces that follow each other, by where they begin."""
+    return dict(zip(itertools.accumulate([0, *map(len, pieces[:-1])]), pieces, strict=True))
+
+
+def _between(pieces: dict[int, Tensor], start: int, stop: int) -> Tensor:
+    """What lies between two elements that no edge of a piece lies between."""
+    begin = max(each for each in pieces if each <= start)
+    return pieces[begin][start - begin : stop - begin]
+
+
+def _tiles(start: int, stop: int) -> range:
+    return range(start // TILE_NUMEL, stop // TILE_NUMEL)
 
 
 def assemble(pushes: Sequence[Push], present: Tensor, buffers: Buffers, runs: Sequence[Sequence[Runs]]) -> Gradient:

@@ -37,6 +37,11 @@ class Member:
     padding: Sequence[Tensor]
     has_left: bool = False
 
+    @property
+    def pushed_numels(self) -> list[int]:
+        """Per extent, how many elements it pushes."""
+        return [int((runs[:, 1] - runs[:, 0]).sum()) for runs in self.pushed]
+
     def runs(self, part: Part) -> Sequence[Runs]:
         """One of the two."""
         return self.pushed if part == "pushed" else self.held
@@ -137,12 +142,16 @@ class Members:
     def _check_gradient(self, push: Push) -> None:
         """Refuse a gradient that is not laid out as its rank's runs, or holds something between tensors."""
         rank, member = push.header.rank, self[push.header.rank]
-        check_gradient(push.gradient, [int((runs[:, 1] - runs[:, 0]).sum()) for runs in member.pushed], rank)
-        for part, padding in zip(push.gradient, member.padding, strict=True):
-            if bool(part.index_select(0, padding.to(part.device)).any()):
-                raise MessageError(
-                    f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
-                )
+        extents = check_gradient(push.gradient, member.pushed_numels, rank, may_be_cut=self._spec.gradients == "local")
+        for pieces, padding in zip(extents, member.padding, strict=True):
+            start = 0
+            for piece in pieces:
+                first, last = torch.searchsorted(padding, torch.tensor((start, start + len(piece)))).tolist()
+                if bool(piece.index_select(0, (padding[first:last] - start).to(piece.device)).any()):
+                    raise MessageError(
+                        f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
+                    )
+                start += len(piece)
 
     def _check_reloaded(self, push: Push) -> None:
         """Refuse parameters changed by hand that are not the job's, not this rank's to send, or not finite."""

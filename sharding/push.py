@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..optim import TILE_NUMEL
 from .delivery import Sink
 from .errors import AttemptError, DTypeMismatchError, HyperparameterError, MessageError, ShapeMismatchError
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+PIECE_NUMEL = 2**22
+"""Elements of one piece of a gradient that is sent piece by piece: many to a call, and few to wait for at the end."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +72,8 @@ class Push:
     Attributes:
         header: See there.
         gradient: Per extent, what the rank pushes of the shard's tiles, packed, in the wire's dtype: with ``"local"``
-            ``(owned tiles * 256,)``. Padding is zero; elements of absent tensors may hold anything.
+            ``(owned tiles * 256,)``, which may also be several pieces of whole tiles, one after the other. Padding is
+            zero; elements of absent tensors may hold anything.
         reloaded: For parameters changed by hand since the last step: parameter index to the whole value from rank 0
             alone, or of a sharded model to what the rank pushes of it; flattened.
         sink: Where the rank's parameters go if the step is a COMMIT; None if it asks for them.
@@ -100,15 +105,55 @@ def unpack_present(packed: bytes, num_tensors: int) -> Tensor:
     return torch.from_numpy(bits.astype(np.bool_))
 
 
-def check_gradient(gradient: Sequence[Tensor], expected_numels: Sequence[int], rank: int) -> None:
+def piece_numels(numels: Sequence[int]) -> list[int]:
+    """The lengths of all pieces of a gradient with so many elements per extent; of an empty extent one empty piece."""
+    return [min(PIECE_NUMEL, numel - start) for numel in numels for start in range(0, max(numel, 1), PIECE_NUMEL)]
+
+
+def by_extent(gradient: Sequence[Tensor], numels: Sequence[int]) -> list[list[Tensor]]:
+    """The pieces of each extent of a gradient that has ``numels`` elements per extent, one piece at least.
+
+    Raises:
+        ValueError: If it does not fit, or an extent is not cut between tiles.
+    """
+    extents, pieces = [], list(gradient)
+    for numel in numels:
+        taken = [pieces.pop(0)] if pieces else []
+        while pieces and sum(piece.numel() for piece in taken) < numel:
+            taken.append(pieces.pop(0))
+        extents.append(taken)
+    got = [sum(piece.numel() for piece in taken) for taken in extents]
+    if got != list(numels) or pieces or not all(extents):
+        raise ValueError(f"expected {list(numels)} elements per extent")
+    if any(piece.numel() % TILE_NUMEL for taken in extents for piece in taken[:-1]):
+        raise ValueError("expected pieces of whole tiles")
+    return extents
+
+
+def check_gradient(
+    gradient: Sequence[Tensor], expected_numels: Sequence[int], rank: int, *, may_be_cut: bool
+) -> list[list[Tensor]]:
     """Refuse a gradient that does not fit a shard's tiles.
+
+    Args:
+        gradient: The gradient.
+        expected_numels: Per extent, how many elements it has to have.
+        rank: Whose it is.
+        may_be_cut: Whether an extent's may come in several pieces.
+
+    Returns:
+        Its pieces per extent.
 
     Raises:
         ShapeMismatchError: If the number of extents or a length is off.
         DTypeMismatchError: If a dtype cannot be averaged.
     """
-    got = [int(part.numel()) for part in gradient]
-    if got != list(expected_numels):
+    try:
+        extents = by_extent(gradient, expected_numels)
+    except ValueError:
+        extents = None
+    if extents is None or not (may_be_cut or len(gradient) == len(extents)):
+        got = [part.numel() for part in gradient]
         raise ShapeMismatchError(
             f"gradient of rank {rank}: expected {list(expected_numels)} elements per extent, got {got}; "
             "the worker's layout is not the shard's"
@@ -117,6 +162,7 @@ def check_gradient(gradient: Sequence[Tensor], expected_numels: Sequence[int], r
         if part.dtype not in GRADIENT_DTYPES:
             wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_DTYPES)
             raise DTypeMismatchError(f"gradient of rank {rank}: expected one of {wanted}, got {part.dtype}")
+    return extents
 
 
 def check_hyper(header: PushHeader, names: Sequence[str], num_groups: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 
 import stepwell
 from stepwell.client.node_memory import NodeMemory
+from stepwell.client.streaming import PieceStream
 from stepwell.sharding.errors import MissingRankError
 from tests.integration.conftest import Launch
+from tests.integration.processes import pid_of
 from tests.integration.training import D0, LIMIT_S, Oracle, Trainer, assert_same_training, make_workers, on_all
 from tests.zoo import Problem, assert_same_tensors, straddling
 
@@ -100,3 +104,36 @@ def test_attempt_that_was_given_up_is_replaced_by_one_in_other_memory(launch: La
     for worker in workers:
         oracle.to(2).require_same(worker)
     on_all(workers, lambda worker: worker.optimizer.close())
+
+
+class Backward(Trainer):
+    """A trainer whose gradients come out of a backward pass."""
+
+    def set_gradients(self) -> None:
+        super().set_gradients()
+        wanted = [(param, param.grad) for param in self.params if param.grad is not None]
+        for param in self.params:
+            param.grad = None
+        torch.stack([(param * grad).sum() for param, grad in wanted]).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_gradients_that_are_sent_within_backward_give_the_bits_of_one_process(launch: Launch) -> None:
+    """Also where a shard is lost that has been sent its gradient: the step is tried again, with all of it."""
+    problem, named = straddling(), []
+    ahead_of = PieceStream.ahead_of
+
+    def note(self: PieceStream, shard: int) -> Any:
+        ahead, left = ahead_of(self, shard)
+        named.append(len(ahead) - len(left))
+        return ahead, left
+
+    service = launch(2, redundancy=1)
+    with far(0, 1), mock.patch.object(PieceStream, "ahead_of", note):
+        trained = Backward(problem, stepwell.Prodigy, d0=D0, service=service, overlap=True).run(5)
+        assert named == [0, 0, *[1] * 8]
+        trained.set_gradients()
+        os.kill(pid_of(service.shards[1]), signal.SIGKILL)
+        trained.take_step()
+        assert_same_training(trained.run(NUM_STEPS), train(problem, service="inprocess"))
+        assert named[-2:] == [1, 1]
+        trained.optimizer.close()

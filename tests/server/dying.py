@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -16,6 +15,7 @@ from stepwell.server.collective import NO_GENERATION, Generation
 from stepwell.server.config import ServiceConfig
 from stepwell.server.coordinator import Coordinator
 from stepwell.server.knowledge import ShardReport
+from stepwell.server.meeting import Meeting
 from stepwell.server.messages import from_wire, pack_holdings, pack_job, values_to_wire
 from stepwell.server.shard_actor import ShardActor
 from stepwell.sharding.coverage import Gradients
@@ -63,21 +63,16 @@ class Life:
             future.cancel()
 
 
-class GroupStore:
-    """Where the members of one generation meet, in place of a store."""
-
-    def __init__(self, host: str, timeout_s: float) -> None:
-        self.address = threading.Barrier(NUM_SHARDS, timeout=timeout_s)
-
-
 class Group:
     """A generation that is formed when all its members have come, in place of a process group."""
 
     def __init__(self, generation: Generation, shard: int, num_shards: int, **options: Any) -> None:
         self.generation, self.is_open = generation, True
+        meeting: Meeting = options["meeting"]
+        meeting.set(str(shard), b"here")
         try:
-            options["store_address"].wait()
-        except threading.BrokenBarrierError:
+            meeting.wait([str(index) for index in range(num_shards)])
+        except TimeoutError:
             raise ShardLostError(f"shard {shard}: generation {generation} did not come together") from None
 
     def close(self) -> None:
@@ -88,10 +83,12 @@ class Handle:
     """A shard's handle as one coordinator holds it."""
 
     def __init__(self, actor: ShardActor, life: Life) -> None:
-        self._actor, self._life = actor, life
+        self._actor, self._life, self._loop = actor, life, asyncio.get_running_loop()
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._actor, name)
+        if name == "meet":  # called by the other shards, in their own threads
+            return mock.Mock(remote=lambda *arguments: asyncio.run_coroutine_threadsafe(method(*arguments), self._loop))
         return mock.Mock(remote=lambda *arguments: self._life.call(method, arguments))
 
 
@@ -161,7 +158,7 @@ class Service:
 def groups_without_sockets(forming_timeout_s: float) -> Iterator[None]:
     """Within this block shards form groups that meet in this process."""
     with (
-        mock.patch.multiple("stepwell.server.coordinated_shard", Collective=Group, GroupStore=GroupStore),
+        mock.patch("stepwell.server.coordinated_shard.Collective", Group),
         mock.patch("stepwell.server.shards.FORMING_TIMEOUT_S", forming_timeout_s),
     ):
         yield

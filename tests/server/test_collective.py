@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -7,14 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from stepwell.server.collective import Collective, Generation, GroupStore
+from stepwell.server.collective import Collective, Generation
+from stepwell.server.meeting import Meeting
 from stepwell.sharding.errors import ShardLostError
 
 HOST = "127.0.0.1"
@@ -25,10 +28,10 @@ import sys, torch
 from stepwell.server.collective import Collective, Generation
 from stepwell.sharding.errors import ShardLostError
 
-index, size, port = map(int, sys.argv[1:])
+index, size, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+meeting = torch.distributed.FileStore(path, size)
 member = Collective(
-    Generation(1, 1), index, size,
-    host="127.0.0.1", store_address=("127.0.0.1", port), forming_timeout_s=60, timeout_s=60
+    Generation(1, 1), index, size, host="127.0.0.1", meeting=meeting, forming_timeout_s=60, timeout_s=60
 )
 member.all_reduce(torch.ones(3))
 print("formed", flush=True)
@@ -41,13 +44,27 @@ sys.stdin.read()  # stay, so that no connection closes by this process's end
 """
 
 
-def form(store: GroupStore, number: int, shard: int, num_shards: int, timeout_s: float = LIMIT_S) -> Collective:
+def meetings(num_shards: int, timeout_s: float = LIMIT_S) -> list[Meeting]:
+    """Of all members, each of which tells the others at once."""
+    members = [Meeting() for _ in range(num_shards)]
+    for member in members:
+        others = [other for other in members if other is not member]
+        member.attend(functools.partial(tell_all, others), timeout_s)
+    return members
+
+
+def tell_all(others: Sequence[Meeting], key: str, value: bytes) -> None:
+    for other in others:
+        other.note(key, value)
+
+
+def form(meeting: Meeting, shard: int, num_shards: int, *, number: int = 1, timeout_s: float = LIMIT_S) -> Collective:
     return Collective(
         Generation(1, number),
         shard,
         num_shards,
         host=HOST,
-        store_address=store.address,
+        meeting=meeting,
         forming_timeout_s=timeout_s,
         timeout_s=timeout_s,
     )
@@ -58,15 +75,19 @@ def on_all(work: Callable[[int], Tensor], num_shards: int) -> list[Tensor]:
         return list(pool.map(work, range(num_shards), timeout=LIMIT_S))
 
 
-@pytest.fixture
-def store() -> GroupStore:
-    return GroupStore(HOST, LIMIT_S)
+def form_all(num_shards: int, *, number: int = 1, timeout_s: float = LIMIT_S) -> list[Collective]:
+    members = meetings(num_shards, timeout_s)
+    with ThreadPoolExecutor(num_shards) as pool:
+        forming = [
+            pool.submit(form, member, shard, num_shards, number=number, timeout_s=timeout_s)
+            for shard, member in enumerate(members)
+        ]
+        return [each.result(timeout=LIMIT_S) for each in forming]
 
 
 @pytest.fixture
-def group(store: GroupStore) -> list[Collective]:
-    with ThreadPoolExecutor(3) as pool:
-        return list(pool.map(lambda shard: form(store, 1, shard, 3), range(3), timeout=LIMIT_S))
+def group() -> list[Collective]:
+    return form_all(3)
 
 
 def test_all_reduce_of_int64_is_exact(group: list[Collective]) -> None:
@@ -97,25 +118,25 @@ def test_all_reduce_keeps_its_shape_and_adds_in_place(group: list[Collective]) -
 
 
 def test_all_reduce_alone_needs_no_group() -> None:
-    alone = Collective(Generation(1, 1), 0, 1, host=HOST, store_address=(HOST, 1), forming_timeout_s=1, timeout_s=1)
+    alone = Collective(Generation(1, 1), 0, 1, host=HOST, meeting=Meeting(), forming_timeout_s=1, timeout_s=1)
     vector = torch.ones(3)
     assert alone.all_reduce(vector) is vector
     alone.close()
     assert alone.is_open
 
 
-def test_collective_whose_member_never_comes_is_an_error_within_the_limit(store: GroupStore) -> None:
+def test_collective_whose_member_never_comes_is_an_error_within_the_limit() -> None:
     began = time.monotonic()
     with pytest.raises(
-        ShardLostError, match=r"shard 0: the 2 shards of generation 1\.7 did not come together within 1 s"
+        ShardLostError,
+        match=r"shard 0: the 2 shards of generation 1\.7 did not come together within 1 s: waited 1 s for .*0/1",
     ):
-        form(store, 7, 0, 2, timeout_s=1.0)
+        form(meetings(2, 1.0)[0], 0, 2, number=7, timeout_s=1.0)
     assert time.monotonic() - began < 10
 
 
-def test_all_reduce_whose_member_never_comes_is_an_error_within_the_limit(store: GroupStore) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        members = list(pool.map(lambda shard: form(store, 1, shard, 2, timeout_s=2.0), range(2), timeout=LIMIT_S))
+def test_all_reduce_whose_member_never_comes_is_an_error_within_the_limit() -> None:
+    members = form_all(2, timeout_s=2.0)
     began = time.monotonic()
     with pytest.raises(ShardLostError, match=r"generation 1\.1 \(limit 2 s\)"):
         members[0].all_reduce(torch.ones(2))
@@ -135,19 +156,19 @@ def test_close_frees_an_all_reduce_that_waits(group: list[Collective]) -> None:
     timer.join()
 
 
-def test_a_next_generation_forms_after_the_last_one_failed(store: GroupStore, group: list[Collective]) -> None:
+def test_a_next_generation_forms_after_the_last_one_failed(group: list[Collective]) -> None:
     for member in group:
         member.close()
-    again = GroupStore(HOST, LIMIT_S)
-    totals = on_all(lambda shard: form(again, 2, shard, 3).all_reduce(torch.ones(1)), 3)
+    again = form_all(3, number=2)
+    totals = on_all(lambda shard: again[shard].all_reduce(torch.ones(1)), 3)
     assert totals == [torch.tensor([3.0])] * 3
 
 
 @pytest.fixture
-def members(store: GroupStore) -> Iterator[list[subprocess.Popen[str]]]:
+def members(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", MEMBER, str(index), "5", str(store.address[1])],
+            [sys.executable, "-c", MEMBER, str(index), "5", str(tmp_path / "meeting")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -173,3 +194,12 @@ def test_all_members_learn_of_a_killed_one_at_once(members: list[subprocess.Pope
 def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
+
+
+def test_what_members_told_before_one_attends_counts() -> None:
+    member, told = Meeting(), list[tuple[str, bytes]]()
+    member.note("a", b"1")
+    member.attend(lambda key, value: told.append((key, value)), LIMIT_S)
+    member.set("b", "2")
+    assert (member.get("a"), member.get("b")) == (b"1", b"2")
+    assert told == [("b", b"2")]

@@ -17,15 +17,18 @@ from stepwell.optim import AdamWRule, LAMBRule, ProdigyRule, Rule
 from stepwell.server.messages import (
     MAX_MESSAGE_BYTES,
     Exchange,
+    PieceHeader,
     Target,
     from_wire,
     pack_exchange,
     pack_job,
+    pack_piece,
     pack_push,
     pack_target,
     to_wire,
     unpack_exchange,
     unpack_job,
+    unpack_piece,
     unpack_push,
     unpack_target,
 )
@@ -70,12 +73,14 @@ JOB = JobSpec(
 )
 PLACEMENT = Placement(Address(4711, 12, 8192, b"t" * 16), (Span(4096, 3, torch.bfloat16), Span(0, 0, torch.float64)))
 TARGET = Target("held", ("bfloat16", "float64"), PLACEMENT)
-EXCHANGE = Exchange(pack_push(PUSH), PLACEMENT, TARGET, 60.0)
+EXCHANGE = Exchange(pack_push(PUSH), PLACEMENT, TARGET, 60.0, (0, 7, 8))
+PIECE = PieceHeader(3, "77-abc", 0, 12)
 UNPACKERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
     "push": (pack_push(PUSH), unpack_push),
     "job": (pack_job(JOB), unpack_job),
     "target": (pack_target(TARGET), unpack_target),
     "exchange": (pack_exchange(EXCHANGE), unpack_exchange),
+    "piece": (pack_piece(PIECE), unpack_piece),
 }
 each_kind = pytest.mark.parametrize("kind", UNPACKERS)
 
@@ -103,6 +108,10 @@ def test_exchange_round_trip_is_the_same(placement: Placement | None) -> None:
     exchange = dataclasses.replace(EXCHANGE, gradient=placement, target=target)
     assert unpack_exchange(pack_exchange(exchange)) == exchange
     assert unpack_target(pack_target(target)) == target
+
+
+def test_piece_round_trip_is_the_same() -> None:
+    assert unpack_piece(pack_piece(PIECE)) == PIECE
 
 
 @pytest.mark.parametrize("rule", [ProdigyRule(slice_p=11, beta3=0.9), AdamWRule(amsgrad=True), LAMBRule(lr=0.1)])
@@ -178,6 +187,10 @@ WRONG: list[tuple[str, str, tuple[object, ...]]] = [
     ("exchange", "push", (1, "x", None, [1])),
     ("exchange", "target", (1, None, [], {}, {"part": "held", "dtypes": []})),
     ("exchange", "timeout_s", (0.0, -1.0, float("nan"), float("inf"), "1", True, None)),
+    ("exchange", "ahead", (None, 1, "x", [-1], [None], ["1"], {"1": 1})),
+    *(("piece", name, COUNT_WRONG) for name in ("rank", "piece", "serial")),
+    ("piece", "serial", (0,)),
+    ("piece", "incarnation", TEXT_WRONG),
     *(("job", name, COUNT_WRONG) for name in ("num_groups", "world_size")),
     ("job", "chunk_numel", tuple(value for value in COUNT_WRONG if value is not None)),
     ("job", "rule", (*TEXT_WRONG, "Sophia")),

@@ -23,13 +23,17 @@ import torch
 from stepwell.optim import SGDRule
 from stepwell.server.collective import Collective, Generation
 from stepwell.server.config import ServiceConfig
+from stepwell.server.keeper import LoggedPush
+from stepwell.server.meeting import Meeting
 from stepwell.server.messages import (
     Exchange,
+    PieceHeader,
     Target,
     from_wire,
     pack_exchange,
     pack_holdings,
     pack_job,
+    pack_piece,
     pack_push,
     pack_target,
     to_wire,
@@ -104,7 +108,7 @@ class Line:
         self.run = Run(small(), SGDRule(lr=0.1), world_size=2)
         self.shard = self.steps.shard = self.run.group.shards[0]
         self.steps.collective = Collective(
-            GENERATION, 0, 1, host="", store_address=("", 0), forming_timeout_s=1.0, timeout_s=1.0
+            GENERATION, 0, 1, host="", meeting=Meeting(), forming_timeout_s=1.0, timeout_s=1.0
         )
 
     async def push(self, rank: int, **header: Any) -> Reply:
@@ -274,6 +278,48 @@ async def test_decided_waits_for_a_step_that_is_under_way_and_for_no_other(line:
         await line.settle()
         assert not asked.done()
     assert (await asked).decision is Decision.COMMIT
+
+
+# Gradients that come ahead of their push
+
+
+@run_test
+async def test_pieces_and_what_comes_with_the_push_are_one_gradient(line: Line) -> None:
+    """For the step and for the log; in pieces of a few tiles."""
+    expected, push = params_after(2), line.run.pushes(0)[0]
+    pieces = [to_wire(piece) for piece in push.gradient[0].split(512)]
+    logged: list[LoggedPush] = []
+    with (
+        mock.patch("stepwell.sharding.push.PIECE_NUMEL", 512),
+        mock.patch.object(line.actor._redundancy, "receive", lambda header, it: logged.append(it)),
+    ):
+        for number, piece in enumerate(pieces[:-1]):
+            assert (
+                await line.actor.hold_piece(pack_piece(PieceHeader(0, "worker-0", number, number + 1)), piece) is None
+            )
+        serials = (*range(1, len(pieces)), 0)
+        request = pack_exchange(Exchange(pack_push(push.header), None, RETURNED, LIMIT_S, serials))
+        reply = line.begin(line.actor.exchange(request, pieces[-1:]))
+        await line.settle()
+        await line.push(1)
+    assert (await reply)[0].decision is Decision.COMMIT
+    assert torch.equal(torch.cat([from_wire(wire) for wire in logged[0].gradient]), push.gradient[0])
+    assert_same_tensors(line.run.params(), expected)
+
+
+@run_test
+async def test_pieces_are_dropped_with_their_sender(line: Line) -> None:
+    part = line.run.pushes(0)[0].gradient[0]
+    ways: list[Callable[[], Awaitable[None]]] = [
+        lambda: line.actor.forget(0),
+        lambda: line.actor.admit(EPOCH, {0: Worker("another", pack_holdings(None))}),
+    ]
+    for way in ways:
+        header = pack_piece(PieceHeader(0, "worker-0", 0, 1))
+        assert await line.actor.hold_piece(header, to_wire(part)) is None
+        await way()
+        assert line.actor._ahead._held == {}
+    assert isinstance(await line.actor.hold_piece(header, to_wire(part)), IncarnationError)
 
 
 # Memory that worker and shard share

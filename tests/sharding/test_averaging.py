@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import random
 from typing import Any
 
 import pytest
@@ -15,9 +18,9 @@ from stepwell.optim import AdamWRule, ProdigyRule, Rule
 from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.gradient import LARGEST, average, is_surely_finite
 from stepwell.sharding.kernels import Kernels
-from stepwell.sharding.push import PushHeader, pack_present
+from stepwell.sharding.push import Push, PushHeader, pack_present
 from stepwell.sharding.vote import Decision
-from tests.zoo import Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, views
+from tests.zoo import Problem, Run, ZooTensor, assert_same_state, assert_same_tensors, small, straddling, views
 
 TENSORS = (ZooTensor((300,)), ZooTensor(()), ZooTensor((20, 30), group=1), ZooTensor((700,), dtype="float64"))
 NUM_TENSORS = len(TENSORS)
@@ -244,3 +247,29 @@ def test_step_is_skipped_if_one_rank_found_that_its_gradient_is_not_finite(found
     assert result is not None
     assert result.decision is Decision.SKIP
     assert_same_tensors(run.buffers(), before)
+
+
+def in_pieces(push: Push, cuts: random.Random) -> Push:
+    """The same push, each extent's gradient cut between tiles wherever ``cuts`` says."""
+    pieces = []
+    for part in push.gradient:
+        num_tiles = len(part) // 256
+        inner = cuts.sample(range(1, num_tiles), min(3, num_tiles - 1)) if num_tiles > 1 else []
+        pieces += [part[start * 256 : stop * 256] for start, stop in itertools.pairwise([0, *sorted(inner), num_tiles])]
+    return dataclasses.replace(push, gradient=tuple(pieces))
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+def test_gradients_in_pieces_give_the_bits_of_whole_ones(wire_dtype: torch.dtype | None) -> None:
+    """Each rank's pieces are its own; one rank's gradient is whole. With clipping, which folds sums over the pieces."""
+    whole, cut = (
+        Run(straddling(), ProdigyRule(), world_size=3, num_shards=2, rank_0={"max_grad_norm": 0.1}) for _ in range(2)
+    )
+    whole.wire_dtype = cut.wire_dtype = wire_dtype
+    cuts = random.Random(1)
+    for _ in range(3):
+        whole.step()
+        for rank in range(3):
+            pushes = cut.pushes(rank)
+            cut.group.push(pushes if rank == 1 else [in_pieces(push, cuts) for push in pushes])
+    assert_same_state(cut.state(), whole.state())
