@@ -40,6 +40,7 @@ from .messages import (
     unpack_job,
     values_from_wire,
 )
+from .meter import ShardMeter
 from .redundancy import Redundancy, logged_steps, rebuild
 from .shard_saves import ShardSaves
 from .steps import Steps
@@ -73,6 +74,9 @@ class CoordinatedShard:
         )
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
+        if ray.is_initialized():
+            steps = self._steps
+            ShardMeter(config.name, shard, steps.tally, lambda: (steps.shard, steps.generation)).begin()
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
         self._ahead = Ahead()
 

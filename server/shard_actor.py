@@ -120,6 +120,7 @@ class ShardActor(CoordinatedShard):
             parameters = self._parameters(header.rank, exchange.target) if is_wanted else []
             return result, parameters, self._redundancy.kept_from(header.sequence)
         except StepwellError as error:
+            self._steps.tally.refuse()
             return error, [], 0
 
     async def decided(self, timeline: int, sequence: int, timeout_s: float) -> Outcome | None:

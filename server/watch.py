@@ -10,6 +10,7 @@ from ray.exceptions import RayTaskError
 
 from ..sharding.errors import StepwellError
 from .config import ServiceConfig
+from .metrics import Instruments
 from .shards import Shards
 
 logger = logging.getLogger("stepwell")
@@ -30,6 +31,7 @@ class Watch:
     ) -> None:
         self._config, self._shards, self._changing, self._has_job = config, shards, changing, has_job
         self._tasks: list[asyncio.Task[None]] = []
+        self._num_recoveries, self._instruments = 0, Instruments(service=config.name)
 
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
@@ -51,6 +53,9 @@ class Watch:
         if empty:
             took_s = asyncio.get_running_loop().time() - began
             logger.warning("service %r: shards %s are back after %.1f s", name, empty, took_s)
+            self._num_recoveries += 1
+            self._instruments.count({"stepwell_recoveries_total": self._num_recoveries})
+            self._instruments.observe("stepwell_recovery_seconds", took_s)
 
     async def _watch(self, index: int) -> None:
         while True:
