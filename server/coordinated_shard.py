@@ -29,6 +29,7 @@ from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .epochs import Fence, change_of_coordinator, of_coordinator
 from .knowledge import ShardReport
+from .logs import Context, begin_logs
 from .mappings import Mappings
 from .meeting import Meeting
 from .messages import (
@@ -76,6 +77,7 @@ class CoordinatedShard:
         self._saves = ShardSaves(shard, config.num_shards)
         if ray.is_initialized():
             steps = self._steps
+            begin_logs(config.log_format, self._log_context)
             ShardMeter(config.name, shard, steps.tally, lambda: (steps.shard, steps.generation)).begin()
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
         self._ahead = Ahead()
@@ -382,6 +384,11 @@ class CoordinatedShard:
             saved=self._saves.saved,
             was_restarted=self._was_restarted,
         )
+
+    def _log_context(self) -> Context:
+        shard = self._steps.shard
+        step, generation = 0 if shard is None else shard.history.num_steps, str(self._steps.generation)
+        return {"service": self._config.name, "shard": self._index, "step": step, "generation": generation}
 
     def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:
         """Make a shard without parameters in place of the one before; in the thread for arithmetic."""

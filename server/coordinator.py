@@ -22,6 +22,7 @@ from ..sharding.reports import ShardStatus
 from .collective import NO_GENERATION, Generation
 from .config import NAMESPACE, ServiceConfig
 from .knowledge import Knowledge
+from .logs import Context, begin_logs
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .roster import Roster
 from .saves import Saves
@@ -264,4 +265,9 @@ class CoordinatorActor(Coordinator):
         shards = [ray.get_actor(name, namespace=NAMESPACE) for name in names]
         context = ray.get_runtime_context()
         super().__init__(config, shards, is_first=not context.was_current_actor_reconstructed)
+        begin_logs(config.log_format, self._log_context)
         context.current_actor.start.remote()
+
+    def _log_context(self) -> Context:
+        epoch, generation = self._shards.epoch, str(self._shards.generation)
+        return {"service": self._config.name, "coordinator": epoch, "generation": generation}

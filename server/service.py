@@ -14,7 +14,7 @@ from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
 from . import cluster
 from .calls import ask, wait_for
-from .config import Placement, ServiceConfig, default_kernel
+from .config import Placement, ServiceConfig, default_kernel, default_log_format
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 from .starting import actor_names, cut_short, end_actors, exists, find_actor, not_found, service_names, start_actors
 
@@ -242,6 +242,7 @@ def launch(
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,
         redundancy=redundancy,
+        log_format=default_log_format(),
     )
     owns_ray = name is None and not ray.is_initialized()
     if owns_ray:

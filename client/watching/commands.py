@@ -1,21 +1,25 @@
-"""The command line's commands for watching a service: plot."""
+"""The command line's commands for watching a service: plot and top."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
+from rich.text import Text
 
 from ...server.commands import Address, Json, Name
-from ...server.service import connect
+from ...server.service import Service, connect
 from ...sharding.chronicle import Columns
-from ...sharding.errors import NotRegisteredError
+from ...sharding.errors import NotRegisteredError, ServiceTimeoutError, ShardLostError
 from .panels import write_csv
 from .plot import draw
+from .top import NUM_ROWS, frame
 
 console = Console()
 
@@ -48,6 +52,39 @@ def plot(
         typer.echo(json.dumps({"name": name, "rows": len(columns["step"]), "written": written}))
     else:
         console.print(f"{_title(escape(name), columns)}: {escape(', '.join(written))}", highlight=False, soft_wrap=True)
+
+
+def top(
+    name: Name,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+    every_s: Annotated[float, typer.Option("--every-s", min=0.1, help="Seconds between two looks.")] = 1.0,
+    address: Address = None,
+) -> None:
+    """Show live how a service does: steps per second, loss, d, where a step's time goes, memory. Ctrl-C ends it.
+
+    Example: stepwell top trainer
+    """
+    service = connect(name, address=address)
+    shown = _look(service)
+    if once:
+        console.print(shown)
+        return
+    try:
+        with Live(shown, console=console, screen=console.is_terminal, auto_refresh=False) as live:
+            while True:
+                time.sleep(every_s)
+                try:
+                    shown = _look(service)
+                except (ShardLostError, ServiceTimeoutError) as error:
+                    live.update(Group(shown, Text(f"no answer: {error}", style="yellow")), refresh=True)
+                else:
+                    live.update(shown, refresh=True)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+def _look(service: Service) -> RenderableType:
+    return frame(service.status(), service.history(NUM_ROWS))
 
 
 def _title(name: str, columns: Columns) -> str:

@@ -1,15 +1,19 @@
-"""A run's history as a person gets to see it: as a picture and a table."""
+"""A run's history as a person gets to see it: as a picture, a table, and live."""
 
 from __future__ import annotations
 
 import csv
+import io
 import math
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from stepwell.client.watching.panels import as_json, drawn, write_csv
 from stepwell.client.watching.plot import draw
+from stepwell.client.watching.top import frame
 from stepwell.sharding.chronicle import Columns, last_row, steps_per_second
 
 NAN = math.nan
@@ -91,3 +95,44 @@ def test_last_row_and_speed_follow_from_the_rows() -> None:
     assert steps_per_second({"step": [1.0, 2.0], "time_s": [2.0, 2.0]}) is None
     assert steps_per_second({}) is None
     assert last_row({}) == {}
+
+
+STATUS = {
+    "name": "trainer",
+    "num_shards": 2,
+    "generation": "1.2",
+    "restarts": 0,
+    "rule": "Prodigy",
+    "world_size": 4,
+    "numel": 1234567,
+    "step": 5,
+    "skipped_steps": 1,
+    "size_bytes": [3 * 2**20, 2**19],
+}
+
+
+def text_of(status: dict[str, object], columns: Columns) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(frame(status, columns))
+    return console.export_text()
+
+
+def test_top_shows_where_a_service_stands() -> None:
+    text = text_of(STATUS, history())
+    for part in (
+        "trainer Prodigy 2 shards 4 workers 1,234,567 parameters generation 1.2, 0 coordinators lost",
+        "gather 8.00 ms",
+        "apply 2.00 ms",
+        "in all 10.00 ms",
+        "state of each shard in MiB 0: 3.0 1: 0.5",
+    ):
+        assert part in " ".join(text.split()), part
+    titles, numbers = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines()[1:3])
+    assert dict(zip(titles, numbers, strict=True)) == {
+        "step": "5", "skipped": "1", "steps/s": "2", "loss": "0.4", "grad_norm": "0.2", "lr[0]": "1", "d": "5e-06",
+    }  # fmt: skip
+
+
+def test_top_of_a_service_without_a_job_says_so() -> None:
+    status = {"name": "a", "num_shards": 1, "generation": "1.1", "restarts": 0, "rule": None, "step": 0}
+    assert "no worker has registered" in text_of(status, {})

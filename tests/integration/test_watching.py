@@ -6,6 +6,7 @@ import math
 import time
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -85,7 +86,8 @@ def test_prometheus_gets_every_metric(service: stepwell.Service) -> None:
 
 def scrape() -> dict[str, Family]:
     """What the node's metrics port tells, by the metric's name."""
-    (node,) = ray.nodes()
+    untyped_ray: Any = ray
+    (node,) = untyped_ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(address, timeout=LIMIT_S) as reply:
         text = reply.read().decode()
