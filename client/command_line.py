@@ -20,7 +20,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, commands.up, commands.status, commands.save, watching.top, watching.plot, commands.down):
+for command in (
+    demo,
+    commands.up,
+    commands.status,
+    commands.save,
+    watching.top,
+    watching.plot,
+    watching.ui,
+    commands.down,
+):
     app.command()(command)
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 

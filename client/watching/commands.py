@@ -1,4 +1,4 @@
-"""The command line's commands for watching a service: plot and top."""
+"""The command line's commands for watching a service: plot, top and ui."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ...server.commands import Address, Json, Name
 from ...server.service import Service, connect
 from ...sharding.chronicle import Columns
 from ...sharding.errors import NotRegisteredError, ServiceTimeoutError, ShardLostError
+from .page import PageServer
 from .panels import write_csv
 from .plot import draw
 from .top import NUM_ROWS, frame
@@ -46,7 +47,8 @@ def plot(
     if picture is not None:
         draw(picture, title=_title(name, columns), columns=columns)
     if csv is not None:
-        write_csv(columns, csv)
+        with csv.open("w", newline="", encoding="utf-8") as file:
+            write_csv(columns, file)
     written = [str(path) for path in (picture, csv) if path is not None]
     if as_json:
         typer.echo(json.dumps({"name": name, "rows": len(columns["step"]), "written": written}))
@@ -81,6 +83,30 @@ def top(
                     live.update(shown, refresh=True)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
+
+
+def ui(
+    name: Name,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 for any that is free.")] = 8260,
+    address: Address = None,
+) -> None:
+    """Serve a web page of a run's history to browsers on this machine. Ctrl-C ends it.
+
+    From elsewhere: ssh -L 8260:127.0.0.1:8260 HOST
+
+    Example: stepwell ui trainer --port 8260
+    """
+    service = connect(name, address=address)
+    try:
+        server = PageServer(service, port)
+    except OSError as error:
+        raise typer.BadParameter(f"port {port} cannot be had: {error.strerror}", param_hint="--port") from error
+    with server:
+        console.print(f"{escape(name)}: {server.url}", highlight=False, soft_wrap=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
 
 
 def _look(service: Service) -> RenderableType:

@@ -1,4 +1,4 @@
-"""What of a run's history is drawn, and its forms for other programs: CSV and JSON."""
+"""What of a run's history is drawn, and the table of it for other programs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import csv
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from typing import TextIO
 
 from ...sharding.chronicle import Columns
 from ...sharding.stopwatch import PHASES
@@ -62,15 +61,9 @@ def drawn(columns: Columns) -> list[tuple[Panel, dict[str, Points]]]:
     return [(panel, series) for panel, series in found if series]
 
 
-def write_csv(columns: Columns, path: Path) -> None:
+def write_csv(columns: Columns, file: TextIO) -> None:
     """Write a table with a line for each row; what is not known is empty."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for row in zip(*columns.values(), strict=True):
-            writer.writerow("" if math.isnan(value) else f"{value:.17g}" for value in row)
-
-
-def as_json(values: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
-    """Columns in JSON's numbers, which know neither NaN nor infinity."""
-    return {name: [value if math.isfinite(value) else None for value in column] for name, column in values.items()}
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow("" if math.isnan(value) else f"{value:.17g}" for value in row)
