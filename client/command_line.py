@@ -11,6 +11,7 @@ from ..server import commands
 from ..sharding.errors import StepwellError
 from . import checkpoint_commands
 from .demo.command import demo
+from .planning.command import plan
 from .watching import commands as watching
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 for command in (
     demo,
+    plan,
     commands.up,
     commands.status,
     commands.save,

@@ -67,7 +67,7 @@ class ObjectStoreTransport(Transport):
 
     def __init__(self, service: Service, *, owned: bool = False) -> None:
         self.service: Service = service
-        self._owned, self._is_closed = owned, False
+        self._owned, self._is_closed, self._may_have_moved = owned, False, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
         self._memory = NodeMemory()
         self.recovery_timeout_s = RECOVERY_TIMEOUT_S if service.config.redundancy else 0.0
@@ -129,6 +129,23 @@ class ObjectStoreTransport(Transport):
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
     ) -> StepResult:
         """See :class:`Transport`."""
+        self._look_again()
+        try:
+            return self._exchange(header, gradient, reloaded, params)
+        except SegmentError:
+            # It may have been brought back on another node since this process looked; the others know a repeat.
+            before = list(self._memory.is_near)
+            self._look_around()
+            if self._memory.is_near == before:
+                raise
+            return self._exchange(header, gradient, reloaded, params)
+        except ShardLostError:
+            self._may_have_moved = True
+            raise
+
+    def _exchange(
+        self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
+    ) -> StepResult:
         push, calls = pack_push(header), []
         changed = {index: to_wire(value) for index, value in reloaded.items()}
         self._await_pieces(header.sequence)
@@ -147,8 +164,7 @@ class ObjectStoreTransport(Transport):
         result: StepResult = replies[0][0]
         if result.decision is Decision.COMMIT:
             self._fill(params, [parts for _, parts, _ in replies])
-        near = zip(self._memory.is_near, replies, strict=True)
-        self.kept_from = min((kept_from for is_near, (_, _, kept_from) in near if is_near), default=sys.maxsize)
+        self.kept_from = min((kept_from for _, _, kept_from in replies), default=sys.maxsize)
         return result
 
     def _await_pieces(self, sequence: int) -> None:
@@ -191,6 +207,7 @@ class ObjectStoreTransport(Transport):
 
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
+        self._look_again()
         calls = [
             shard.parameters.remote(self._rank, pack_target(self._target(params, index)))
             for index, shard in enumerate(self.service.shards)
@@ -245,6 +262,12 @@ class ObjectStoreTransport(Transport):
     def _target(self, params: FlatBuffer, shard: int) -> Target:
         dtypes = tuple(dtype_name(part.dtype) for part in params.parts)
         return Target(params.part, dtypes, self._placement(params, shard))
+
+    def _look_again(self) -> None:
+        """Look around, if a shard was lost since, as it may come back on another node."""
+        if self._may_have_moved:
+            self._look_around()
+            self._may_have_moved = False
 
     def _look_around(self) -> None:
         """Find out which shards can map this process's memory; a restarted one may be on another node."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..sharding.errors import ShardLostError
 from ..sharding.reports import StepResult
 from ..sharding.running import RunningStep
+from .meeting import Meeting
 
 c10d: Any = dist  # torch has no types for its stores and groups
 
@@ -62,7 +63,7 @@ class Collective:
         num_shards: int,
         *,
         host: str,
-        meeting: dist.Store,
+        meeting: Meeting,
         forming_timeout_s: float,
         timeout_s: float,
     ) -> None:
@@ -153,7 +154,7 @@ def drive(step: RunningStep, collective: Collective | None) -> StepResult:
     return step.result
 
 
-def _form(meeting: dist.Store, shard: int, num_shards: int, host: str, timeout_s: float) -> Any:
+def _form(meeting: Meeting, shard: int, num_shards: int, host: str, timeout_s: float) -> Any:
     limit = timedelta(seconds=timeout_s)
     options = c10d.ProcessGroupGloo._Options()
     options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]

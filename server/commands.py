@@ -49,7 +49,7 @@ def up(
         str | None, typer.Option(help="compiled, eager or auto. Default: $STEPWELL_KERNEL, else auto.")
     ] = None,
     redundancy: Annotated[
-        int, typer.Option(min=0, max=1, help="1: what a shard holds survives the shard; 0: its checkpoint alone.")
+        int, typer.Option(min=0, max=2, help="Keepers of each shard's state; 0: its checkpoint alone survives it.")
     ] = 1,
     restore: Annotated[str | None, typer.Option(help="A checkpoint to begin with.")] = None,
     placement_timeout_s: Annotated[float, typer.Option(min=1, help="Seconds to wait for room in the cluster.")] = 60.0,

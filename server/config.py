@@ -33,8 +33,8 @@ class ServiceConfig:
         detached: Whether it outlives the process that launches it.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long a launch waits for room in the cluster.
-        redundancy: Copies of each shard beside its own memory: 0, or 1.
-        log_steps: How many steps are kept for a shard that is lost, in memory of the workers.
+        redundancy: How many keepers hold each shard's copy and log: 0, 1 or 2.
+        log_steps: How many steps are kept for a shard that is lost.
         log_format: Of what its processes log.
 
     Raises:
@@ -63,7 +63,7 @@ class ServiceConfig:
         _require(self.placement in get_args(Placement), "placement", f"one of {get_args(Placement)}", self.placement)
         _require(self.kernel in KERNEL_CHOICES, "kernel", f"one of {KERNEL_CHOICES}", self.kernel)
         _require(self.worker_timeout_s > 0, "worker_timeout_s", "more than 0", self.worker_timeout_s)
-        _require(self.redundancy in (0, 1), "redundancy", "0 or 1", self.redundancy)
+        _require(self.redundancy in (0, 1, 2), "redundancy", "0, 1 or 2", self.redundancy)
         _require(self.log_steps >= 2, "log_steps", "at least 2", self.log_steps)
         _require(self.log_format in get_args(LogFormat), "log_format", f"one of {get_args(LogFormat)}", self.log_format)
         _require(self.placement_timeout_s > 0, "placement_timeout_s", "more than 0", self.placement_timeout_s)
@@ -73,10 +73,9 @@ class ServiceConfig:
         """The coordinator's actor name."""
         return f"{self.name}/coordinator"
 
-    @property
-    def keeper_name(self) -> str:
-        """The keeper's actor name."""
-        return f"{self.name}/keeper"
+    def keeper_name(self, keeper: int) -> str:
+        """A keeper's actor name."""
+        return f"{self.name}/keeper-{keeper}"
 
     def shard_name(self, shard: int) -> str:
         """A shard's actor name."""

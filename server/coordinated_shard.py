@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,18 +13,18 @@ import torch
 from ..sharding.checkpoint import CheckpointReader
 from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
 from ..sharding.coverage import Gradients
-from ..sharding.errors import PlacementError
+from ..sharding.errors import CheckpointRestoreNeededError, PlacementError
 from ..sharding.folder import Destination
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, ShardFile
 from ..sharding.recovery import Standing, Sums
 from ..sharding.reports import ShardStatus
-from ..sharding.running import RunningStep
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
 from .ahead import Ahead
+from .arrangement import Arrangement
 from .changes import Change, Changes
 from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
@@ -42,7 +43,7 @@ from .messages import (
     values_from_wire,
 )
 from .meter import ShardMeter
-from .redundancy import Redundancy, logged_steps, rebuild
+from .redundancy import Redundancy, rebuild
 from .shard_saves import ShardSaves
 from .steps import Steps
 from .workers import Worker
@@ -54,10 +55,9 @@ class CoordinatedShard:
     Args:
         config: The service's.
         shard: This shard's index.
-        keeper: Handle of the keeper of its copies and log; None for none.
     """
 
-    def __init__(self, config: ServiceConfig, shard: int, keeper: Any | None = None) -> None:
+    def __init__(self, config: ServiceConfig, shard: int) -> None:
         self._config, self._index = config, shard
         self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._device = _device(config)
@@ -68,10 +68,9 @@ class CoordinatedShard:
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self._redundancy = Redundancy(
             shard,
-            keeper,
             log_steps=config.log_steps,
             taken=lambda: self._changes.taken,
-            was_restarted=self._was_restarted,
+            may_come_back=self._was_restarted and config.redundancy > 0,
         )
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
@@ -179,10 +178,12 @@ class CoordinatedShard:
         await self._redundancy.admit(self._steps.job())
 
     @change_of_coordinator
-    async def leave(self, rank: int) -> None:
-        """Note that a worker has said goodbye."""
-        self._steps.job().members.leave(rank)
+    async def leave(self, ranks: Sequence[int]) -> None:
+        """Note that workers have said goodbye."""
+        for rank in ranks:
+            self._steps.job().members.leave(rank)
         await self._redundancy.admit(self._steps.job())
+        await self._steps.copy_at_rest()
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
@@ -267,28 +268,39 @@ class CoordinatedShard:
         """Never answer: who waits for this is told when the shard's process ends."""
         await asyncio.Event().wait()
 
+    async def node(self) -> str:
+        """Ray's id of the node that this shard is on."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    @change_of_coordinator
+    async def keep_with(self, arrangement: Arrangement) -> None:
+        """Be told which keepers are to keep this shard; those that have no copy of it get one."""
+        self._redundancy.arrange(arrangement)
+        await self._steps.copy_at_rest()
+
     @change_of_coordinator
     async def rebuild(self) -> bool:
-        """Become what the process before this one was; whether its keeper knows."""
+        """Become what the process before this one was; whether any keeper knows."""
         found = await self._redundancy.fetch()
-        if found is None:
-            self._redundancy.may_come_back = False
+        if not found:
             return False
-        kept, entries = found
+        line, most = found[0]
+        kept, segment = most.copy, await line.segment(most.copy.memory)
 
-        def rebuild_from() -> tuple[Shard, RunningStep | None]:
+        def rebuild_from() -> Shard:
             shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
-            rebuild(shard, kept)
-            running = None
-            for logged in logged_steps(entries):
-                running = shard.replay(logged)
-            return shard, running
+            rebuild(shard, kept, segment)
+            return shard
 
-        self._steps.shard, running = await self._steps.compute(rebuild_from)
+        shard, running = await self._steps.compute(rebuild_from), None
+        async for logged in self._redundancy.steps(line, most):
+            running = await self._steps.compute(functools.partial(shard.replay, logged))
+        self._steps.shard = shard
         self._changes.recall(kept.requests)
         if running is not None and running.result is None:
             self._steps.rest_in(running)
-        self._redundancy.come_back(kept)
+        self._redundancy.come_back(found)
         return True
 
     @of_coordinator
@@ -298,9 +310,9 @@ class CoordinatedShard:
         return None if self._steps.shard is None else self._steps.shard.standing()
 
     @of_coordinator
-    async def give_up(self) -> None:
+    async def give_up(self, why: CheckpointRestoreNeededError) -> None:
         """See :meth:`Steps.give_up`."""
-        self._steps.give_up()
+        self._steps.give_up(why)
 
     @of_coordinator
     async def resume(self, known: Sums) -> None:
@@ -352,9 +364,9 @@ class CoordinatedShard:
         return self._saves.saved
 
     @change_of_coordinator
-    async def finish_save(self, save_id: str) -> None:
-        """Forget a save: the checkpoint is complete."""
-        self._saves.finish(save_id)
+    async def finish_save(self, save_id: str, saved: SavedCheckpoint | None) -> None:
+        """Forget a save, and know which checkpoint was completed last."""
+        self._saves.finish(save_id, saved)
 
     @change_of_coordinator
     async def give_up_save(self, save_id: str, uri: str) -> None:

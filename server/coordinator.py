@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ray
 
-from ..sharding.errors import NotRegisteredError, ServiceTimeoutError
+from ..sharding.errors import ServiceTimeoutError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
-from ..sharding.reports import ShardStatus
-from .collective import NO_GENERATION, Generation
+from ..sharding.saved import SavedCheckpoint
+from .collective import NO_GENERATION
 from .config import NAMESPACE, ServiceConfig
-from .knowledge import Knowledge
+from .keepers import Keepers
+from .knowledge import Knowledge, ServiceStatus
 from .logs import Context, begin_logs
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .roster import Roster
@@ -44,6 +45,7 @@ class Coordinator:
     Args:
         config: The service's settings.
         shards: The shards' handles, by index.
+        keepers: The keepers', by index.
         is_first: Whether the service has had no coordinator before.
         resign: Called when the shards obey another coordinator.
     """
@@ -53,16 +55,18 @@ class Coordinator:
         config: ServiceConfig,
         shards: Sequence[Any],
         *,
+        keepers: Sequence[Any] = (),
         is_first: bool = True,
         resign: Callable[[], None] = end_process,
     ) -> None:
         self._config, self._is_first = config, is_first
         self._shards = Shards(config, shards, resign=resign)
+        self._keepers = Keepers(keepers, self._shards, config.redundancy)
         self._changing = asyncio.Lock()
         self._roster = Roster(config, self._shards, self._changing, self.load)
         self._saves = Saves(self._shards, self._changing, self._roster.require_spec)
         self._taking_over: asyncio.Task[None] | None = None
-        self._watch = Watch(config, self._shards, self._changing, lambda: self._known.spec is not None)
+        self._watch = Watch(config, self._shards, self._keepers, self._changing, self._what_is_there)
 
     @property
     def _known(self) -> Knowledge:
@@ -95,7 +99,7 @@ class Coordinator:
             UnknownRankError: If the rank is not below the world size.
         """
         await self.start()
-        return await self._roster.register(unpack_job(job), rank, Worker(incarnation, holdings))
+        return await self._roster.register(job, rank, Worker(incarnation, holdings))
 
     async def wait_for_timeline(self, after: int, timeout_s: float) -> Registration:
         """Wait until the service is on a later timeline than ``after``: what other ranks do while rank 0 loads."""
@@ -105,16 +109,12 @@ class Coordinator:
             if asyncio.get_running_loop().time() > deadline:
                 raise ServiceTimeoutError(f"rank 0 did not load its state within {timeout_s:g} s")
             await asyncio.sleep(POLL_S)
-        async with self._changing:
-            return await self._roster.registration()
+        return await self._roster.tell()
 
     async def refresh(self) -> Registration:
         """Where the service stands now."""
         await self.start()
-        async with self._changing:
-            if not self._known.is_loaded:
-                raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
-            return await self._roster.registration()
+        return await self._roster.tell()
 
     async def load(self, values: Sequence[Any], header: LoadHeader, request: str) -> Registration:
         """Load a state that rank 0 holds, beginning a new timeline.
@@ -203,11 +203,17 @@ class Coordinator:
         await self.start()
         await self._saves.end(save_id, uri)
 
-    async def status(self) -> tuple[ServiceConfig, JobSpec | None, Generation, int, list[ShardStatus | None]]:
-        """Settings, job, generation, epoch and every shard's status."""
+    async def status(self) -> ServiceStatus:
+        """Where the service stands."""
         await self.start()
-        shards = await self._shards.statuses_now()
-        return self._config, self._known.spec, self._shards.generation, self._shards.epoch, shards
+        return ServiceStatus(
+            self._config,
+            self._known.spec,
+            self._shards.generation,
+            self._shards.epoch,
+            await self._shards.statuses_now(),
+            await self._keepers.holdings(),
+        )
 
     async def leave(self, rank: int) -> None:
         """A worker says goodbye."""
@@ -224,6 +230,9 @@ class Coordinator:
         shards = self._shards
         reports = await shards.claim()
         try:
+            self._roster.known = Knowledge.of(reports, is_first=self._is_first)
+            self._saves.learn(reports)
+            await self._keepers.arrange()
             if any(report.job is None and report.was_restarted for report in reports):
                 await self._watch.bring_back()
                 reports = await shards.all("report", what="the shards to tell what they know")
@@ -235,6 +244,10 @@ class Coordinator:
         finally:
             await shards.release()
         self._watch.begin()
+
+    def _what_is_there(self) -> tuple[bool, SavedCheckpoint | None]:
+        """Whether there is a job, and the last checkpoint that was saved of it."""
+        return self._known.spec is not None, self._saves.saved
 
     def _spec_of(self, manifest: Manifest, uri: str) -> JobSpec:
         """The job with which a checkpoint is restored, laid out as the checkpoint's was.
@@ -259,15 +272,19 @@ class Coordinator:
 class CoordinatorActor(Coordinator):
     """A coordinator as a Ray actor: it takes the shards over whenever it is started, whether anybody calls or not."""
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(self, config: ServiceConfig, num_keepers: int) -> None:
         # Not handed over: many handles would lie in the object store, and be lost with the process that launched it.
-        names = map(config.shard_name, range(config.num_shards))
-        shards = [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+        shards = _actors(map(config.shard_name, range(config.num_shards)))
+        keepers = _actors(map(config.keeper_name, range(num_keepers)))
         context = ray.get_runtime_context()
-        super().__init__(config, shards, is_first=not context.was_current_actor_reconstructed)
+        super().__init__(config, shards, keepers=keepers, is_first=not context.was_current_actor_reconstructed)
         begin_logs(config.log_format, self._log_context)
         context.current_actor.start.remote()
 
     def _log_context(self) -> Context:
         epoch, generation = self._shards.epoch, str(self._shards.generation)
         return {"service": self._config.name, "coordinator": epoch, "generation": generation}
+
+
+def _actors(names: Iterable[str]) -> list[Any]:
+    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..sharding.job import JobSpec
 from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
 from .changes import NUM_REMEMBERED
 from .collective import NO_GENERATION, Generation
+from .config import ServiceConfig
+from .keeper import Holding
 from .shard_saves import SaveUnderWay
 from .workers import Worker
 
@@ -47,6 +50,34 @@ class ShardReport:
     def timeline(self) -> int:
         """The one that it is on; 0 before it has a state."""
         return 0 if self.status is None else self.status.timeline
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """Where a service stands, as its coordinator tells.
+
+    Attributes:
+        config: Its settings.
+        spec: The job; None without one.
+        generation: Of the shards' group.
+        epoch: Of the coordinator.
+        shards: Every shard's status; None of one without a job.
+        holdings: What each keeper that answers has, by keeper and shard.
+    """
+
+    config: ServiceConfig
+    spec: JobSpec | None
+    generation: Generation
+    epoch: int
+    shards: Sequence[ShardStatus | None]
+    holdings: Mapping[int, Mapping[int, Holding]]
+
+    def redundancy(self) -> list[dict[str, dict[str, Any]]]:
+        """For each shard what its keepers hold, by the keepers' numbers, as plain values."""
+        return [
+            {str(keeper): dataclasses.asdict(held[shard]) for keeper, held in self.holdings.items() if shard in held}
+            for shard in range(self.config.num_shards)
+        ]
 
 
 @dataclasses.dataclass(slots=True)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+
+c10d: Any = dist  # torch has no types for its stores
 
 Tell = Callable[[str, bytes], None]
 """Sends a key and its value to all other members."""
 
 
-class Meeting(dist.Store):
+class Meeting(c10d.Store):  # type: ignore[misc]
     """One member's view; called by gloo in the thread that forms the group, while others' values come in by another."""
 
     def __init__(self) -> None:

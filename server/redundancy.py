@@ -1,4 +1,4 @@
-"""A shard's line to its keeper: what it logs before it votes, and copies of its state now and then."""
+"""What outlives a shard: what its keepers log before it votes, and copies of its state now and then."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..sharding.copies import CopiedPiece, pieces_of, read_copy, size_of, write_copy
-from ..sharding.errors import ServiceError, ServiceTimeoutError, StepwellError
+from ..sharding.errors import ServiceTimeoutError, StepwellError
 from ..sharding.owned_state import Replicated
 from ..sharding.push import Push, PushHeader
 from ..sharding.recovery import LoggedStep
-from ..sharding.segments import ALIGNMENT, Segment, Span, allocate, open_segment
+from ..sharding.segments import ALIGNMENT, Segment, Span, allocate
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
-from .calls import gather
-from .keeper import Copy, LogEntry, LoggedPush
+from .arrangement import Arrangement
+from .keeper import Copy, LoggedPush
+from .keeper_line import Found, KeeperLine, Received
 from .messages import from_wire, pack_holdings, pack_job, unpack_exchange, unpack_holdings, unpack_push
 from .workers import Worker
 
 logger = logging.getLogger("stepwell")
-
-KEEPER_TIMEOUT_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,47 +43,54 @@ class Redundancy:
 
     Args:
         index: The shard's index.
-        keeper: Handle of the keeper; None for none, and then nothing here does anything.
-        log_steps: How many steps the log may hold: as many of each worker's gradients are kept.
+        log_steps: How many steps a log may hold: as many of each worker's gradients are kept.
         taken: The changes that the shard has taken, see :class:`Changes`.
-        was_restarted: Whether the process was started in place of a lost one.
+        may_come_back: Whether the process may become what a lost one was.
 
     Attributes:
-        may_come_back: Whether it may become what the lost one was.
+        may_come_back: As above.
+        is_on: Whether there are keepers; without, nothing here does anything.
     """
 
     def __init__(
-        self,
-        index: int,
-        keeper: Any | None,
-        *,
-        log_steps: int,
-        taken: Callable[[], tuple[str, ...]],
-        was_restarted: bool = False,
+        self, index: int, *, log_steps: int, taken: Callable[[], tuple[str, ...]], may_come_back: bool = False
     ) -> None:
-        self._index, self._keeper, self._log_steps, self._taken = index, keeper, log_steps, taken
+        self._index, self._log_steps, self._taken = index, log_steps, taken
+        self._lines: dict[int, KeeperLine] = {}
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
         self._memories: list[tuple[Segment, Tensor]] = []
         self._code = b""
-        self._received: dict[tuple[int, str, int], LoggedPush] = {}
-        self._logged_after: tuple[int, int] | None = None
+        self._received: dict[tuple[int, str, int], Received] = {}
         self._copying: asyncio.Task[None] | None = None
         self._progress = asyncio.Event()
         self._was_told = False
-        self.may_come_back = keeper is not None and was_restarted
+        self.may_come_back, self.is_on = may_come_back, False
 
-    @property
-    def is_on(self) -> bool:
-        """Whether there is a keeper."""
-        return self._keeper is not None
+    def arrange(self, to: Arrangement) -> None:
+        """Be told who the keepers are, and which of them are to keep this shard; the next copies go to those."""
+        lines = {}
+        for place in to.keepers:
+            line, is_near = self._lines.get(place.index), place.node == to.node
+            if line is None or line.place.incarnation != place.incarnation:
+                line = KeeperLine(self._index, place, is_near=is_near)
+            line.is_chosen = place.index in to.chosen
+            lines[place.index] = line
+        self._lines, self.is_on = lines, True
+        self._progress.set()
 
     def lay_out(self, code: bytes) -> None:
         """Take note of a new job; there is no copy of it yet."""
-        self._code, self._logged_after, self._memories = code, None, []
+        self._code, self._memories = code, []
+        for line in self._lines.values():
+            line.reset()
+
+    @property
+    def _logging(self) -> list[KeeperLine]:
+        return [line for line in self._lines.values() if line.logged_after is not None]
 
     # Steps
 
-    def receive(self, header: PushHeader, push: LoggedPush) -> None:
+    def receive(self, header: PushHeader, push: Received) -> None:
         """Keep a push as it came, until its step begins."""
         if self.is_on:
             self._received[header.rank, header.incarnation, header.attempt] = push
@@ -96,31 +101,28 @@ class Redundancy:
         If there is no keeper that could, the step is taken all the same, and a copy is made after it.
         """
         received, self._received = self._received, {}
-        if self._logged_after is None or len(pushes) < shard.spec.world_size:
+        if not self._logging or len(pushes) < shard.spec.world_size:
             return
         keys = ((push.header.rank, push.header.incarnation, push.header.attempt) for push in pushes)
-        last = tuple(shard.history.last_sums)
-        entry = LogEntry(shard.timeline, shard.sequence + 1, tuple(received[key] for key in keys), last)
-        try:
-            is_logged = await self._ask("log", self._index, entry)
-        except StepwellError as error:
-            self._lose(str(error))
-        else:
-            if not is_logged:
-                self._lose("the keeper was started again")
+        entry = shard.timeline, shard.sequence + 1, [received[key] for key in keys], tuple(shard.history.last_sums)
+        await asyncio.gather(*(self._or_lose(line, line.log(*entry)) for line in self._logging))
 
-    def kept_from(self, sequence: int) -> int:
-        """The first step whose gradients are needed, after step ``sequence`` was taken; the one after it if none is."""
-        return sequence + 1 if self._logged_after is None else min(self._logged_after[1], sequence) + 1
+    def kept_from(self, rank: int, sequence: int) -> int:
+        """The first step whose gradients a rank must leave as they are, after step ``sequence`` was taken.
+
+        The step after it if there is none.
+        """
+        lent = [line.lent_from(rank) for line in self._logging]
+        return min((step for step in lent if step is not None), default=sequence + 1)
 
     async def room(self, shard: Shard, timeout_s: float) -> None:
-        """Wait until the log has room for the next step.
+        """Wait until every log has room for the next step.
 
         Raises:
             ServiceTimeoutError: If a copy is not made in time.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._logged_after is not None and shard.sequence - self._logged_after[1] >= self._log_steps:
+        while any(line.num_logged(shard.sequence) >= self._log_steps for line in self._logging):
             self._progress.clear()
             left = deadline - asyncio.get_running_loop().time()
             try:
@@ -132,13 +134,24 @@ class Redundancy:
 
     # Copies
 
-    def moment_if_due(self, shard: Shard) -> Moment | None:
-        """Note the shard's state if it is time for a copy; in the thread for arithmetic, between two steps."""
+    def moment_if_due(self, shard: Shard, *, at_rest: bool = False) -> Moment | None:
+        """Note the shard's state if it is time for a copy; in the thread for arithmetic, between two steps.
+
+        Args:
+            shard: The shard.
+            at_rest: Whether no step is about to come, so that nothing need stay logged.
+        """
         if not self.is_on or (self._copying is not None and not self._copying.done()):
             return None
-        after = self._logged_after
-        is_due = after is None or shard.sequence - after[1] >= self._log_steps // 2
+        is_due = any(self._is_due(line, shard.sequence, at_rest) for line in self._lines.values())
         return self.moment(shard) if is_due else None
+
+    def _is_due(self, line: KeeperLine, sequence: int, at_rest: bool) -> bool:
+        every = self._log_steps // 2
+        if line.logged_after is not None:
+            return line.num_logged(sequence) >= (1 if at_rest else every)
+        # One that cannot take a copy is not made one after every step.
+        return line.is_chosen and (line.failed_at is None or not 0 <= sequence - line.failed_at < every)
 
     def moment(self, shard: Shard) -> Moment:
         """Note the shard's state."""
@@ -147,45 +160,47 @@ class Redundancy:
 
     def begin_copy(self, shard: Shard, moment: Moment) -> None:
         """Copy it while steps go on; those after it are logged."""
-        self._begin_log(moment)
+        self._begin_logs(moment)
         self._copying = asyncio.create_task(self._copy_or_tell(shard, moment))
 
     async def copy_now(self, shard: Shard, moment: Moment) -> None:
-        """Copy it, and return when the keeper has it: what was before is of no more use."""
-        if not self.is_on:
-            return
+        """Copy it, and return when the keepers have it: what was before is of no more use."""
         if self._copying is not None:
             await asyncio.wait([self._copying])
-        self._logged_after = None
-        self._begin_log(moment)
+        for line in self._lines.values():
+            line.reset()
+        self._begin_logs(moment)
         await self._copy_or_tell(shard, moment)
 
     async def admit(self, shard: Shard) -> None:
-        """Tell the keeper whom the shard has admitted."""
-        if self._logged_after is not None:
-            try:
-                await self._ask("admit", self._index, *_workers_of(shard))
-            except StepwellError as error:
-                self._lose(str(error))
+        """Tell the keepers whom the shard has admitted."""
+        admitted = _workers_of(shard)
+        await asyncio.gather(*(self._or_lose(line, line.admit(*admitted)) for line in self._logging))
 
-    def _begin_log(self, moment: Moment) -> None:
-        """Log what comes after, if nothing is logged yet. The keeper takes calls in the order in which they come."""
-        if self._logged_after is None and self._keeper is not None:
-            at = moment.snapshot.status.timeline, moment.snapshot.status.sequence
-            self._keeper.begin.remote(self._index, *at)
-            self._logged_after = at
+    def _begin_logs(self, moment: Moment) -> None:
+        """Have what comes after logged by those who log nothing yet."""
+        status = moment.snapshot.status
+        for line in self._lines.values():
+            if line.is_chosen and line.logged_after is None:
+                line.begin(status.timeline, status.sequence)
 
     async def _copy_or_tell(self, shard: Shard, moment: Moment) -> None:
         try:
             await self._copy(shard, moment)
         except (StepwellError, RuntimeError) as error:
             moment.snapshot.close("it is not copied")
-            self._lose(str(error))
+            for line in self._logging:
+                self._lose(line, str(error), moment.snapshot.status.sequence)
         finally:
             self._progress.set()
 
     async def _copy(self, shard: Shard, moment: Moment) -> None:
+        """Write it to memory of this node, then give it to all keepers."""
         loop, status = asyncio.get_running_loop(), moment.snapshot.status
+        await asyncio.gather(*(self._or_lose(line, line.await_begin()) for line in self._logging))
+        if not self._logging:
+            moment.snapshot.close("nobody would have it")
+            return
         segment, memory = await loop.run_in_executor(self._threads, self._memory, size_of(moment.pieces))
         await loop.run_in_executor(self._threads, write_copy, moment.snapshot, memory)
         workers, left = _workers_of(shard)
@@ -200,78 +215,78 @@ class Redundancy:
             moment.pieces,
             segment.address,
         )
-        if not await self._ask("keep", self._index, kept):
-            raise ServiceError("the keeper was started again")
         self._memories.append((segment, memory))
-        self._logged_after = status.timeline, status.sequence
-        self._was_told = False
+        await asyncio.gather(*(self._or_lose(line, line.keep(kept, memory), status.sequence) for line in self._logging))
+        if any(line.is_chosen for line in self._logging):
+            self._was_told = False
+            for line in self._logging:
+                if not line.is_chosen:
+                    line.forget()
 
     def _memory(self, size_bytes: int) -> tuple[Segment, Tensor]:
-        """Memory that the keeper does not need: of the copy before the last one, if that was of this size."""
-        while len(self._memories) > 1:
+        """Memory that no keeper needs: of the copy before the last one, if that was of this size.
+
+        Keepers on other nodes need none of it.
+        """
+        num_needed = int(any(line.is_near for line in self._logging))
+        while len(self._memories) > num_needed:
             segment, memory = self._memories.pop(0)
             if len(memory) == size_bytes:
                 return segment, memory
         segment, (memory,) = allocate([(size_bytes, torch.uint8)])
         return segment, memory
 
-    def _lose(self, why: str) -> None:
-        """Go on without a copy until the next one."""
-        if self._logged_after is not None and self._keeper is not None:
-            self._keeper.forget.remote(self._index)  # or a shard would come back as it was long ago
-        self._logged_after = None
+    async def _or_lose(self, line: KeeperLine, call: Awaitable[None], failed_at: int | None = None) -> None:
+        """Await what a keeper is asked; without its answer go on without it until the next copy."""
+        try:
+            await call
+        except StepwellError as error:
+            self._lose(line, str(error), failed_at)
+
+    def _lose(self, line: KeeperLine, why: str, failed_at: int | None) -> None:
+        line.forget()
+        line.failed_at = failed_at
         self._progress.set()
         if not self._was_told:
-            logger.warning("shard %d: what it does would be lost with it for now: %s", self._index, why)
+            logger.warning("shard %d: keeper %d keeps nothing for now: %s", self._index, line.place.index, why)
         self._was_told = True
 
     # Coming back
 
-    async def fetch(self) -> tuple[Copy, list[LogEntry]] | None:
-        """What the keeper has of this shard."""
-        if self._keeper is None:
-            return None
-        found: tuple[Copy, list[LogEntry]] | None = await self._ask("fetch", self._index)
-        return found
+    async def fetch(self) -> list[tuple[KeeperLine, Found]]:
+        """What keepers have of this shard, the most first."""
+        fetched = [(line, await line.fetch()) for line in self._lines.values()]
+        found = [(line, each) for line, each in fetched if each is not None]
+        return sorted(found, key=lambda of: of[1].reach, reverse=True)
 
-    def come_back(self, kept: Copy) -> None:
-        """Go on with the log of the shard's process before this one."""
-        self._logged_after = kept.status.timeline, kept.status.sequence
+    async def steps(self, line: KeeperLine, found: Found) -> AsyncIterator[LoggedStep]:
+        """The steps of a log, one after the other, each with the sums that the next one brought."""
+        for entry, after in itertools.zip_longest(found.entries, found.entries[1:]):
+            pushes = [await _push_of(line, push) for push in entry.pushes]
+            yield LoggedStep(tuple(pushes), () if after is None else after.last_sums)
 
-    async def _ask(self, method: str, *args: Any) -> Any:
-        call = getattr(self._keeper, method).remote(*args)
-        return (await gather([call], timeout_s=KEEPER_TIMEOUT_S, what=f"the keeper of shard {self._index}"))[0]
+    def come_back(self, found: Sequence[tuple[KeeperLine, Found]]) -> None:
+        """Go on with the logs of the shard's process before this one, where they have as much as the first of them."""
+        for line, each in found:
+            if each.reach == found[0][1].reach:
+                line.go_on_with(each)
 
 
-def rebuild(shard: Shard, kept: Copy) -> None:
-    """Give a shard that was laid out as ``kept`` says the state of then."""
-    segment = open_segment(kept.memory)
+def rebuild(shard: Shard, kept: Copy, segment: Segment) -> None:
+    """Give a shard that was laid out as ``kept`` says the state of then, which lies in ``segment``."""
     memory = segment.tensor(Span(ALIGNMENT, size_of(kept.pieces), torch.uint8))
-    source = read_copy(memory, kept.pieces, kept.status)
-    shard.rebuild(source, kept.replicated, {})
+    shard.rebuild(read_copy(memory, kept.pieces, kept.status), kept.replicated, {})
     for rank, worker in kept.workers.items():
         shard.admit(rank, worker.incarnation, unpack_holdings(worker.holdings, shard.spec.params))
     for rank in kept.left:
         shard.members.leave(rank)
 
 
-def logged_steps(entries: Sequence[LogEntry]) -> list[LoggedStep]:
-    """The steps of a log, each with the sums that the next one brought."""
-    return [
-        LoggedStep(tuple(map(_push_of, entry.pushes)), () if after is None else after.last_sums)
-        for entry, after in itertools.zip_longest(entries, entries[1:])
-    ]
-
-
-def _push_of(logged: LoggedPush) -> Push:
-    exchange = unpack_exchange(logged.request)
-    gradient: tuple[Tensor, ...] = tuple(map(from_wire, logged.gradient))
-    if logged.memory is not None:
-        assert exchange.gradient is not None, "it lies in memory"
-        gradient = tuple(map(open_segment(logged.memory).tensor, exchange.gradient.spans))
-    return Push(
-        unpack_push(exchange.push), gradient, {index: from_wire(wire) for index, wire in logged.reloaded.items()}
-    )
+async def _push_of(line: KeeperLine, logged: LoggedPush) -> Push:
+    segment = await line.segment(logged.gradient.address)
+    gradient = tuple(map(segment.tensor, logged.gradient.spans))
+    header = unpack_push(unpack_exchange(logged.request).push)
+    return Push(header, gradient, {index: from_wire(wire) for index, wire in logged.reloaded.items()})
 
 
 def _workers_of(shard: Shard) -> tuple[Mapping[int, Worker], frozenset[int]]:

@@ -10,15 +10,31 @@ from typing import Any
 
 from ..sharding.compiling import Kernel
 from ..sharding.coverage import require_exact_cover
-from ..sharding.errors import CheckpointRestoreNeededError, NotRegisteredError, ServiceTimeoutError, UnknownRankError
+from ..sharding.errors import (
+    CheckpointRestoreNeededError,
+    NotRegisteredError,
+    ServiceTimeoutError,
+    StepwellError,
+    UnknownRankError,
+)
 from ..sharding.job import JobSpec
 from .config import ServiceConfig
 from .knowledge import Knowledge
-from .messages import LoadHeader, Registration, pack_job
+from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .rendezvous import Rendezvous
 from .shards import POLL_S, Shards
+from .together import Together
 from .two_phase import change_state
 from .workers import Asked, Worker
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrival:
+    """A worker that registers: its job, packed, its rank and its process."""
+
+    job: bytes
+    rank: int
+    worker: Worker
 
 
 class Roster:
@@ -45,6 +61,9 @@ class Roster:
         self._config, self._shards, self._changing, self._load = config, shards, changing, load
         self.known = Knowledge()
         self.kernel: Kernel = "eager"
+        self._arriving = Together[Arrival, Registration | None](changing, self._register)
+        self._telling = Together[None, Registration](changing, self._tell)
+        self._leaving = Together[int, None](changing, self._leave)
         self._covering = Rendezvous(self._admit_all, what="all ranks to register")
         self._starting = Rendezvous(self._load_parts, what="all ranks to hand in their parameters")
         self._extending = Rendezvous(self._extend, what="all ranks to add a parameter group")
@@ -58,24 +77,28 @@ class Roster:
         else:
             self.kernel = known.spec.kernel
 
-    async def register(self, spec: JobSpec, rank: int, worker: Worker) -> Registration:
+    async def register(self, job: bytes, rank: int, worker: Worker) -> Registration:
         """See :meth:`Coordinator.register`."""
-        spec = self.as_served(spec)
-        if not 0 <= rank < spec.world_size:
-            raise UnknownRankError(f"expected a rank from 0 to {spec.world_size - 1}, got {rank}")
-        async with self._changing:
-            await self._adopt(spec, rank)
-            self._extending.forget(rank)
-            if spec.gradients != "sharded" or self.known.workers.keys() >= set(range(spec.world_size)) - {rank}:
-                return await self._admit({rank: worker})
-        timeout_s = self._config.worker_timeout_s
-        return await self._covering.arrive(rank, worker, world_size=spec.world_size, timeout_s=timeout_s)
+        told = await self._arriving.ask(Arrival(job, rank, worker))
+        if told is not None:
+            return told
+        world_size, timeout_s = self.require_spec().world_size, self._config.worker_timeout_s
+        return await self._covering.arrive(rank, worker, world_size=world_size, timeout_s=timeout_s)
+
+    async def tell(self) -> Registration:
+        """Where the service stands now.
+
+        Raises:
+            NotRegisteredError: If there is nothing to tell.
+        """
+        return await self._telling.ask(None)
 
     async def hand_in(self, rank: int, values: Sequence[Any]) -> Registration:
         """See :meth:`Coordinator.hand_in`."""
-        async with self._changing:
-            if self.known.is_loaded:
-                return await self.registration()
+        async with self._changing:  # a load that is under way ends first
+            is_loaded = self.known.is_loaded
+        if is_loaded:
+            return await self.tell()
         spec, timeout_s = self.require_spec(), self._config.worker_timeout_s
         return await self._starting.arrive(rank, values, world_size=spec.world_size, timeout_s=timeout_s)
 
@@ -91,10 +114,7 @@ class Roster:
 
     async def leave(self, rank: int) -> None:
         """See :meth:`Coordinator.leave`."""
-        async with self._changing:
-            self.known.left.add(rank)
-            if rank in self.known.workers:
-                await self._shards.in_turn("leave", rank, what="the shards to note that a worker left")
+        await self._leaving.ask(rank)
 
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """See :meth:`Coordinator.wait_until_left`."""
@@ -153,6 +173,64 @@ class Roster:
 
     # Within
 
+    async def _tell(self, asked: Sequence[None]) -> Sequence[Registration | StepwellError]:
+        if not self.known.is_loaded:
+            raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
+        return [await self.registration()] * len(asked)
+
+    async def _leave(self, ranks: Sequence[int]) -> Sequence[None]:
+        self.known.left.update(ranks)
+        if here := sorted(self.known.workers.keys() & set(ranks)):
+            await self._shards.in_turn("leave", here, what="the shards to note that workers left")
+        return [None] * len(ranks)
+
+    async def _register(self, arrivals: Sequence[Arrival]) -> Sequence[Registration | StepwellError | None]:
+        """Register those who came together, job by job.
+
+        Returns:
+            For each what it is told, an error, or None if it is to wait for the other ranks.
+        """
+        told: dict[int, Registration | StepwellError | None] = {}
+        by_job: dict[bytes, list[int]] = {}
+        for place, arrival in enumerate(arrivals):
+            by_job.setdefault(arrival.job, []).append(place)
+        for job, places in by_job.items():
+            try:
+                told.update(await self._register_same(unpack_job(job), {place: arrivals[place] for place in places}))
+            except StepwellError as error:
+                told.update(dict.fromkeys(places, error))
+        return [told[place] for place in range(len(arrivals))]
+
+    async def _register_same(
+        self, spec: JobSpec, arrivals: Mapping[int, Arrival]
+    ) -> dict[int, Registration | StepwellError | None]:
+        """Those with one job; by the place of each."""
+        spec, told = self.as_served(spec), dict[int, Registration | StepwellError | None]()
+        known = {place: each for place, each in arrivals.items() if 0 <= each.rank < spec.world_size}
+        for place in arrivals.keys() - known.keys():
+            expected = f"expected a rank from 0 to {spec.world_size - 1}"
+            told[place] = UnknownRankError(f"{expected}, got {arrivals[place].rank}")
+        if not known:
+            return told
+        await self._adopt(spec, min(each.rank for each in known.values()))
+        for each in known.values():
+            self._extending.forget(each.rank)
+        if spec.gradients != "sharded":
+            registration = await self._admit({each.rank: each.worker for each in known.values()})
+            return {**told, **dict.fromkeys(known, registration)}
+        for place, each in known.items():
+            told[place] = await self._register_sharded(spec, each)
+        return told
+
+    async def _register_sharded(self, spec: JobSpec, arrival: Arrival) -> Registration | StepwellError | None:
+        """A rank that takes a lost one's place, which has to hold what the others leave over; others wait for all."""
+        if not self.known.workers.keys() >= set(range(spec.world_size)) - {arrival.rank}:
+            return None
+        try:
+            return await self._admit({arrival.rank: arrival.worker})
+        except StepwellError as error:
+            return error
+
     async def _adopt(self, spec: JobSpec, rank: int) -> None:
         known = self.known
         if known.spec is None:
@@ -177,9 +255,9 @@ class Roster:
 
     async def _admit(self, workers: Mapping[int, Worker]) -> Registration:
         """Admit workers, of a sharded model if they and those that are here make it up."""
-        known, ranks = self.known, ", ".join(map(str, sorted(workers)))
+        known, who = self.known, f"{len(workers)} workers, rank {min(workers)} among them"
         _require_cover(self.require_spec(), {**known.workers, **workers})
-        await self._shards.in_turn("admit", workers, what=f"the shards to admit rank {ranks}")
+        await self._shards.in_turn("admit", workers, what=f"the shards to admit {who}")
         known.workers.update(workers)
         known.left.difference_update(workers)
         return await self.registration()

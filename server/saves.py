@@ -23,17 +23,24 @@ class Saves:
         shards: The shards.
         changing: Held by what changes the job or its state.
         require_spec: The job, or an error that there is none.
+
+    Attributes:
+        saved: The checkpoint that was completed last, as far as anybody knows.
     """
 
     def __init__(self, shards: Shards, changing: asyncio.Lock, require_spec: Callable[[], JobSpec]) -> None:
         self._shards, self._changing, self._require_spec = shards, changing, require_spec
         self._beginning = asyncio.Lock()
-        self._saved: SavedCheckpoint | None = None
+        self.saved: SavedCheckpoint | None = None
         self._begun: dict[str, tuple[SaveUnderWay, asyncio.Task[None]]] = {}
+
+    def learn(self, reports: Sequence[ShardReport]) -> None:
+        """Take in which checkpoint was completed last."""
+        known = [report.saved for report in reports if report.saved is not None]
+        self.saved = max(known, key=lambda saved: (saved.timeline, saved.sequence), default=None)
 
     async def take_over(self, reports: Sequence[ShardReport]) -> None:
         """Go on with the saves of a coordinator before this one; one that not all shards have a part in is given up."""
-        self._saved = reports[0].saved
         under_way = {save_id: save for report in reports for save_id, save in report.saves.items()}
         for save_id, save in under_way.items():
             if all(save_id in report.saves for report in reports):
@@ -53,7 +60,7 @@ class Saves:
                 try:
                     status = await self._shards.settle()
                     to = Destination.of(uri, keep_last, status.step)
-                    if self._saved is not None and await asyncio.to_thread(self._saved.serves, to.uri, spec, status):
+                    if self.saved is not None and await asyncio.to_thread(self.saved.serves, to.uri, spec, status):
                         return False, to.uri, status.step
                     await self._shards.all("snapshot", save_id, to, what="the shards to keep their state")
                     self._write(save_id, SaveUnderWay(to.uri, status.step))
@@ -86,7 +93,7 @@ class Saves:
             files = await self._shards.all("save", save_id, uri, what=f"the shards to write {uri}")
             async with self._changing:  # a restore of the checkpoint that this one replaces may be reading its files
                 what = f"the manifest of {uri}"
-                self._saved = await self._shards.first("complete_save", save_id, uri, files, what=what)
+                self.saved = await self._shards.first("complete_save", save_id, uri, files, what=what)
         finally:
             with contextlib.suppress(StepwellError):  # what made the save fail is the news
                 await self._part_from(save_id, uri)
@@ -98,6 +105,6 @@ class Saves:
         except CheckpointError:
             is_there = True
         if is_there:
-            await self._shards.all("finish_save", save_id, what="the shards to forget a save")
+            await self._shards.all("finish_save", save_id, self.saved, what="the shards to forget a save")
         else:
             await self._shards.all("give_up_save", save_id, uri, what="the shards to give a save up")

@@ -15,6 +15,7 @@ from ..sharding.pending_save import PendingSave
 from . import cluster
 from .calls import ask, wait_for
 from .config import Placement, ServiceConfig, default_kernel, default_log_format
+from .knowledge import ServiceStatus
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 from .starting import actor_names, cut_short, end_actors, exists, find_actor, not_found, service_names, start_actors
 
@@ -52,17 +53,20 @@ class Service:
 
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
-            ``restarts``; ``redundancy``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
+            ``restarts``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards`` what those
+            have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps after it,
+            ``size_bytes``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
             ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
         """
-        config, spec, generation, epoch, shards = self.ask("status", what="its status")
+        found: ServiceStatus = self.ask("status", what="its status")
+        config, spec, shards = found.config, found.spec, found.shards
         fields: dict[str, Any] = {
             "name": config.name,
             "num_shards": config.num_shards,
-            "generation": str(generation),
-            "epoch": epoch,
-            "restarts": epoch - 1,
-            "redundancy": config.redundancy,
+            "generation": str(found.generation),
+            "epoch": found.epoch,
+            "restarts": found.epoch - 1,
+            "redundancy": {"wanted": config.redundancy, "shards": found.redundancy()},
         }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}
@@ -181,8 +185,8 @@ class Service:
             return
         if self._pending is not None:
             self._pending.finish()
-        keeper = find_actor(self.config.keeper_name)
-        end_actors([actor for actor in (self.coordinator, keeper, *self.shards) if actor is not None], self.name)
+        keepers = map(find_actor, actor_names(f"{self.name}/keeper-"))
+        end_actors([actor for actor in (self.coordinator, *keepers, *self.shards) if actor is not None], self.name)
         if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
@@ -221,8 +225,9 @@ def launch(
         restore: A checkpoint to begin with.
         worker_timeout_s: How long a step waits for the last rank after the first.
         placement_timeout_s: How long to wait for room in the cluster.
-        redundancy: 1: what a shard holds survives the shard, by a copy of its state and the last steps' gradients in
-            memory of its node; 0: a shard that dies takes the service back to its last checkpoint.
+        redundancy: How many keepers, processes beside the shards, hold a copy of each shard's state and the last steps'
+            gradients in memory, on other nodes where shards are on several: with 1 or 2, what a shard holds survives
+            the shard. 0: a shard that dies takes the service back to its last checkpoint.
 
     Raises:
         ServiceExistsError: If there is a service of this name.

@@ -16,7 +16,7 @@ from ..sharding.segments import open_segment
 from ..sharding.vote import Decision
 from .collective import Generation
 from .coordinated_shard import CoordinatedShard
-from .keeper import LoggedPush
+from .keeper_line import Received
 from .messages import (
     Target,
     WireTensor,
@@ -112,13 +112,12 @@ class ShardActor(CoordinatedShard):
                 parts = self._mappings.tensors(header.rank, "gradient", exchange.gradient)
             changed = {index: from_wire(wire) for index, wire in (reloaded or {}).items()}
             push = Push(header, parts, changed, self._sink(header.rank, exchange.target))
-            memory = None if exchange.gradient is None else exchange.gradient.address
-            self._redundancy.receive(header, LoggedPush(request, gradient, reloaded or {}, memory))
+            self._redundancy.receive(header, Received(request, parts, exchange.gradient, reloaded or {}))
             result = await self._steps.take(push, exchange.timeout_s)
             await self._redundancy.room(shard, exchange.timeout_s)
             is_wanted = result.decision is Decision.COMMIT and push.sink is None
             parameters = self._parameters(header.rank, exchange.target) if is_wanted else []
-            return result, parameters, self._redundancy.kept_from(header.sequence)
+            return result, parameters, self._redundancy.kept_from(header.rank, header.sequence)
         except StepwellError as error:
             self._steps.tally.refuse()
             return error, [], 0

@@ -55,7 +55,7 @@ class ShardSaves:
         num_shards: How many there are.
 
     Attributes:
-        saved: The checkpoint that was completed last; on the first shard alone.
+        saved: The checkpoint that was completed last, if this shard was told.
     """
 
     def __init__(self, shard: int, num_shards: int) -> None:
@@ -100,8 +100,14 @@ class ShardSaves:
         with contextlib.suppress(CheckpointError):  # it is there, and only a repeat of this save not known for one
             self.saved = await self._on_files(lambda: SavedCheckpoint.just_written(uri, part.spec, status))
 
-    def finish(self, save_id: str) -> None:
-        """Forget a save: the checkpoint is complete."""
+    def finish(self, save_id: str, saved: SavedCheckpoint | None) -> None:
+        """Forget a save: the checkpoint is complete.
+
+        Args:
+            save_id: Its name.
+            saved: The checkpoint that was completed last, if anybody knows.
+        """
+        self.saved = saved
         part = self._parts.pop(save_id, None)
         if part is not None:
             part.snapshot.close("the save is over")

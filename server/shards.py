@@ -155,8 +155,7 @@ class Shards:
         sequences = [standing.sequence for standing in standings]
         if max(sequences) - min(sequences) > 1:
             raise CheckpointRestoreNeededError(
-                f"the shards are at steps {sequences}: what one has lost cannot be brought back; restore the service "
-                "from its last checkpoint with service.restore(URI)"
+                f"the shards are at steps {sequences}: what one has lost cannot be brought back"
             )
         await self.form_group()
         await self.all("resume", known_sums(standings), what="the shards to go on")

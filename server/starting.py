@@ -19,6 +19,7 @@ from .shard_actor import ShardActor
 
 ACTOR_START_TIMEOUT_S = 120.0
 
+
 untyped_ray: Any = ray  # some of its functions have no types
 
 
@@ -46,21 +47,20 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
     common: dict[str, Any] = {
         "namespace": NAMESPACE, "lifetime": lifetime, "max_restarts": -1, "max_task_retries": 0
     }  # fmt: skip
-    actors, keeper = list[Any](), None
+    actors = list[Any]()
     # Ray warns that removing the group ends its actors; that is what shutdown does.
     logging.getLogger("ray.actor").addFilter(_is_news)
     try:
-        beside_the_first: dict[str, Any] = {**common, "num_cpus": 0, "strategy": _place(group, 0)}
-        if config.redundancy:
-            keeper = _start_actor(Keeper, name=config.keeper_name, **beside_the_first)
-            actors.append(keeper)
+        keepers = _start_keepers(config, group, common)
+        actors += keepers
         needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
         shards = []
         for index in range(config.num_shards):
             options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
-            shards.append(_start_actor(ShardActor, config, index, keeper, **options))
+            shards.append(_start_actor(ShardActor, config, index, **options))
         actors += shards
-        coordinator = _start_actor(CoordinatorActor, config, name=config.coordinator_name, **beside_the_first)
+        options = {**common, "num_cpus": 0, "name": config.coordinator_name, "strategy": _place(group, 0)}
+        coordinator = _start_actor(CoordinatorActor, config, len(keepers), **options)
         actors.append(coordinator)
         what = f"service {config.name!r} to start"
         ask(coordinator, "start", timeout_s=ACTOR_START_TIMEOUT_S, what=what)
@@ -68,6 +68,21 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
         end_actors(actors, config.name)
         raise
     return coordinator, shards
+
+
+def _start_keepers(config: ServiceConfig, group: PlacementGroup, options: dict[str, Any]) -> list[Any]:
+    """One on each node that has shards, and so many at least as each shard wants.
+
+    Each has its place beside a shard, with which it goes to another node if its own is lost.
+    """
+    by_bundle = sorted(placement_group_table(group)["bundles_to_node_id"].items(), reverse=True)
+    first_bundles = sorted({node: bundle for bundle, node in by_bundle}.values())
+    num_keepers = max(len(first_bundles), config.redundancy) if config.redundancy else 0
+    keepers = []
+    for index in range(num_keepers):
+        strategy = _place(group, first_bundles[index % len(first_bundles)])
+        keepers.append(_start_actor(Keeper, name=config.keeper_name(index), num_cpus=0, strategy=strategy, **options))
+    return keepers
 
 
 def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:

@@ -33,6 +33,9 @@ from .redundancy import Moment, Redundancy
 
 logger = logging.getLogger("stepwell")
 
+IDLE_S = 20.0
+"""After so long without a step a copy is made, so that no gradients are kept for what may never come."""
+
 
 class Steps:
     """Lives on a shard actor's event loop, which it never blocks; one thread of its own does the arithmetic.
@@ -59,13 +62,16 @@ class Steps:
         self._step: asyncio.Task[None] | None = None
         self._running: RunningStep | None = None
         self._sequence_of_step = 0
-        self._is_loading = False
+        self._is_loading = self._is_noting = False
+        self._idle: asyncio.TimerHandle | None = None
+        self._resting: asyncio.Task[None] | None = None
         self._outcomes = Outcomes()
         self._patience = Countdown(timeout_s, self._give_up)
         self._held_after: int | None = None
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
         self.newest_generation = NO_GENERATION
+        self._lost_for_good: CheckpointRestoreNeededError | None = None
 
     @property
     def generation(self) -> Generation:
@@ -87,8 +93,10 @@ class Steps:
 
         Raises:
             NotRegisteredError: If it holds no job.
-            ShardLostError: If it does not hold it yet, as its process was started again.
+            ShardLostError: If it does not hold it yet, as its process was started again; or never will.
         """
+        if self.shard is None and self._lost_for_good is not None:
+            raise self._lost_for_good
         if self.shard is None and self._redundancy.may_come_back:
             raise ShardLostError(f"shard {self._index} was lost, and is being brought back")
         if self.shard is None:
@@ -225,12 +233,34 @@ class Steps:
         self._held_after = None
         self._start_if_complete()
 
+    async def copy_at_rest(self) -> None:
+        """Have the keepers know the state as it is, unless they do or a step is under way; none begins meanwhile.
+
+        A load that begins meanwhile waits for the thread, and finds the copy begun.
+        """
+        shard = self.shard
+        if shard is None or not self._is_free(shard, though_held=True):
+            return
+
+        def note() -> Moment | None:
+            return self._redundancy.moment_if_due(shard, at_rest=True) if shard.is_whole else None
+
+        self._is_noting = True
+        try:
+            moment = await self.compute(note)
+            if moment is not None:
+                self._redundancy.begin_copy(shard, moment)
+        finally:
+            self._is_noting = False
+            self._start_if_complete()
+
     async def load(self, load: Callable[[], None]) -> None:
         """Take a state; no step begins before it is there, and one that rests is given up for it."""
         self._is_loading = True
         self._give_up_resting()
         try:
             await self.compute(load)
+            self._lost_for_good = None
         finally:
             self._is_loading = False
             if self.shard is None or not self.shard.is_waiting:
@@ -266,15 +296,11 @@ class Steps:
         self._num_votes += had == 0 and not sums
         self._begin_step(shard, sums)
 
-    def give_up(self) -> None:
-        """Give up a step that rests, as a shard is lost for good, and tell those who wait for it."""
+    def give_up(self, why: CheckpointRestoreNeededError) -> None:
+        """Give up a step that rests, as a shard is lost for good, and tell those who wait for it, or will."""
+        self._lost_for_good = why
         self._give_up_resting()
-        self._outcomes.dismiss(
-            CheckpointRestoreNeededError(
-                "another shard is lost, and nobody has what it held. Restore the service from its last checkpoint with "
-                "service.restore(URI), then call refresh() on every rank"
-            )
-        )
+        self._outcomes.dismiss(why)
 
     def _give_up_resting(self) -> None:
         if self._running is not None:
@@ -322,9 +348,10 @@ class Steps:
             if is_complete or self._attended == (self.generation, self._num_votes + 1):
                 self._start(shard)
 
-    def _is_free(self, shard: Shard) -> bool:
+    def _is_free(self, shard: Shard, *, though_held: bool = False) -> bool:
         is_held = self._held_after is not None and shard.sequence >= self._held_after
-        return not (self.is_stepping or self._is_loading or is_held)
+        is_busy = self.is_stepping or self._is_loading or self._is_noting
+        return not is_busy and (though_held or not is_held)
 
     def _start(self, shard: Shard) -> None:
         self._patience.stop()
@@ -362,8 +389,19 @@ class Steps:
             calling.cancel()
             told.set_result(outcome)
             self.tally.end(outcome, shard.stopwatch.seconds)
+            self._await_rest()
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)
+
+    def _await_rest(self) -> None:
+        """Let the keepers have no gradients to hold when no step has come for a while."""
+        if self._idle is not None:
+            self._idle.cancel()
+        if self._redundancy.is_on:
+            self._idle = asyncio.get_running_loop().call_later(IDLE_S, self._begin_rest)
+
+    def _begin_rest(self) -> None:
+        self._resting = asyncio.create_task(self.copy_at_rest())
 
     def _advance(self, shard: Shard, sums: Sequence[Tensor]) -> tuple[StepResult, Moment | None]:
         """Take the step under way to its end, with the sums that are known; in the thread for arithmetic.

@@ -42,5 +42,5 @@ async def _align_workers(shards: Shards, reports: Sequence[ShardReport], first: 
             await shards.some([index], "set_workers", *kind, what="a shard to take the workers")
         if is_of_others or report.workers != first.workers:
             await shards.some([index], "admit", first.workers, what="a shard to admit the workers")
-        for rank in first.left - report.left:
-            await shards.some([index], "leave", rank, what="a shard to note that a worker left")
+        if missed := sorted(first.left - report.left):
+            await shards.some([index], "leave", missed, what="a shard to note that workers left")

@@ -1,19 +1,23 @@
-"""The coordinator's eye on the shards: who is lost is brought back."""
+"""The coordinator's eye on shards and keepers: who is lost is brought back."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from ray.exceptions import RayTaskError
 
-from ..sharding.errors import StepwellError
+from ..sharding.errors import CheckpointRestoreNeededError, ShardLostError, StepwellError
+from ..sharding.saved import SavedCheckpoint
 from .config import ServiceConfig
+from .keepers import Keepers
 from .metrics import Instruments
 from .shards import Shards
 
 logger = logging.getLogger("stepwell")
+
+RETRY_S = 1.0
 
 
 class Watch:
@@ -22,34 +26,48 @@ class Watch:
     Args:
         config: The service's settings.
         shards: The shards.
+        keepers: The keepers.
         changing: Held by what changes the job or its state.
-        has_job: Whether a job was registered.
+        what_is_there: Whether a job was registered, and the last checkpoint that was saved of it.
     """
 
     def __init__(
-        self, config: ServiceConfig, shards: Shards, changing: asyncio.Lock, has_job: Callable[[], bool]
+        self,
+        config: ServiceConfig,
+        shards: Shards,
+        keepers: Keepers,
+        changing: asyncio.Lock,
+        what_is_there: Callable[[], tuple[bool, SavedCheckpoint | None]],
     ) -> None:
-        self._config, self._shards, self._changing, self._has_job = config, shards, changing, has_job
+        self._config, self._shards, self._keepers, self._changing = config, shards, keepers, changing
+        self._what_is_there = what_is_there
         self._tasks: list[asyncio.Task[None]] = []
         self._num_recoveries, self._instruments = 0, Instruments(service=config.name)
 
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
         if self._config.redundancy:
-            self._tasks = [asyncio.create_task(self._watch(index)) for index in range(self._config.num_shards)]
+            shards, keepers = range(self._config.num_shards), range(len(self._keepers))
+            self._tasks = [
+                *(self._watch(f"shard {index}", self._shards.lost, index, self.bring_back) for index in shards),
+                *(
+                    self._watch(f"keeper {index}", self._keepers.lost, index, self._keepers.arrange)
+                    for index in keepers
+                ),
+            ]
 
     async def bring_back(self) -> None:
         """Have shards that were started again become what they were, and go on with the step that was under way."""
         began, name = asyncio.get_running_loop().time(), self._config.name
+        await self._keepers.arrange()
         empty, rebuilt = await self._shards.rebuild()
-        if not rebuilt and not self._has_job():
-            await self._shards.form_group()
+        try:
+            if gone := sorted(set(empty) - set(rebuilt)):
+                raise CheckpointRestoreNeededError(f"what shards {gone} held is lost, and no keeper has it")
+            await self._shards.resume()
+        except CheckpointRestoreNeededError as error:
+            await self._give_up(f"service {name!r}: {error}", is_empty=len(gone) == len(self._shards.handles))
             return
-        if gone := sorted(set(empty) - set(rebuilt)):
-            logger.error("service %r: shards %s are empty; restore the service from its last checkpoint", name, gone)
-            await self._shards.all("give_up", what="the shards to give up what a lost one had")
-            return
-        await self._shards.resume()
         if empty:
             took_s = asyncio.get_running_loop().time() - began
             logger.warning("service %r: shards %s are back after %.1f s", name, empty, took_s)
@@ -57,12 +75,46 @@ class Watch:
             self._instruments.count({"stepwell_recoveries_total": self._num_recoveries})
             self._instruments.observe("stepwell_recovery_seconds", took_s)
 
-    async def _watch(self, index: int) -> None:
-        while True:
-            await self._shards.lost(index)
-            logger.warning("service %r: shard %d was lost; bringing it back", self._config.name, index)
-            try:
-                async with self._changing:
-                    await self.bring_back()
-            except (StepwellError, RayTaskError) as error:
-                logger.error("service %r: shard %d is not back: %s", self._config.name, index, error)
+    async def _give_up(self, why: str, *, is_empty: bool) -> None:
+        """Have all who ask be told that a checkpoint is to be restored; or there never was a job."""
+        has_job, saved = self._what_is_there()
+        needed = CheckpointRestoreNeededError(f"{why}. {_advice(saved)}")
+        if has_job or not is_empty:
+            logger.error("%s", needed)
+        await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
+        if is_empty:
+            await self._shards.form_group()
+
+    def _watch(
+        self, who: str, lost: Callable[[int], Awaitable[None]], index: int, bring_back: Callable[[], Awaitable[None]]
+    ) -> asyncio.Task[None]:
+        async def watch() -> None:
+            while True:
+                await lost(index)
+                logger.warning("service %r: %s was lost; bringing it back", self._config.name, who)
+                while not await self._is_done(bring_back, f"{who} is not back"):
+                    await asyncio.sleep(RETRY_S)
+
+        return asyncio.create_task(watch())
+
+    async def _is_done(self, bring_back: Callable[[], Awaitable[None]], failure: str) -> bool:
+        """Whether it was done, or is not to be tried again, as no other process was lost in it."""
+        try:
+            async with self._changing:
+                await bring_back()
+        except (StepwellError, RayTaskError) as error:
+            logger.error("service %r: %s: %s", self._config.name, failure, error)
+            return not isinstance(error, ShardLostError)
+        return True
+
+
+def _advice(saved: SavedCheckpoint | None) -> str:
+    if saved is None:
+        return (
+            "This service has saved no checkpoint, as far as it knows: restore one of another run with "
+            "service.restore(URI), or launch it anew"
+        )
+    return (
+        f"Its last checkpoint is {saved.uri}, of step {saved.step}: service.restore({saved.uri!r}), then "
+        "optimizer.refresh() on every rank"
+    )

@@ -33,7 +33,7 @@ StepwellError
      ├─ ServiceTimeoutError      a wait ran out; the message names it
      ├─ SegmentError             memory that a worker and a shard share cannot be had, or not be reached
      └─ ShardLostError           a shard died, and may come back
-         └─ CheckpointRestoreNeededError    nobody has what it held
+         └─ CheckpointRestoreNeededError    nobody has what it held; the message names the last checkpoint
 
 Each message says what was expected, what came and what to do. An error carries its message alone, so that it crosses
 process boundaries unchanged.
@@ -175,4 +175,4 @@ class ShardLostError(ServiceError):
 
 
 class CheckpointRestoreNeededError(ShardLostError):
-    """A shard died and its state with it: the service goes on from its last checkpoint, once that is restored."""
+    """More was lost at once than the redundancy survives; the message names the last checkpoint, to be restored."""

@@ -18,7 +18,7 @@ class SavedCheckpoint:
     Attributes:
         uri: Where it is.
         spec: The job, which a parameter group may be added to.
-        timeline, sequence: Where the shards stood.
+        timeline, sequence, step: Where the shards stood.
         digest: Of its manifest, see :func:`manifest_digest`.
     """
 
@@ -26,12 +26,13 @@ class SavedCheckpoint:
     spec: JobSpec
     timeline: int
     sequence: int
+    step: int
     digest: str
 
     @classmethod
     def just_written(cls, uri: str, spec: JobSpec, status: ShardStatus) -> SavedCheckpoint:
         """The checkpoint at ``uri``, just written by shards at ``status``."""
-        return cls(uri, spec, status.timeline, status.sequence, manifest_digest(uri))
+        return cls(uri, spec, status.timeline, status.sequence, status.step, manifest_digest(uri))
 
     def serves(self, uri: str, spec: JobSpec, status: ShardStatus) -> bool:
         """Whether a save to ``uri`` by shards at ``status`` would write the same again, and it is still there."""

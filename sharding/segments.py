@@ -119,18 +119,23 @@ def allocate(sizes: Sequence[tuple[int, torch.dtype]]) -> tuple[Segment, list[Te
         SegmentError: If there is no such memory here, or not enough of it. A process that touches shared memory which
             the machine does not have is ended by a signal, so all of it is taken at once.
     """
-    starts = [ALIGNMENT, *(-(-numel * dtype.itemsize // ALIGNMENT) * ALIGNMENT for numel, dtype in sizes)]
-    *offsets, size_bytes = itertools.accumulate(starts)
-    address, fd = _make(size_bytes)
+    spans, size_bytes = spans_of(sizes)
+    address, fd = make_memory(size_bytes)
     try:
         segment = Segment(fd, address)
     except BaseException:
         os.close(fd)
         raise
     weakref.finalize(segment, os.close, fd)
-    segment[:TOKEN_BYTES] = address.token
-    spans = (Span(offset, numel, dtype) for offset, (numel, dtype) in zip(offsets, sizes, strict=True))
     return segment, [segment.tensor(span) for span in spans]
+
+
+def spans_of(sizes: Sequence[tuple[int, torch.dtype]]) -> tuple[tuple[Span, ...], int]:
+    """Where flat tensors lie in a segment that holds them, and its size in bytes."""
+    starts = [ALIGNMENT, *(-(-numel * dtype.itemsize // ALIGNMENT) * ALIGNMENT for numel, dtype in sizes)]
+    *offsets, size_bytes = itertools.accumulate(starts)
+    spans = (Span(offset, numel, dtype) for offset, (numel, dtype) in zip(offsets, sizes, strict=True))
+    return tuple(spans), size_bytes
 
 
 def open_segment(address: Address) -> Segment:
@@ -178,8 +183,12 @@ def _check(fd: int, address: Address, path: str) -> None:
         raise SegmentError(f"{path}: other memory than was named lies there; {_ELSEWHERE}")
 
 
-def _make(size_bytes: int) -> tuple[Address, int]:
-    """Anonymous memory that is really there, and its descriptor."""
+def make_memory(size_bytes: int) -> tuple[Address, int]:
+    """Anonymous memory that is really there, all zero but for its token, and its descriptor, which nobody closes.
+
+    Raises:
+        SegmentError: As :func:`allocate`.
+    """
     if not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
         raise SegmentError(
             "shared memory between worker and shards: expected Linux's memfd_create, got a system without"
@@ -197,7 +206,14 @@ def _make(size_bytes: int) -> tuple[Address, int]:
     except BaseException:
         os.close(fd)
         raise
-    return Address(os.getpid(), fd, size_bytes, secrets.token_bytes(TOKEN_BYTES)), fd
+    address = Address(os.getpid(), fd, size_bytes, new_token())
+    os.pwrite(fd, address.token, 0)
+    return address, fd
+
+
+def new_token() -> bytes:
+    """A token that no other memory has."""
+    return secrets.token_bytes(TOKEN_BYTES)
 
 
 def _too_large(size_bytes: int, available: int) -> str:

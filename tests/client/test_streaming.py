@@ -88,7 +88,6 @@ class FarTransport(InProcessTransport):
             ahead, left = self._pieces.ahead_of(index)
             self.named[-1] += sum(serial > 0 for serial in ahead)
             wires = held.merge(header.rank, ahead, [to_wire(part) for part in left])
-            assert len(wires) > 1 or index == 0
             sink = Sink(params.part, tuple(params.shard_parts(self._layout, index, NUM_SHARDS)))
             pushes.append(Push(header, tuple(map(from_wire, wires)), reloaded, sink))
         result = self.service.group.push(pushes)

@@ -35,6 +35,12 @@ def pid_of(actor: Any) -> int:
     return pid
 
 
+def family_of(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    children = (_read(pid, f"task/{thread.name}/children").split() for thread in Path(f"/proc/{pid}/task").glob("*"))
+    return [pid, *(each for found in children for child in found for each in family_of(int(child)))]
+
+
 def command(pid: int) -> str:
     """A process's command line, or the title that it took; empty for one that has ended."""
     return _read(pid, "cmdline").replace(b"\0", b" ").decode().strip()

@@ -65,7 +65,7 @@ def test_named_service_outlives_its_launcher_and_ends_when_another_process_says_
         process.kill()
     process.communicate(timeout=LIMIT_S)
     service = stepwell.connect(NAME)
-    keeper = ray.get_actor(service.config.keeper_name, namespace="stepwell")
+    keeper = ray.get_actor(service.config.keeper_name(0), namespace="stepwell")
     pids = [pid_of(actor) for actor in (*service.shards, service.coordinator, keeper)]
     worker = Trainer(small_in_order(), stepwell.Prodigy, d0=D0, shift=9.0, service=NAME)
     worker.step = service.status()["step"]

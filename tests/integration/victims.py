@@ -15,7 +15,7 @@ from tests.integration.processes import pid_of
 
 LIMIT_S = 60.0
 Name = int | str
-"""A shard's number, "keeper" or "coordinator"."""
+"""A shard's number, "keeper" (the first one) or "coordinator"."""
 
 
 class Victims:
@@ -28,7 +28,7 @@ class Victims:
     def __init__(self, service: stepwell.Service) -> None:
         self._actors: dict[Name, Any] = dict(enumerate(service.shards))
         self._actors["coordinator"] = service.coordinator
-        self._actors["keeper"] = ray.get_actor(service.config.keeper_name, namespace=NAMESPACE)
+        self._actors["keeper"] = ray.get_actor(service.config.keeper_name(0), namespace=NAMESPACE)
         self._pids: dict[Name, int] = {}
         self.await_successors()
 

@@ -15,7 +15,7 @@ from stepwell.sharding.errors import SegmentError
 from stepwell.sharding.history import History
 from stepwell.sharding.owned_state import Replicated
 from stepwell.sharding.reports import ShardStatus
-from stepwell.sharding.segments import ALIGNMENT, Address, Span, allocate, open_segment
+from stepwell.sharding.segments import ALIGNMENT, Address, Placement, Span, allocate, open_segment
 
 T = TypeVar("T")
 
@@ -30,13 +30,17 @@ def memory() -> tuple[Any, Address]:
     return part, segment.address
 
 
+GRADIENT = memory()
+
+
 def copy_at(sequence: int, address: Address, *, timeline: int = 1) -> Copy:
     status = ShardStatus(0, timeline, sequence, sequence, 0, 16, "eager", {}, (), in_flight=False)
     return Copy(b"job", b"", status, Replicated(History(timeline), {}), {}, frozenset(), (), (), address)
 
 
 def entry(sequence: int, address: Address | None = None, *, timeline: int = 1) -> LogEntry:
-    return LogEntry(timeline, sequence, (LoggedPush(b"request", (), {}, address),), ())
+    place = Placement(address or GRADIENT[1], (Span(ALIGNMENT, 4, torch.float32),))
+    return LogEntry(timeline, sequence, (LoggedPush(b"request", place, {}),), ())
 
 
 def sequences(keeper: Keeper) -> list[int]:
@@ -106,8 +110,7 @@ def test_memory_outlives_its_owner_and_goes_when_nothing_lies_in_it() -> None:
     found = run(keeper.fetch(0))
     assert found is not None
     copy, (logged,) = found
-    held = logged.pushes[0].memory
-    assert held is not None
+    held = logged.pushes[0].gradient.address
     for each in (copy.memory, held):
         assert torch.equal(open_segment(each).tensor(Span(ALIGNMENT, 4, torch.float32)), torch.full((4,), 3.0))
     next_part, next_address = memory()
@@ -125,6 +128,16 @@ def test_memory_that_cannot_be_reached_changes_nothing() -> None:
     with pytest.raises(SegmentError):
         run(keeper.keep(0, copy_at(5, nowhere)))
     assert sequences(keeper) == [5]
+
+
+def test_memory_of_a_try_goes_when_another_one_replaces_it() -> None:
+    keeper, _ = ready()
+    tries = [memory() for _ in range(3)]
+    for _, address in tries:
+        run(keeper.log(0, entry(5, address)))
+    assert [address.token in keeper._held for _, address in tries] == [False, False, True]
+    assert not run(keeper.log(0, entry(9, tries[0][1])))
+    assert tries[0][1].token not in keeper._held
 
 
 def test_forgotten_shard_has_no_copy() -> None:

@@ -23,7 +23,7 @@ import torch
 from stepwell.optim import SGDRule
 from stepwell.server.collective import Collective, Generation
 from stepwell.server.config import ServiceConfig
-from stepwell.server.keeper import LoggedPush
+from stepwell.server.keeper_line import Received
 from stepwell.server.meeting import Meeting
 from stepwell.server.messages import (
     Exchange,
@@ -287,8 +287,8 @@ async def test_decided_waits_for_a_step_that_is_under_way_and_for_no_other(line:
 async def test_pieces_and_what_comes_with_the_push_are_one_gradient(line: Line) -> None:
     """For the step and for the log; in pieces of a few tiles."""
     expected, push = params_after(2), line.run.pushes(0)[0]
-    pieces = [to_wire(piece) for piece in push.gradient[0].split(512)]
-    logged: list[LoggedPush] = []
+    pieces = [to_wire(piece) for piece in torch.split(push.gradient[0], 512)]
+    logged: list[Received] = []
     with (
         mock.patch("stepwell.sharding.push.PIECE_NUMEL", 512),
         mock.patch.object(line.actor._redundancy, "receive", lambda header, it: logged.append(it)),
@@ -303,7 +303,7 @@ async def test_pieces_and_what_comes_with_the_push_are_one_gradient(line: Line) 
         await line.settle()
         await line.push(1)
     assert (await reply)[0].decision is Decision.COMMIT
-    assert torch.equal(torch.cat([from_wire(wire) for wire in logged[0].gradient]), push.gradient[0])
+    assert torch.equal(torch.cat(list(logged[0].gradient)), push.gradient[0])
     assert_same_tensors(line.run.params(), expected)
 
 

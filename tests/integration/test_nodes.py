@@ -1,0 +1,100 @@
+"""Nodes are lost without warning, with all that is on them, and training goes on to the same bits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import stepwell
+from stepwell.server.config import NAMESPACE
+from stepwell.sharding.errors import CheckpointRestoreNeededError
+from tests.integration.conftest import launcher
+from tests.integration.nodes import Nodes, kill, node_of
+from tests.integration.training import D0, Trainer, assert_same_training
+from tests.zoo import straddling
+
+LIMIT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    there = Nodes(3)
+    yield there
+    there.close()
+
+
+def trainer_of(service: Any) -> Trainer:
+    return Trainer(straddling(), stepwell.Prodigy, service=service, d0=D0)
+
+
+def keeper_of(service: stepwell.Service, number: int) -> Any:
+    return ray.get_actor(service.config.keeper_name(number), namespace=NAMESPACE)
+
+
+def await_copies(service: stepwell.Service, num_each: int) -> list[dict[str, Any]]:
+    """Wait until so many keepers have a copy of each shard; what they have."""
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        shards: list[dict[str, Any]] = service.status()["redundancy"]["shards"]
+        whole = [[each for each in kept.values() if each["step"] is not None] for kept in shards]
+        if all(len(each) >= num_each for each in whole):
+            return shards
+        assert time.monotonic() < deadline, f"expected {num_each} copies of each shard, got {shards}"
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(600)
+def test_lost_nodes_cost_no_step(nodes: Nodes, tmp_path: Path) -> None:
+    """A shard's node, then the coordinator's with its shard and keeper; at last a shard and its keeper on another."""
+    with launcher() as launch:
+        service = launch(2, num_cpus_per_shard=1, redundancy=1)
+        first, second = map(node_of, service.shards)
+        assert first != second
+        assert [node_of(keeper_of(service, number)) for number in range(2)] == [first, second]
+        trainer = trainer_of(service).run(7)
+        for lost in (second, first):
+            assert all(list(kept) for kept in await_copies(service, 1))
+            nodes.lose(lost)
+            trainer.run(trainer.step + 6)
+            nodes.add()
+            assert {node_of(actor) for actor in (*service.shards, service.coordinator)}.isdisjoint({lost})
+        assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
+        beyond_what_is_survived(service, trainer, str(tmp_path / "checkpoint"))
+
+
+def beyond_what_is_survived(service: stepwell.Service, trainer: Trainer, uri: str) -> None:
+    """A shard and its only keeper at once: the error names the checkpoint, and training goes on from there."""
+    step = service.save(uri)
+    trainer.run(step + 3)
+    (number,) = await_copies(service, 1)[1]
+    for actor in (keeper_of(service, int(number)), service.shards[1]):
+        kill(actor)
+    with pytest.raises(CheckpointRestoreNeededError, match=f"{uri}, of step {step}"):
+        trainer.run(trainer.step + 1)
+    service.restore(uri)
+    trainer.optimizer.refresh()
+    trainer.step = step
+    trainer.run(step + 5)
+    assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
+    trainer.optimizer.close()
+
+
+@pytest.mark.timeout(600)
+def test_shard_and_keeper_that_are_lost_at_once_cost_no_step_with_two(nodes: Nodes) -> None:
+    with launcher() as launch:
+        service = launch(2, num_cpus_per_shard=1, redundancy=2)
+        trainer = trainer_of(service).run(5)
+        await_copies(service, 2)
+        kill(keeper_of(service, 1))
+        kill(service.shards[0])
+        trainer.run(11)
+        await_copies(service, 2)
+        nodes.lose(node_of(service.shards[1]))
+        trainer.run(17)
+        assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
+        trainer.optimizer.close()
