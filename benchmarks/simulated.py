@@ -29,6 +29,7 @@ from stepwell.sharding.layout import Layout
 from stepwell.sharding.manifest import FileEntry, ShardFile, build_manifest, shard_file_name
 from stepwell.sharding.reports import ShardStatus
 from stepwell.sharding.saved import SavedCheckpoint
+from stepwell.sharding.world import World
 
 
 class Traffic:
@@ -132,11 +133,7 @@ class SimulatedShard:
         return self._report()
 
     @of_coordinator
-    async def open_store(self, timeout_s: float) -> tuple[str, int]:
-        return "127.0.0.1", 1
-
-    @of_coordinator
-    async def join(self, generation: Generation, store: object, timeout_s: float, shards: Sequence[Any]) -> None:
+    async def join(self, generation: Generation, timeout_s: float, shards: Sequence[Any]) -> None:
         assert len(shards) == self._service.config.num_shards
         self._generation = generation
 
@@ -238,6 +235,7 @@ class SimulatedShard:
             scalars=self._job.spec.rule.initial_scalars(self._job.spec.num_groups),
             step_counts=(),
             in_flight=False,
+            world=World(tuple(range(self._job.spec.world_size))),
         )
 
     def _report(self) -> ShardReport:

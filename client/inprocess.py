@@ -77,8 +77,11 @@ class InProcessService:
             "generation": "1.1",
             "epoch": 1,
             "restarts": 0,
+            "elastic": False,
             "rule": spec.rule.name,
-            "world_size": spec.world_size,
+            "world_size": first.world.size,
+            "ranks": list(first.world.ranks),
+            "excluded": dict(first.world.excluded),
             "num_params": len(spec.params),
             "numel": sum(param.numel for param in spec.params),
             "step": first.step,
@@ -226,7 +229,7 @@ class InProcessTransport(Transport):
         """See :class:`Transport`; there is no other rank to wait for."""
         return self._registration()
 
-    def refresh(self) -> Registration:
+    def refresh(self, rank: int, incarnation: str) -> Registration:
         """See :class:`Transport`."""
         return self._registration()
 
@@ -291,6 +294,7 @@ class InProcessTransport(Transport):
             step=status.step,
             skipped_steps=status.skipped_steps,
             scalars=status.scalars,
+            ranks=status.world.ranks,
             needs_parameters=needs_parameters,
         )
 

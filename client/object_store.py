@@ -69,6 +69,7 @@ class ObjectStoreTransport(Transport):
         self.service: Service = service
         self._owned, self._is_closed, self._may_have_moved = owned, False, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
+        self.is_elastic = service.config.elastic
         self._memory = NodeMemory()
         self.recovery_timeout_s = RECOVERY_TIMEOUT_S if service.config.redundancy else 0.0
         self._stream: PieceStream | None = None
@@ -76,9 +77,9 @@ class ObjectStoreTransport(Transport):
 
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """See :class:`Transport`."""
+        self._incarnation = incarnation
         # Not left to the optimizer, which may be gone long before the process ends, while other ranks still train.
         atexit.register(self.close, rank, spec.world_size)
-        self._incarnation = incarnation
         packed = pack_job(spec), rank, incarnation, pack_holdings(holdings)
         return self._ask_where("register", *packed, what="the registration")
 
@@ -121,9 +122,9 @@ class ObjectStoreTransport(Transport):
         timeout_s = self.service.config.worker_timeout_s
         return self._ask_where("wait_for_timeline", after_timeline, timeout_s, what="rank 0 to load its state")
 
-    def refresh(self) -> Registration:
+    def refresh(self, rank: int, incarnation: str) -> Registration:
         """See :class:`Transport`."""
-        return self._ask_where("refresh", what="the coordinator")
+        return self._ask_where("refresh", rank, incarnation, what="the coordinator")
 
     def step(
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
@@ -234,7 +235,7 @@ class ObjectStoreTransport(Transport):
                 limits = {"timeout_s": 2 * LEAVE_TIMEOUT_S}
                 self.service.ask("wait_until_left", others, LEAVE_TIMEOUT_S, what="the other ranks", **limits)
             else:
-                self.service.ask("leave", rank, what="the coordinator", timeout_s=LEAVE_TIMEOUT_S)
+                self.service.ask("leave", rank, self._incarnation, what="the coordinator", timeout_s=LEAVE_TIMEOUT_S)
                 calls = [shard.forget.remote(rank) for shard in self.service.shards]
                 wait_for(calls, timeout_s=LEAVE_TIMEOUT_S, what="the shards to forget this worker")
         if self._owned:

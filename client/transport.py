@@ -70,6 +70,8 @@ class Transport(abc.ABC):
     service: ServiceHandle
     kept_from: int = sys.maxsize
     """The first step whose gradient must stay where it is, as a shard that is lost would need it."""
+    is_elastic: bool = False
+    """Whether ranks come and go; each of them then says what else the first one alone does."""
     recovery_timeout_s: float = 0.0
     """How long a worker tries a step again that failed with a lost shard; 0 where nothing brings a shard back."""
 
@@ -112,8 +114,8 @@ class Transport(abc.ABC):
         """Wait for rank 0's :meth:`load`. Called by the other ranks."""
 
     @abc.abstractmethod
-    def refresh(self) -> Registration:
-        """Where the service stands now."""
+    def refresh(self, rank: int, incarnation: str) -> Registration:
+        """Where the service stands now; an elastic job that goes on without this worker waits for it again."""
 
     @abc.abstractmethod
     def step(

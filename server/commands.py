@@ -51,6 +51,10 @@ def up(
     redundancy: Annotated[
         int, typer.Option(min=0, max=2, help="Keepers of each shard's state; 0: its checkpoint alone survives it.")
     ] = 1,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Workers may join and leave; steps go on without one that is missing.")
+    ] = False,
+    worker_timeout_s: Annotated[float, typer.Option(help="Seconds that a step waits for its last worker.")] = 1800.0,
     restore: Annotated[str | None, typer.Option(help="A checkpoint to begin with.")] = None,
     placement_timeout_s: Annotated[float, typer.Option(min=1, help="Seconds to wait for room in the cluster.")] = 60.0,
     address: Address = None,
@@ -75,6 +79,8 @@ def up(
                 placement=strategy,
                 kernel=_kernel(kernel),
                 redundancy=redundancy,
+                elastic=elastic,
+                worker_timeout_s=worker_timeout_s,
                 restore=restore,
                 placement_timeout_s=placement_timeout_s,
             )

@@ -35,6 +35,7 @@ class ServiceConfig:
         placement_timeout_s: How long a launch waits for room in the cluster.
         redundancy: How many keepers hold each shard's copy and log: 0, 1 or 2.
         log_steps: How many steps are kept for a shard that is lost.
+        elastic: Whether ranks may come and go between steps, and a step goes on without one that does not push in time.
         log_format: Of what its processes log.
 
     Raises:
@@ -53,6 +54,7 @@ class ServiceConfig:
     placement_timeout_s: float = 60.0
     redundancy: int = 1
     log_steps: int = 8
+    elastic: bool = False
     log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from ..sharding.checkpoint import CheckpointReader
 from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
 from ..sharding.coverage import Gradients
-from ..sharding.errors import CheckpointRestoreNeededError, PlacementError
+from ..sharding.errors import CheckpointRestoreNeededError, IncarnationError, PlacementError
 from ..sharding.folder import Destination
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, ShardFile
@@ -23,6 +23,7 @@ from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
+from ..sharding.world import World
 from .ahead import Ahead
 from .arrangement import Arrangement
 from .changes import Change, Changes
@@ -170,25 +171,33 @@ class CoordinatedShard:
         await self._steps.compute(lambda: self._lay_out(spec, code, timeline=0))
 
     @change_of_coordinator
-    async def admit(self, workers: Mapping[int, Worker]) -> None:
-        """Let workers' processes push, by rank; all or none."""
+    async def admit(self, workers: Mapping[int, Worker], world: World | None = None) -> None:
+        """Let workers' processes push, by rank; all or none.
+
+        Args:
+            workers: The workers.
+            world: Whom steps wait for then, if that changes; the service is held meanwhile.
+        """
         for rank in self._admit(workers):
             self._mappings.forget(rank)
             self._ahead.forget(rank)
-        await self._redundancy.admit(self._steps.job())
+            replaced = f"rank {rank}: another process has registered as this rank since; end this one"
+            self._steps.withdraw(rank, IncarnationError(replaced))
+        await self._set_world(world)
 
     @change_of_coordinator
-    async def leave(self, ranks: Sequence[int]) -> None:
-        """Note that workers have said goodbye."""
+    async def leave(self, ranks: Sequence[int], world: World | None = None) -> None:
+        """Note that workers have said goodbye; ``world`` as for :meth:`admit`."""
         for rank in ranks:
             self._steps.job().members.leave(rank)
-        await self._redundancy.admit(self._steps.job())
+        await self._set_world(world)
         await self._steps.copy_at_rest()
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
-        """Change number and kind of the workers."""
+        """Change number and kind of the workers, all of whom have left; the service is held meanwhile."""
         self._steps.job().set_workers(world_size, gradients)
+        await self._copy()
 
     # Its state; called by the coordinator. See Note: Changes that are all or nothing
 
@@ -237,10 +246,11 @@ class CoordinatedShard:
         job: bytes,
         code: bytes,
         workers: Mapping[int, Worker],
+        world: World | None,
     ) -> None:
         """Prepare to take the state of a checkpoint that all shards have verified, as ``job``.
 
-        A shard without a job, or cut otherwise, lays it out.
+        A shard without a job, or cut otherwise, lays it out. Steps then wait for ``world``, or all ranks of the job.
         """
         spec, checkpoint = unpack_job(job), Manifest.unpack(manifest, uri)
 
@@ -249,6 +259,8 @@ class CoordinatedShard:
             if shard is None or shard.spec != spec:
                 self._lay_out(spec, code, timeline=timeline - 1)
                 self._admit(workers)
+            if world is not None:
+                self._steps.job().set_world(world)
             with CheckpointReader(uri, checkpoint) as reader:
                 self._steps.job().load(reader.source(), timeline=timeline)
 
@@ -375,10 +387,19 @@ class CoordinatedShard:
 
     # Within
 
+    async def _set_world(self, world: World | None) -> None:
+        """Have steps wait for other ranks, and the keeper know of these and of the workers."""
+        shard = self._steps.job()
+        if world is None or world == shard.world:
+            await self._redundancy.admit(shard)
+        else:
+            self._steps.set_world(world)
+            await self._copy()
+
     async def _copy(self) -> None:
         """Have the keeper know the state as it is, before anybody is told that it is so."""
-        if self._redundancy.is_on:
-            shard = self._steps.whole_job()
+        shard = self._steps.job()
+        if self._redundancy.is_on and shard.is_whole:
             await self._redundancy.copy_now(shard, await self._steps.compute(lambda: self._redundancy.moment(shard)))
 
     def _report(self) -> ShardReport:
@@ -411,8 +432,10 @@ class CoordinatedShard:
         self._redundancy.lay_out(code)
         take_compiled_code(code)
         warm_up(spec, self._device)
-        place = {"shard": self._index, "num_shards": self._config.num_shards}
-        return Shard(spec, **place, device=self._device, timeline=timeline)
+        config = self._config
+        world = World(tuple(range(spec.world_size)), is_elastic=config.elastic, timeout_s=config.worker_timeout_s)
+        place = {"shard": self._index, "num_shards": config.num_shards}
+        return Shard(spec, **place, device=self._device, timeline=timeline, world=world)
 
     def _admit(self, workers: Mapping[int, Worker]) -> list[int]:
         """Admit workers; the ranks that have another process now."""

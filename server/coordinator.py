@@ -93,6 +93,8 @@ class Coordinator:
         With a sharded model it returns when all ranks are in and cover every parameter exactly once. Else it returns as
         soon as rank 0 may send its parameters; other ranks wait with :meth:`wait_for_timeline`.
 
+        A rank that is new in an elastic job is waited for from the next step on.
+
         Raises:
             JobMismatchError: Naming the first difference.
             CoverageError: If the ranks leave a gap, or overlap.
@@ -111,10 +113,10 @@ class Coordinator:
             await asyncio.sleep(POLL_S)
         return await self._roster.tell()
 
-    async def refresh(self) -> Registration:
-        """Where the service stands now."""
+    async def refresh(self, rank: int, incarnation: str) -> Registration:
+        """Where the service stands now; an elastic job that goes on without this worker waits for it again."""
         await self.start()
-        return await self._roster.tell()
+        return await self._roster.refresh(rank, incarnation)
 
     async def load(self, values: Sequence[Any], header: LoadHeader, request: str) -> Registration:
         """Load a state that rank 0 holds, beginning a new timeline.
@@ -215,10 +217,10 @@ class Coordinator:
             await self._keepers.holdings(),
         )
 
-    async def leave(self, rank: int) -> None:
-        """A worker says goodbye."""
+    async def leave(self, rank: int, incarnation: str) -> None:
+        """A worker says goodbye; from the next step on an elastic job does not wait for it."""
         await self.start()
-        await self._roster.leave(rank)
+        await self._roster.leave(rank, incarnation)
 
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """Wait until all of ``ranks`` have said goodbye; whether they did within ``timeout_s``."""
@@ -264,7 +266,7 @@ class Coordinator:
         await self._shards.all("verify", uri, manifest, what=f"the shards to verify {uri}")
         is_new = spec != self._known.spec or None in await self._shards.statuses_now()
         code = await self._roster.compile(spec) if is_new else b""
-        args = uri, manifest, pack_job(spec), code, self._known.workers
+        args = uri, manifest, pack_job(spec), code, self._known.workers, await self._roster.world()
         rest = self._shards.stop
         await change_state(self._shards, self._known, "prepare_restore", *args, request=request, rest=rest, spec=spec)
 

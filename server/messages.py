@@ -52,6 +52,7 @@ class Registration:
         spec: The job as the service runs it, packed.
         timeline, sequence, step, skipped_steps: Where the service stands.
         scalars: The rule's scalars.
+        ranks: Whom the next step waits for, ascending.
         needs_parameters: Rank 0 is to send its parameters; the others wait for them.
     """
 
@@ -61,6 +62,7 @@ class Registration:
     step: int
     skipped_steps: int
     scalars: Mapping[str, float]
+    ranks: tuple[int, ...]
     needs_parameters: bool
 
 

@@ -93,7 +93,7 @@ class ShardMeter:
         if shard is not None:
             instruments.set("stepwell_state_bytes", shard.buffers.size_bytes)
             instruments.set("stepwell_step", shard.history.num_steps)
-            instruments.set("stepwell_waiting_pushes", shard.spec.world_size - len(shard.missing_ranks))
+            instruments.set("stepwell_waiting_pushes", shard.world.size - len(shard.missing_ranks))
             if self._is_first:
                 self._publish_common(last_row(shard.history.chronicle.columns(1)))
 

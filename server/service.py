@@ -53,10 +53,12 @@ class Service:
 
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
-            ``restarts``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards`` what those
-            have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps after it,
-            ``size_bytes``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
-            ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
+            ``restarts``; ``elastic``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards``
+            what those have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps
+            after it, ``size_bytes``; with a job also ``rule``, ``world_size``, the ``ranks`` that the next step waits
+            for, ``excluded`` (rank to the step from which on the job goes on without it), ``num_params``, ``numel``,
+            ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per
+            shard.
         """
         found: ServiceStatus = self.ask("status", what="its status")
         config, spec, shards = found.config, found.spec, found.shards
@@ -66,6 +68,7 @@ class Service:
             "generation": str(found.generation),
             "epoch": found.epoch,
             "restarts": found.epoch - 1,
+            "elastic": config.elastic,
             "redundancy": {"wanted": config.redundancy, "shards": found.redundancy()},
         }
         if spec is None or shards[0] is None:
@@ -74,7 +77,9 @@ class Service:
         return {
             **fields,
             "rule": spec.rule.name,
-            "world_size": spec.world_size,
+            "world_size": first.world.size,
+            "ranks": list(first.world.ranks),
+            "excluded": dict(first.world.excluded),
             "num_params": len(spec.params),
             "numel": sum(param.numel for param in spec.params),
             "step": first.step,
@@ -97,7 +102,7 @@ class Service:
 
         Returns:
             A list for each column, NaN where it is not known. ``step``; ``time_s`` (Unix time); ``timeline``,
-            ``sequence`` and ``skipped_steps`` so far; ``loss``, if :meth:`stepwell.ServiceOptimizer.report` was told;
+            ``sequence`` and ``skipped_steps`` so far; how many ``workers``; ``loss``, if :meth:`stepwell.ServiceOptimizer.report` was told;
             ``grad_norm``, if a limit is set; ``lr``, and the rule's scalars such as ``d``, with several groups
             ``lr[0]``, ...; seconds of the first shard by phase: ``gather_s``, ``log_s``, ``vote_s``, ``reduce_s``,
             ``apply_s``. Empty before the first step.
@@ -208,6 +213,7 @@ def launch(
     worker_timeout_s: float = 1800.0,
     placement_timeout_s: float = 60.0,
     redundancy: int = 1,
+    elastic: bool = False,
 ) -> Service:
     """Start a service.
 
@@ -228,6 +234,9 @@ def launch(
         redundancy: How many keepers, processes beside the shards, hold a copy of each shard's state and the last steps'
             gradients in memory, on other nodes where shards are on several: with 1 or 2, what a shard holds survives
             the shard. 0: a shard that dies takes the service back to its last checkpoint.
+        elastic: Whether workers may join and leave between steps, for gradients that are local to ranks. A worker that
+            does not push within ``worker_timeout_s`` is then excluded and the step taken without it; else the step is
+            given up on all, with a :class:`MissingRankError` that names it. See *Note: Elastic jobs* in docs/design.md.
 
     Raises:
         ServiceExistsError: If there is a service of this name.
@@ -247,6 +256,7 @@ def launch(
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,
         redundancy=redundancy,
+        elastic=elastic,
         log_format=default_log_format(),
     )
     owns_ray = name is None and not ray.is_initialized()

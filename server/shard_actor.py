@@ -112,8 +112,8 @@ class ShardActor(CoordinatedShard):
                 parts = self._mappings.tensors(header.rank, "gradient", exchange.gradient)
             changed = {index: from_wire(wire) for index, wire in (reloaded or {}).items()}
             push = Push(header, parts, changed, self._sink(header.rank, exchange.target))
-            self._redundancy.receive(header, Received(request, parts, exchange.gradient, reloaded or {}))
-            result = await self._steps.take(push, exchange.timeout_s)
+            received = Received(request, parts, exchange.gradient, reloaded or {})
+            result = await self._steps.take(push, received, exchange.timeout_s)
             await self._redundancy.room(shard, exchange.timeout_s)
             is_wanted = result.decision is Decision.COMMIT and push.sink is None
             parameters = self._parameters(header.rank, exchange.target) if is_wanted else []
@@ -135,7 +135,7 @@ class ShardActor(CoordinatedShard):
         They are as of after a step or load that is under way.
         """
         wanted, shard = unpack_target(target), self._steps.job()
-        shard.members.require_rank(rank)
+        shard.world.require(rank)
         sink = self._sink(rank, wanted)
 
         def parameters() -> list[WireTensor]:

@@ -18,6 +18,7 @@ from ..sharding.errors import (
     ShardLostError,
     StepwellError,
     TimelineError,
+    UnknownRankError,
 )
 from ..sharding.push import Push
 from ..sharding.recovery import Sums
@@ -25,8 +26,10 @@ from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
+from ..sharding.world import World
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .countdown import Countdown
+from .keeper_line import Received
 from .meter import Tally
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
@@ -142,10 +145,15 @@ class Steps:
 
     # One step
 
-    async def take(self, push: Push, timeout_s: float) -> StepResult:
+    async def take(self, push: Push, received: Received, timeout_s: float) -> StepResult:
         """Keep a push, start the step if it is complete, and wait for what comes of it.
 
         A repeat is told what the first one is; of a step that was taken before, at once.
+
+        Args:
+            push: The push.
+            received: The same, as it came.
+            timeout_s: How long to wait.
 
         Raises:
             RequestError: If the push is refused; nothing has changed.
@@ -158,8 +166,8 @@ class Steps:
         self.tally.take(push)
         if receipt is Receipt.DECIDED:
             return await self._taken(push)
-        key = (header.timeline, header.sequence, header.incarnation, header.attempt)
-        outcome = self._outcomes.promise(header.rank, key)
+        self._redundancy.receive(header, received)
+        outcome = self._outcomes.promise(header.rank, header.key)
         if receipt is Receipt.COMPLETE:
             self._start_if_complete()
         else:
@@ -183,6 +191,10 @@ class Steps:
         if self.is_stepping:
             await self._wait(self._outcomes.first, sequence, timeout_s)
         return self.job().result(timeline, sequence)
+
+    def withdraw(self, rank: int, error: StepwellError) -> None:
+        """Tell who waits with a rank's push that it is not held any more."""
+        self._outcomes.withdraw(rank, error)
 
     def attend(self, generation: Generation, vote: int) -> None:
         """Vote on a step that another shard waits in, now or when this one is free; see :meth:`ShardActor.attend`."""
@@ -227,6 +239,16 @@ class Steps:
         if self._step is not None and not (await asyncio.wait([self._step], timeout=timeout_s))[0]:
             raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
         self._give_up_resting()
+
+    def set_world(self, world: World) -> None:
+        """Have the next step wait for other ranks: as long as ever, for those that are new in it."""
+        shard = self.job()
+        for rank in set(shard.world.ranks) - set(world.ranks):
+            self.withdraw(rank, UnknownRankError(f"rank {rank} has left the job, and its push was dropped"))
+        shard.set_world(world)
+        self._patience.stop()
+        if shard.is_waiting:
+            self._patience.begin()
 
     def release(self) -> None:
         """Go on with steps after a :meth:`hold`."""

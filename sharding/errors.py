@@ -9,6 +9,7 @@ StepwellError
  │   ├─ JobMismatchError         this model or rule is not the service's job
  │   │   └─ CoverageError        the ranks' parts of a parameter leave a gap or overlap
  │   ├─ UnknownRankError
+ │   ├─ RankExcludedError        the job goes on without this rank, as it did not push in time
  │   ├─ IncarnationError         another process has taken this rank's place
  │   ├─ SequenceError            the step number is not the next one
  │   │   ├─ StaleRequestError
@@ -76,6 +77,10 @@ class CoverageError(JobMismatchError):
 
 class UnknownRankError(RequestError):
     """The rank is not one of the job's."""
+
+
+class RankExcludedError(RequestError):
+    """The elastic job goes on without this rank, as it did not push in time."""
 
 
 class IncarnationError(RequestError):

@@ -73,7 +73,7 @@ class History:
         return None
 
     def taken_with(self, rank: int) -> PushHeader | None:
-        """With which push of a rank the last step was taken.
+        """With which push of a rank the last step was taken; None if it was taken without this rank.
 
         Raises:
             StaleRequestError: If this timeline had no step yet.
@@ -82,11 +82,16 @@ class History:
             raise StaleRequestError(f"step {self.sequence} was decided before this timeline began; call refresh()")
         return self._taken.get(rank)
 
-    def taken_otherwise(self, taken: PushHeader) -> AttemptError:
+    def taken_otherwise(self, rank: int) -> AttemptError:
         """What to tell whom the last step was taken without."""
+        taken = self._taken.get(rank)
+        how = (
+            f"without rank {rank}"
+            if taken is None
+            else f"with another push of rank {rank} (attempt {taken.attempt} of process {taken.incarnation})"
+        )
         return AttemptError(
-            f"step {self.sequence} was taken with another push of rank {taken.rank} (attempt {taken.attempt} of "
-            f"process {taken.incarnation}); call step() again, which takes its result over and goes on after it"
+            f"step {self.sequence} was taken {how}; call step() again, which takes its result over and goes on after it"
         )
 
     def require_sequence(self, timeline: int, sequence: int) -> None:
@@ -116,6 +121,7 @@ class History:
             "timeline": self.timeline,
             "sequence": self.sequence,
             "skipped_steps": self.num_skipped,
+            "workers": len(headers),
         }
         if losses:
             row["loss"] = sum(losses) / len(losses)

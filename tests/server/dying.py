@@ -95,8 +95,10 @@ class Handle:
 class Service:
     """Two shards, and one coordinator after the other. The shards' own threads are real."""
 
-    def __init__(self) -> None:
-        self.config = ServiceConfig("test", num_shards=NUM_SHARDS, kernel="eager", worker_timeout_s=LIMIT_S)
+    def __init__(self, *, elastic: bool = False) -> None:
+        self.config = ServiceConfig(
+            "test", num_shards=NUM_SHARDS, kernel="eager", worker_timeout_s=LIMIT_S, elastic=elastic
+        )
         with mock.patch("ray.util.get_node_ip_address", return_value="127.0.0.1"):
             self.actors = [ShardActor(self.config, index) for index in range(NUM_SHARDS)]
         self.lives: list[Life] = []
@@ -150,6 +152,7 @@ class Service:
             assert report.job == reports[0].job
             assert report.workers == reports[0].workers
             assert report.left == reports[0].left
+            assert report.world == reports[0].world
             assert report.timeline == reports[0].timeline
         return reports
 

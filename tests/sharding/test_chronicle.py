@@ -124,6 +124,7 @@ def test_history_of_a_run_holds_what_each_step_brought() -> None:
         assert columns["step"] == columns["sequence"] == [1, 2, 3, 4]
         assert math.isnan(columns["loss"][0])
         assert columns["loss"][1:] == [10.5, 20.5, 30.5], "the mean over the ranks that told one"
+        assert columns["workers"] == [2] * 4
         assert columns["lr[0]"] == lrs
         assert columns["lr[1]"] == [1.0] * 4
         assert columns["grad_norm"] == norms
