@@ -102,10 +102,10 @@ class Service:
 
         Returns:
             A list for each column, NaN where it is not known. ``step``; ``time_s`` (Unix time); ``timeline``,
-            ``sequence`` and ``skipped_steps`` so far; how many ``workers``; ``loss``, if :meth:`stepwell.ServiceOptimizer.report` was told;
-            ``grad_norm``, if a limit is set; ``lr``, and the rule's scalars such as ``d``, with several groups
-            ``lr[0]``, ...; seconds of the first shard by phase: ``gather_s``, ``log_s``, ``vote_s``, ``reduce_s``,
-            ``apply_s``. Empty before the first step.
+            ``sequence`` and ``skipped_steps`` so far; how many ``workers``; ``loss``, if
+            :meth:`stepwell.ServiceOptimizer.report` was told; ``grad_norm``, if a limit is set; ``lr``, and the rule's
+            scalars such as ``d``, with several groups ``lr[0]``, ...; seconds of the first shard by phase:
+            ``gather_s``, ``log_s``, ``vote_s``, ``reduce_s``, ``apply_s``. Empty before the first step.
 
         Raises:
             ServiceError: If the first shard does not answer.
