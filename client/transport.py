@@ -129,6 +129,8 @@ class Transport(abc.ABC):
         Raises:
             RequestError: If a shard refused the push.
             StepAbortedError: If the step was given up.
+            ShardsMovedError: If other shards have taken the place of those that were asked, and with it the step, if
+                that was taken. This line leads to them now.
             ServiceError: If the service did not answer; whether the step was taken is then open, see :meth:`decided`.
         """
 

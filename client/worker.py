@@ -20,6 +20,7 @@ from ..sharding.errors import (
     CheckpointError,
     JobMismatchError,
     ShardLostError,
+    ShardsMovedError,
     StepAbortedError,
     TimelineError,
 )
@@ -167,7 +168,8 @@ class Worker:
     ) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
 
-        If a shard is lost meanwhile, and can be brought back, this waits for it and goes on. After another failure the
+        If a shard is lost meanwhile, and can be brought back, this waits for it and goes on; if others take its place,
+        this goes on with them. After another failure the
         next call first asks whether the failed step was taken after all: if so it takes its result over and goes on
         with the step after it; else it pushes under a new attempt.
 
@@ -188,6 +190,8 @@ class Worker:
         while self.sequence == sequence:
             try:
                 self._try_step(hyper, scalars, limits, grad_scale, found_inf, loss)
+            except ShardsMovedError:
+                patience.go_on_with(self.settle)
             except ShardLostError as error:
                 was_lost = True
                 patience.wait(error)

@@ -1,4 +1,4 @@
-"""The command line's service commands: up, status, save, down."""
+"""The command line's service commands: up, status, save, resize, drain, down."""
 
 from __future__ import annotations
 
@@ -139,6 +139,49 @@ def save(
         _print_json({"name": name, "uri": target, "step": step})
     else:
         _say(f"saved step {step} of service [bold]{escape(name)}[/] to {escape(target)}")
+
+
+def resize(
+    name: Name,
+    shards: Annotated[int, typer.Argument(min=1, help="How many shards it is to have.", show_default=False)],
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with another number of shards, between two steps of a running job; the results stay the same to the bit.
+
+    The new shards need room beside the present ones for a moment.
+
+    Example: stepwell resize trainer 4
+    """
+    service = connect(name, address=address)
+    with notes.status(escape(f"{shards} new shard(s) take over service {name!r} ...")):
+        service.resize(shards)
+    if as_json:
+        _print_json({"name": name, "num_shards": shards})
+    else:
+        _say(f"service [bold]{escape(name)}[/] has {shards} shard(s) now")
+
+
+def drain(
+    name: Name,
+    node: Annotated[str, typer.Argument(help="The node's id in Ray, its address or host name.", show_default=False)],
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Move a service's shards away from a node, between two steps, so that the node may go.
+
+    Example: stepwell drain trainer 10.0.0.7
+    """
+    service = connect(name, address=address)
+    with notes.status(escape(f"moving shards of service {name!r} away from node {node} ...")):
+        moved = service.drain(node)
+    if as_json:
+        _print_json({"name": name, "node": node, "moved": moved})
+    else:
+        _say(
+            f"service [bold]{escape(name)}[/] "
+            + (f"has left node {escape(node)}" if moved else f"had no shards on node {escape(node)}")
+        )
 
 
 def down(name: Name, address: Address = None, as_json: Json = False) -> None:

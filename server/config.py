@@ -36,6 +36,8 @@ class ServiceConfig:
         redundancy: How many keepers hold each shard's copy and log: 0, 1 or 2.
         log_steps: How many steps are kept for a shard that is lost.
         elastic: Whether ranks may come and go between steps, and a step goes on without one that does not push in time.
+        shard_set: Which set of shards these settings are of: its number, and the epoch of the coordinator that started
+            it; see *Note: Another set of shards* in docs/design.md.
         log_format: Of what its processes log.
 
     Raises:
@@ -55,6 +57,7 @@ class ServiceConfig:
     redundancy: int = 1
     log_steps: int = 8
     elastic: bool = False
+    shard_set: tuple[int, int] = (0, 0)
     log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
@@ -75,13 +78,22 @@ class ServiceConfig:
         """The coordinator's actor name."""
         return f"{self.name}/coordinator"
 
+    @property
+    def set_name(self) -> str:
+        """What the names of a set's actors begin with, and its places are called."""
+        return f"{self.name}/set-{self.shard_set[0]}.{self.shard_set[1]}"
+
     def keeper_name(self, keeper: int) -> str:
         """A keeper's actor name."""
-        return f"{self.name}/keeper-{keeper}"
+        return f"{self.set_name}/keeper-{keeper}"
 
     def shard_name(self, shard: int) -> str:
         """A shard's actor name."""
-        return f"{self.name}/shard-{shard}"
+        return f"{self.set_name}/shard-{shard}"
+
+    def next_set(self, num_shards: int, epoch: int) -> ServiceConfig:
+        """The settings of the set of shards that the coordinator of ``epoch`` puts in this one's place."""
+        return dataclasses.replace(self, num_shards=num_shards, shard_set=(self.shard_set[0] + 1, epoch))
 
 
 def default_service() -> str | None:
@@ -126,11 +138,13 @@ def set_ray_defaults() -> None:
     """Settle what Ray would otherwise decide by itself: no token file in the home folder, no usage reports.
 
     And shards that run as the training processes do, which wait for them in every step: Ray gives its actors a niceness
-    of 15, with which anything else that computes on the machine comes first.
+    of 15, with which anything else that computes on the machine comes first. And calls that fail soon when a process
+    has ended: Ray would wait a second or two to be told why it has.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", "100")
 
 
 def _require(condition: bool, what: str, expected: str, got: object) -> None:

@@ -15,7 +15,6 @@ from ..sharding.reports import ShardStatus
 from ..sharding.segments import open_segment
 from ..sharding.vote import Decision
 from .collective import Generation
-from .coordinated_shard import CoordinatedShard
 from .keeper_line import Received
 from .messages import (
     Target,
@@ -28,10 +27,11 @@ from .messages import (
     unpack_target,
 )
 from .outcomes import Outcome
+from .succeeding_shard import SucceedingShard
 
 
-class ShardActor(CoordinatedShard):
-    """A coordinated shard with what workers call: see :class:`CoordinatedShard` for its arguments."""
+class ShardActor(SucceedingShard):
+    """A coordinated shard with what workers call; see :class:`CoordinatedShard` for its arguments."""
 
     # Asked by anybody
 

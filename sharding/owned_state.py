@@ -128,6 +128,11 @@ class OwnedState:
         return self.world.missing_from(self._inbox.ranks)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every rank has pushed for the next step. Asked at each push, so their number is looked at first."""
+        return len(self._inbox.ranks) >= self.world.size and not self.missing_ranks
+
+    @property
     def is_waiting(self) -> bool:
         """Whether some rank has pushed and the step has not begun."""
         return self._deciding is None and not self._inbox.is_empty
@@ -274,6 +279,21 @@ class OwnedState:
         self.buffers.key_state.values, self.world = replicated.key_state, replicated.world
         for rank, member in workers.items():
             self.admit(rank, member.incarnation, member.holdings)
+
+    def succeed(self, status: ShardStatus, replicated: Replicated) -> None:
+        """Stand where the shards of another cut stood between two steps, whose slots are in the buffers already.
+
+        Args:
+            status: Where they stood.
+            replicated: What they had in common.
+        """
+        self.step_count = torch.tensor(status.step_counts, dtype=torch.float64)
+        self.scalars = status.scalars
+        self.history = replicated.history.copied()
+        self.history.last_sums = ()  # of another group, whose votes were of another length
+        self.buffers.key_state.values, self.world = replicated.key_state, replicated.world
+        self._inbox = Inbox()
+        self._lost = None
 
     def set_workers(self, world_size: int, gradients: Gradients) -> None:
         """Change what the workers are, between two jobs' workers; those admitted so far are forgotten."""

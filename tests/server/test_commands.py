@@ -192,7 +192,7 @@ def test_up_that_fails_leaves_nothing(own_ray: Path, cli: Cli, case: str) -> Non
     services = json.loads(cli("status", "--json").out)["services"]
     assert [service["name"] for service in services] == ["trainer"]
     live = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
-    assert [group["name"] for group in live] == ["trainer/shards"]
+    assert [group["name"] for group in live] == ["trainer/set-0.0"]
 
 
 def test_up_from_a_checkpoint_that_was_cut_short_leaves_nothing(
