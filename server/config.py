@@ -11,6 +11,8 @@ from ..sharding.compiling import KERNEL_CHOICES, KernelChoice
 
 Placement = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
+LogFormat = Literal["text", "json"]
+
 NAMESPACE = "stepwell"
 COLLECTIVE_MARGIN_S = 30.0
 """How much longer a shard waits for its peers than they wait for a rank."""
@@ -36,6 +38,7 @@ class ServiceConfig:
         elastic: Whether ranks may come and go between steps, and a step goes on without one that does not push in time.
         shard_set: Which set of shards these settings are of: its number, and the epoch of the coordinator that started
             it; see *Note: Another set of shards* in docs/design.md.
+        log_format: Of what its processes log.
 
     Raises:
         ValueError: If a value is out of range; the message holds it.
@@ -55,6 +58,7 @@ class ServiceConfig:
     log_steps: int = 8
     elastic: bool = False
     shard_set: tuple[int, int] = (0, 0)
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", "a name without '/'", self.name)
@@ -66,6 +70,7 @@ class ServiceConfig:
         _require(self.worker_timeout_s > 0, "worker_timeout_s", "more than 0", self.worker_timeout_s)
         _require(self.redundancy in (0, 1, 2), "redundancy", "0, 1 or 2", self.redundancy)
         _require(self.log_steps >= 2, "log_steps", "at least 2", self.log_steps)
+        _require(self.log_format in get_args(LogFormat), "log_format", f"one of {get_args(LogFormat)}", self.log_format)
         _require(self.placement_timeout_s > 0, "placement_timeout_s", "more than 0", self.placement_timeout_s)
 
     @property
@@ -105,6 +110,17 @@ def default_kernel() -> KernelChoice:
     wanted = os.environ.get("STEPWELL_KERNEL") or "auto"
     _require(wanted in KERNEL_CHOICES, "$STEPWELL_KERNEL", f"one of {KERNEL_CHOICES}", wanted)
     return cast(KernelChoice, wanted)
+
+
+def default_log_format() -> LogFormat:
+    """How a service's processes log: as ``$STEPWELL_LOG`` says, else as text.
+
+    Raises:
+        ValueError: If it names no format.
+    """
+    wanted = os.environ.get("STEPWELL_LOG") or "text"
+    _require(wanted in get_args(LogFormat), "$STEPWELL_LOG", f"one of {get_args(LogFormat)}", wanted)
+    return cast(LogFormat, wanted)
 
 
 def ray_address() -> str | None:

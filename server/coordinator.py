@@ -25,6 +25,7 @@ from .config import ServiceConfig
 from .draining import Draining
 from .keepers import Keepers
 from .knowledge import Knowledge, ServiceStatus
+from .logs import Context, begin_logs
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .resizing import OneSet, Resizing, ShardSets
 from .roster import Roster
@@ -330,4 +331,9 @@ class CoordinatorActor(Coordinator):
         oldest = next(found for found in sets.found_now() if found.is_whole)
         is_first = not context.was_current_actor_reconstructed
         super().__init__(oldest.config, oldest.shards, keepers=oldest.keepers, is_first=is_first, sets=sets)
+        begin_logs(oldest.config.log_format, self._log_context)
         context.current_actor.persist.remote()
+
+    def _log_context(self) -> Context:
+        epoch, generation = self._shards.epoch, str(self._shards.generation)
+        return {"service": self._config.name, "coordinator": epoch, "generation": generation}

@@ -30,6 +30,7 @@ from ..sharding.world import World
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .countdown import Countdown
 from .keeper_line import Received
+from .meter import Tally
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
 
@@ -51,12 +52,14 @@ class Steps:
         shard: The shard; None without a job.
         collective: The group that it reduces in; None before the first one was formed.
         newest_generation: The last one that it was asked to join.
+        tally: What it has done.
     """
 
     def __init__(self, index: int, timeout_s: float, redundancy: Redundancy) -> None:
         self._index, self._timeout_s, self._redundancy = index, timeout_s, redundancy
         self.shard: Shard | None = None
         self.collective: Collective | None = None
+        self.tally = Tally()
         self._peers: Sequence[Any] = ()
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
@@ -166,6 +169,7 @@ class Steps:
         """
         header, shard = push.header, self.job()
         receipt = shard.receive(push)
+        self.tally.take(push)
         if receipt is Receipt.DECIDED:
             return await self._taken(push)
         self._redundancy.receive(header, received)
@@ -417,6 +421,7 @@ class Steps:
         finally:
             calling.cancel()
             told.set_result(outcome)
+            self.tally.end(outcome, shard.stopwatch.seconds)
             self._await_rest()
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)

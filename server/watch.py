@@ -12,6 +12,7 @@ from ..sharding.errors import CheckpointRestoreNeededError, KernelError, ShardLo
 from ..sharding.saved import SavedCheckpoint
 from .config import ServiceConfig
 from .keepers import Keepers
+from .metrics import Instruments
 from .recoveries import Parts, Recoveries, Recovery
 from .shards import Shards
 
@@ -46,6 +47,7 @@ class Watch:
         self._what_is_there = what_is_there
         self._tasks: list[asyncio.Task[None]] = []
         self.recoveries = Recoveries()
+        self._instruments = Instruments(service=config.name)
 
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
@@ -92,6 +94,8 @@ class Watch:
             last = Recovery(tuple(empty), parts.seconds)
             self.recoveries = Recoveries(self.recoveries.count + 1, last)
             logger.warning("service %r: %s", name, last)
+            self._instruments.count({"stepwell_recoveries_total": self.recoveries.count})
+            self._instruments.observe("stepwell_recovery_seconds", sum(parts.seconds.values()))
 
     async def _give_up(self, why: str, *, is_empty: bool) -> None:
         """Have all who ask be told that a checkpoint is to be restored; or there never was a job."""

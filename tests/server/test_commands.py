@@ -114,7 +114,7 @@ def test_up_that_fails_ends_the_ray_that_it_started(tmp_path: Path, monkeypatch:
     assert_all_end(processes_with("XDG_STATE_HOME", str(tmp_path)))
 
 
-@pytest.mark.parametrize("command", ["up", "status", "save", "down"])
+@pytest.mark.parametrize("command", ["up", "status", "save", "down", "top", "plot", "ui"])
 def test_unknown_option_is_named(cli: Cli, command: str) -> None:
     run = cli(command, "--nonsense", "1")
     assert run.code == 2
@@ -123,7 +123,7 @@ def test_unknown_option_is_named(cli: Cli, command: str) -> None:
     assert run.out == ""
 
 
-@pytest.mark.parametrize("command", ["up", "status", "save", "down"])
+@pytest.mark.parametrize("command", ["up", "status", "save", "down", "top", "plot", "ui"])
 def test_help_has_an_example(cli: Cli, command: str) -> None:
     run = cli(command, "--help")
     assert run.code == 0
@@ -139,6 +139,8 @@ def test_status_of_a_new_service_shows_no_job(own_ray: Path, cli: Cli) -> None:
         ["restarts", "0"],
     ]
     cli("save", "trainer", str(own_ray / "nothing")).require_error("service 'trainer' has no job yet")
+    cli("plot", "trainer").require_error("service 'trainer' has taken no step yet")
+    assert "no worker has registered" in cli("top", "trainer", "--once").out
 
 
 def test_save_and_status_json_print_one_object(own_ray: Path, checkpoint: str, cli: Cli) -> None:
