@@ -11,7 +11,14 @@ import ray
 import torch
 
 from ..sharding.checkpoint import CheckpointReader
-from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
+from ..sharding.compiling import (
+    Kernel,
+    compiled_code,
+    kernel_identity,
+    require_same_kernels,
+    resolve_kernel,
+    take_compiled_code,
+)
 from ..sharding.coverage import Gradients
 from ..sharding.errors import CheckpointRestoreNeededError, IncarnationError, PlacementError
 from ..sharding.folder import Destination
@@ -31,6 +38,7 @@ from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .epochs import Fence, change_of_coordinator, of_coordinator
 from .knowledge import ShardReport
+from .logs import Context, begin_logs
 from .mappings import Mappings
 from .meeting import Meeting
 from .messages import (
@@ -42,8 +50,10 @@ from .messages import (
     unpack_job,
     values_from_wire,
 )
+from .meter import ShardMeter
 from .redundancy import Redundancy, rebuild
 from .shard_saves import ShardSaves
+from .signals import end_at_sigterm
 from .steps import Steps
 from .workers import Worker
 
@@ -63,6 +73,7 @@ class CoordinatedShard:
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
         self._meetings: dict[Generation, Meeting] = {}
         self.fence, self._changes = Fence(shard), Changes(shard)
+        end_at_sigterm()
         # Not so where a test has an actor in its own process.
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self._redundancy = Redundancy(
@@ -73,8 +84,13 @@ class CoordinatedShard:
         )
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
+        if ray.is_initialized():
+            steps = self._steps
+            begin_logs(config.log_format, self._log_context)
+            ShardMeter(config.name, shard, steps.tally, lambda: (steps.shard, steps.generation)).begin()
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
         self._ahead = Ahead()
+        self._is_in_office = False
 
     # The coordinator's death; see Note: Epochs
 
@@ -103,7 +119,8 @@ class CoordinatedShard:
         """Leave the last group and form that of ``generation`` with all ``shards``."""
         peers = [shard for index, shard in enumerate(shards) if index != self._index]
         self._steps.leave_group(generation, peers)
-        self._meetings = {each: meeting for each, meeting in self._meetings.items() if each >= generation}
+        for earlier in [each for each in self._meetings if each < generation]:
+            self._meetings.pop(earlier).end()
         meeting = self._meetings.setdefault(generation, Meeting())
 
         def tell(key: str, value: bytes) -> None:
@@ -145,6 +162,12 @@ class CoordinatedShard:
         """How passes can run here."""
         kernel: Kernel = await self._steps.compute(lambda: resolve_kernel(self._config.kernel, self._device))
         return kernel
+
+    @of_coordinator
+    async def kernel_identity(self, kernel: Kernel) -> str:
+        """What the bits of such kernels depend on here."""
+        identity: str = await self._steps.compute(lambda: kernel_identity(self._device, kernel))
+        return identity
 
     @of_coordinator
     async def compile(self, job: bytes) -> bytes:
@@ -271,8 +294,8 @@ class CoordinatedShard:
     # Coming back; called by the coordinator. See Note: What survives a shard
 
     async def linger(self) -> None:
-        """Never answer: who waits for this is told when the shard's process ends."""
-        await asyncio.Event().wait()
+        """Answer when this shard is cut off from the others; who waits is also told when the shard's process ends."""
+        await self._steps.until_cut_off()
 
     async def node(self) -> str:
         """Ray's id of the node that this shard is on."""
@@ -287,7 +310,11 @@ class CoordinatedShard:
 
     @change_of_coordinator
     async def rebuild(self) -> bool:
-        """Become what the process before this one was; whether any keeper knows."""
+        """Become what the process before this one was; whether any keeper knows.
+
+        Raises:
+            KernelError: If it would go on with other bits, on a machine of another kind.
+        """
         found = await self._redundancy.fetch()
         if not found:
             return False
@@ -296,6 +323,8 @@ class CoordinatedShard:
 
         def rebuild_from() -> Shard:
             shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
+            whose = f"shard {self._index}, started again,"
+            require_same_kernels(kept.status.kernel_identity, shard.status().kernel_identity, whose=whose)
             rebuild(shard, kept, segment)
             return shard
 
@@ -410,7 +439,13 @@ class CoordinatedShard:
             saves=self._saves.under_way,
             saved=self._saves.saved,
             was_restarted=self._was_restarted,
+            is_in_office=self._is_in_office,
         )
+
+    def _log_context(self) -> Context:
+        shard = self._steps.shard
+        step, generation = 0 if shard is None else shard.history.num_steps, str(self._steps.generation)
+        return {"service": self._config.name, "shard": self._index, "step": step, "generation": generation}
 
     def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:
         """Make a shard without parameters in place of the one before; in the thread for arithmetic."""

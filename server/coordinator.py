@@ -8,29 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
-from ..sharding.errors import ServiceTimeoutError
+from ..sharding.errors import ServiceTimeoutError, ShardLostError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
 from ..sharding.saved import SavedCheckpoint
 from .collective import NO_GENERATION
-from .config import NAMESPACE, ServiceConfig
+from .config import ServiceConfig
+from .draining import Draining
 from .keepers import Keepers
 from .knowledge import Knowledge, ServiceStatus
+from .logs import Context, begin_logs
 from .messages import LoadHeader, Registration, pack_job, unpack_job
+from .resizing import OneSet, Resizing, ShardSets
 from .roster import Roster
 from .saves import Saves
+from .shard_sets import SetsInRay
 from .shards import POLL_S, Shards
 from .takeover import finish_changes
 from .two_phase import change_state
-from .watch import Watch
+from .watch import RETRY_S, Watch
 from .workers import Worker
+
+logger = logging.getLogger("stepwell")
 
 
 def end_process() -> None:
@@ -46,6 +53,7 @@ class Coordinator:
         shards: The shards' handles, by index.
         keepers: The keepers', by index.
         is_first: Whether the service has had no coordinator before.
+        sets: Where other sets of shards come from; None if there are none but these.
         resign: Called when the shards obey another coordinator.
     """
 
@@ -56,6 +64,7 @@ class Coordinator:
         *,
         keepers: Sequence[Any] = (),
         is_first: bool = True,
+        sets: ShardSets | None = None,
         resign: Callable[[], None] = end_process,
     ) -> None:
         self._config, self._is_first = config, is_first
@@ -66,6 +75,18 @@ class Coordinator:
         self._saves = Saves(self._shards, self._changing, self._roster.require_spec)
         self._taking_over: asyncio.Task[None] | None = None
         self._watch = Watch(config, self._shards, self._keepers, self._changing, self._what_is_there)
+        sets = sets or OneSet()
+        self._resizing = Resizing(
+            self._shards,
+            self._keepers,
+            sets,
+            saves=self._saves,
+            watch=self._watch,
+            changing=self._changing,
+            known=lambda: self._known,
+            resign=resign,
+        )
+        self._draining = Draining(self._resizing, sets)
 
     @property
     def _known(self) -> Knowledge:
@@ -82,9 +103,26 @@ class Coordinator:
             self._taking_over = task = asyncio.create_task(self._take_over())
         await asyncio.shield(task)
 
+    async def persist(self) -> None:
+        """Take the shards over, again if one is lost meanwhile; called by the actor itself, as nobody else may call."""
+        while True:
+            try:
+                await self.start()
+            except (ShardLostError, ServiceTimeoutError) as error:
+                logger.warning("service %r: its shards are not taken over: %s", self._config.name, error)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
     async def describe(self) -> tuple[ServiceConfig, list[Any]]:
-        """The settings and the shards' handles."""
-        return self._config, self._shards.handles
+        """The settings and the shards' handles, at once."""
+        return self._shards.config, self._shards.handles
+
+    async def locate(self) -> tuple[ServiceConfig, list[Any]]:
+        """As :meth:`describe`, once no others are about to take their place."""
+        await self.start()
+        async with self._changing:
+            return await self.describe()
 
     async def register(self, job: bytes, rank: int, incarnation: str, holdings: bytes) -> Registration:
         """Register a worker; the first one's job is the service's, every other must be the same.
@@ -181,6 +219,16 @@ class Coordinator:
                 tell_of_other_kernels(manifest, (await self._shards.statuses())[0].kernel_identity, uri)
             return await self._roster.registration()
 
+    async def resize(self, num_shards: int, avoid: Sequence[str], request: str) -> None:
+        """Go on with other shards, see :meth:`Resizing.to`."""
+        await self.start()
+        await self._resizing.to(num_shards, request, avoid)
+
+    async def drain(self, node: str, request: str) -> bool:
+        """Go on without shards on a node, see :meth:`Resizing.leave`."""
+        await self.start()
+        return await self._resizing.leave([node], request)
+
     async def begin_save(self, save_id: str, uri: str, keep_last: int | None = None) -> tuple[bool, str, int]:
         """Keep the state as it is between two steps, and begin to write it while steps go on.
 
@@ -208,12 +256,13 @@ class Coordinator:
         """Where the service stands."""
         await self.start()
         return ServiceStatus(
-            self._config,
+            self._shards.config,
             self._known.spec,
             self._shards.generation,
             self._shards.epoch,
             await self._shards.statuses_now(),
             await self._keepers.holdings(),
+            self._watch.recoveries,
         )
 
     async def leave(self, rank: int, incarnation: str) -> None:
@@ -229,6 +278,7 @@ class Coordinator:
     async def _take_over(self) -> None:
         """Learn from the shards where the service stands, and bring to an end what another coordinator began."""
         shards = self._shards
+        await self._resizing.decide()
         reports = await shards.claim()
         try:
             self._roster.known = Knowledge.of(reports, is_first=self._is_first)
@@ -245,6 +295,8 @@ class Coordinator:
         finally:
             await shards.release()
         self._watch.begin()
+        if shards.config.detached:
+            self._draining.begin()
 
     def _what_is_there(self) -> tuple[bool, SavedCheckpoint | None]:
         """Whether there is a job, and the last checkpoint that was saved of it."""
@@ -273,14 +325,15 @@ class Coordinator:
 class CoordinatorActor(Coordinator):
     """A coordinator as a Ray actor: it takes the shards over whenever it is started, whether anybody calls or not."""
 
-    def __init__(self, config: ServiceConfig, num_keepers: int) -> None:
+    def __init__(self, config: ServiceConfig) -> None:
         # Not handed over: many handles would lie in the object store, and be lost with the process that launched it.
-        shards = _actors(map(config.shard_name, range(config.num_shards)))
-        keepers = _actors(map(config.keeper_name, range(num_keepers)))
-        context = ray.get_runtime_context()
-        super().__init__(config, shards, keepers=keepers, is_first=not context.was_current_actor_reconstructed)
-        context.current_actor.start.remote()
+        context, sets = ray.get_runtime_context(), SetsInRay(config)
+        oldest = next(found for found in sets.found_now() if found.is_whole)
+        is_first = not context.was_current_actor_reconstructed
+        super().__init__(oldest.config, oldest.shards, keepers=oldest.keepers, is_first=is_first, sets=sets)
+        begin_logs(oldest.config.log_format, self._log_context)
+        context.current_actor.persist.remote()
 
-
-def _actors(names: Iterable[str]) -> list[Any]:
-    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+    def _log_context(self) -> Context:
+        epoch, generation = self._shards.epoch, str(self._shards.generation)
+        return {"service": self._config.name, "coordinator": epoch, "generation": generation}

@@ -15,6 +15,7 @@ from .changes import NUM_REMEMBERED
 from .collective import NO_GENERATION, Generation
 from .config import ServiceConfig
 from .keeper import Holding
+from .recoveries import Recoveries
 from .shard_saves import SaveUnderWay
 from .workers import Worker
 
@@ -34,6 +35,7 @@ class ShardReport:
         saves: The saves that it has a part in, by their names.
         saved: The checkpoint that was completed last, if this shard knows.
         was_restarted: Whether another process was this shard before.
+        is_in_office: Whether its set has taken another one's place, and this process was told so.
     """
 
     job: JobSpec | None
@@ -46,6 +48,7 @@ class ShardReport:
     saves: Mapping[str, SaveUnderWay]
     saved: SavedCheckpoint | None
     was_restarted: bool
+    is_in_office: bool = False
 
     @property
     def timeline(self) -> int:
@@ -74,6 +77,7 @@ class ServiceStatus:
         epoch: Of the coordinator.
         shards: Every shard's status; None of one without a job.
         holdings: What each keeper that answers has, by keeper and shard.
+        recoveries: Of shards, by this coordinator.
     """
 
     config: ServiceConfig
@@ -82,6 +86,7 @@ class ServiceStatus:
     epoch: int
     shards: Sequence[ShardStatus | None]
     holdings: Mapping[int, Mapping[int, Holding]]
+    recoveries: Recoveries
 
     def redundancy(self) -> list[dict[str, dict[str, Any]]]:
         """For each shard what its keepers hold, by the keepers' numbers, as plain values."""

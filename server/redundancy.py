@@ -49,6 +49,7 @@ class Redundancy:
 
     Attributes:
         may_come_back: As above.
+        code: The job's compiled kernels; empty if they are not compiled, or there is no job.
         is_on: Whether there are keepers; without, nothing here does anything.
     """
 
@@ -59,7 +60,7 @@ class Redundancy:
         self._lines: dict[int, KeeperLine] = {}
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
         self._memories: list[tuple[Segment, Tensor]] = []
-        self._code = b""
+        self.code = b""
         self._received: dict[int, tuple[PushKey, Received]] = {}
         self._copying: asyncio.Task[None] | None = None
         self._progress = asyncio.Event()
@@ -80,7 +81,7 @@ class Redundancy:
 
     def lay_out(self, code: bytes) -> None:
         """Take note of a new job; there is no copy of it yet."""
-        self._code, self._memories = code, []
+        self.code, self._memories = code, []
         for line in self._lines.values():
             line.reset()
 
@@ -208,7 +209,7 @@ class Redundancy:
         workers, left = _workers_of(shard)
         kept = Copy(
             pack_job(shard.spec),
-            self._code,
+            self.code,
             status,
             moment.replicated,
             workers,

@@ -30,6 +30,7 @@ from ..sharding.world import World
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .countdown import Countdown
 from .keeper_line import Received
+from .meter import Tally
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
 
@@ -51,12 +52,14 @@ class Steps:
         shard: The shard; None without a job.
         collective: The group that it reduces in; None before the first one was formed.
         newest_generation: The last one that it was asked to join.
+        tally: What it has done.
     """
 
     def __init__(self, index: int, timeout_s: float, redundancy: Redundancy) -> None:
         self._index, self._timeout_s, self._redundancy = index, timeout_s, redundancy
         self.shard: Shard | None = None
         self.collective: Collective | None = None
+        self.tally = Tally()
         self._peers: Sequence[Any] = ()
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
@@ -71,6 +74,7 @@ class Steps:
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
         self.newest_generation = NO_GENERATION
+        self._is_cut_off = asyncio.Event()
         self._lost_for_good: CheckpointRestoreNeededError | None = None
 
     @property
@@ -80,8 +84,9 @@ class Steps:
 
     @property
     def usable_generation(self) -> Generation:
-        """As :attr:`generation`, but of a group that was closed :data:`NO_GENERATION` too."""
-        return self.generation if self.collective is not None and self.collective.is_open else NO_GENERATION
+        """As :attr:`generation`, but :data:`NO_GENERATION` too if it was closed, or a step rests until the next one."""
+        is_usable = self.collective is not None and self.collective.is_open and not self._is_cut_off.is_set()
+        return self.generation if is_usable else NO_GENERATION
 
     @property
     def is_stepping(self) -> bool:
@@ -95,7 +100,7 @@ class Steps:
             NotRegisteredError: If it holds no job.
             ShardLostError: If it does not hold it yet, as its process was started again; or never will.
         """
-        if self.shard is None and self._lost_for_good is not None:
+        if self._lost_for_good is not None and (self.shard is None or not self.shard.is_whole):
             raise self._lost_for_good
         if self.shard is None and self._redundancy.may_come_back:
             raise ShardLostError(f"shard {self._index} was lost, and is being brought back")
@@ -136,6 +141,10 @@ class Steps:
             raise ServiceError(f"generation {collective.generation} was given up for {self.newest_generation}")
         self.collective = collective
 
+    async def until_cut_off(self) -> None:
+        """Wait until a step rests, as the group has broken, whether or not a shard has died: until it goes on."""
+        await self._is_cut_off.wait()
+
     async def compute(self, work: Callable[[], Any]) -> Any:
         """Do something in the thread for arithmetic, after what it is at."""
         return await asyncio.get_running_loop().run_in_executor(self._data, work)
@@ -160,6 +169,7 @@ class Steps:
         """
         header, shard = push.header, self.job()
         receipt = shard.receive(push)
+        self.tally.take(push)
         if receipt is Receipt.DECIDED:
             return await self._taken(push)
         self._redundancy.receive(header, received)
@@ -274,7 +284,7 @@ class Steps:
 
     async def load(self, load: Callable[[], None]) -> None:
         """Take a state; no step begins before it is there, and one that rests is given up for it."""
-        self._is_loading = True
+        self._is_loading, self._lost_for_good = True, None
         self._give_up_resting()
         try:
             await self.compute(load)
@@ -290,6 +300,7 @@ class Steps:
     def rest_in(self, step: RunningStep) -> None:
         """Have a step under way, which a shard that was rebuilt has taken up to where it does not know the sums."""
         self._running = step
+        self._is_cut_off.set()
 
     async def rest(self) -> None:
         """Leave the group, in which nothing is summed up any more; a step that is under way ends or rests."""
@@ -321,6 +332,7 @@ class Steps:
         self._outcomes.dismiss(why)
 
     def _give_up_resting(self) -> None:
+        self._is_cut_off.clear()
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -381,6 +393,7 @@ class Steps:
         self, shard: Shard, sums: Sequence[Tensor] = (), *, before: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         told = self._outcomes.begin()
+        self._is_cut_off.clear()
         self._sequence_of_step = shard.sequence + 1
         self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told, sums, before))
 
@@ -403,9 +416,12 @@ class Steps:
         except ServiceError as error:
             logger.warning("shard %d: step %d was cut off: %s", self._index, self._sequence_of_step, error)
             outcome = error if self._redundancy.is_on else _with_advice(error)
+            if self._running is not None:
+                self._is_cut_off.set()
         finally:
             calling.cancel()
             told.set_result(outcome)
+            self.tally.end(outcome, shard.stopwatch.seconds)
             self._await_rest()
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)

@@ -33,6 +33,7 @@ StepwellError
      ├─ PlacementError           the cluster has no room for the shards
      ├─ ServiceTimeoutError      a wait ran out; the message names it
      ├─ SegmentError             memory that a worker and a shard share cannot be had, or not be reached
+     ├─ ShardsMovedError         other shards have taken the place of those that were asked
      └─ ShardLostError           a shard died, and may come back
          └─ CheckpointRestoreNeededError    nobody has what it held; the message names the last checkpoint
 
@@ -173,6 +174,10 @@ class ServiceTimeoutError(ServiceError):
 
 class SegmentError(ServiceError):
     """Memory that a worker and a shard of one node share cannot be had, or not be reached."""
+
+
+class ShardsMovedError(ServiceError):
+    """Other shards have taken the place of those that were asked, with all that they held; ask again."""
 
 
 class ShardLostError(ServiceError):
