@@ -179,10 +179,18 @@ class CoordinatedShard:
 
     @change_of_coordinator
     async def admit(self, workers: Mapping[int, Worker]) -> None:
-        """Let workers' processes push, by rank; all or none."""
-        for rank in self._admit(workers):
+        """Let workers' processes push, by rank; all or none. A step that one of them was replaced in ends first.
+
+        Raises:
+            ShardLostError: If it rests until a lost shard is back.
+        """
+        self._steps.require_no_rest()
+        replaced = self._admit(workers)
+        for rank in replaced:
             self._mappings.forget(rank)
             self._ahead.forget(rank)
+        if replaced:
+            await self._steps.end_for_successor(self._config.worker_timeout_s + COLLECTIVE_MARGIN_S)
         await self._redundancy.admit(self._steps.job())
 
     @change_of_coordinator

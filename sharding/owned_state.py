@@ -276,11 +276,6 @@ class OwnedState:
         """Whether it holds a state that can be trusted, see :meth:`require_whole`."""
         return self._lost is None
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it holds a state that can be trusted, see :meth:`require_whole`."""
-        return self._lost is None
-
     def require_whole(self) -> None:
         """See that the shard holds a state that can be trusted, before it is read or saved.
 
