@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..sharding.errors import UnsupportedParameterError
 from .flat import FlatBuffer, Place, copy_all
+from .staging import Staging
 
 CPU_BATCH_NUMEL = 2**20
 """Copied and looked at in one go on a CPU: less to a call, and starting its threads takes longer than memory does."""
@@ -43,6 +44,7 @@ class Gatherer:
         shapes: Per parameter, of this rank's part of its gradient.
         slices: Per place of the buffer, where it lies in that part, flattened; None for all of it.
         is_added: Whether gradients of several ranks will be added up, so that it matters how large they are.
+        staging: What copies to the buffer from a GPU; None if gradients are where it is.
 
     Attributes:
         buffer: As above.
@@ -55,8 +57,9 @@ class Gatherer:
         slices: Sequence[slice | None],
         *,
         is_added: bool = False,
+        staging: Staging | None = None,
     ) -> None:
-        self.buffer = buffer
+        self.buffer, self._staging = buffer, staging
         # Once and not in every step, as each of these takes a microsecond for each parameter.
         self._params = [place.param for place in buffer.places]
         self._slices = None if all(where is None for where in slices) else list(slices)
@@ -95,6 +98,8 @@ class Gatherer:
             except RuntimeError:
                 _require_dense(grads)
                 raise
+            if self._staging is not None:
+                self._staging.mark()()
             bound = largest(seen)
             if not math.isfinite(bound):
                 # A sum may have overflowed.
@@ -104,6 +109,8 @@ class Gatherer:
     def copy(self, place: int, source: Tensor) -> Seen:
         """Copy one gradient piece by piece, and look at each piece while it is in the cache."""
         target = self._targets[place]
+        if self._staging is not None:
+            return self._staging.copy(target, source, self._look)
         if not source.is_contiguous():
             target.copy_(source)
             return self._look(target)
@@ -128,9 +135,14 @@ class Gatherer:
         chosen, targets = [source for source in sources if source is not None], self._targets[batch.places]
         if chosen and len(sources) == 1:
             return self.copy(batch.places.start, chosen[0])
+        if len(chosen) == len(sources) and self._staging is not None:
+            return self._staging.copy_packed(batch.memory, targets, chosen, self._look)
         if len(chosen) == len(sources):
             copy_all(targets, chosen)
             return self._look(batch.memory)
+        if self._staging is not None:
+            present = (at for at, source in enumerate(sources, batch.places.start) if source is not None)
+            return [look for at, source in zip(present, chosen, strict=True) for look in self.copy(at, source)]
         # Around a place that is left out lies what it had in another step.
         targets = [target for target, source in zip(targets, sources, strict=True) if source is not None]
         copy_all(targets, chosen)

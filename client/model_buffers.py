@@ -22,6 +22,7 @@ from .holdings import is_distributed, local_part, version_of
 from .in_place import ParameterViews
 from .overlap import EarlyCopies
 from .replicas import Replicas
+from .staging import Staging, staging_of
 from .streaming import PieceStream
 
 logger = logging.getLogger("stepwell")
@@ -101,15 +102,18 @@ class ModelBuffers:
         allocate: Allocate = allocate_zeros,
         open_stream: Callable[[FlatBuffer], PieceStream | None] = lambda gradient: None,
     ) -> None:
-        self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
+        self._spec, self._params, self._holdings = spec, list(params), holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
-        device = common_device(params)
+        device = self._device = common_device(params)
+        self._staging: Staging | None = None
         self._is_plain = not any(map(is_distributed, self._params))
         self._shapes = [local.shape for local in self._local_parts()]
         self._make_pushed = functools.partial(
             FlatBuffer, layout, device, coverage=pushed, part="pushed", dtype=options.dtype, allocate=allocate
         )
-        self._replicas = None if group is None else Replicas(layout, spec, rank, device, group, allocate)
+        # What ranks exchange lies where the model is: NCCL knows no other memory.
+        exchanged = allocate if device.type == "cpu" else allocate_zeros
+        self._replicas = None if group is None else Replicas(layout, spec, rank, device, group, exchanged)
         if self._replicas is None:
             self.held = self.pulled = FlatBuffer(layout, device, coverage=held, allocate=allocate)
         else:
@@ -149,12 +153,15 @@ class ModelBuffers:
     def _renew_pushed(self) -> None:
         """Take memory for gradients that no shard has seen; what had it before goes when no shard needs it."""
         pushed = self._make_pushed()
+        if self._staging is None:
+            self._staging = staging_of(self._device, pushed.parts)
         self._use(
             Gatherer(
                 pushed,
                 self._shapes,
                 [self._slice_of(place) for place in pushed.places],
                 is_added=self._spec.gradients == "local" and self._spec.world_size > 1,
+                staging=self._staging,
             )
         )
 
@@ -213,7 +220,11 @@ class ModelBuffers:
             self._copied = self._to_copy()
         targets, sources = self._copied
         with torch.no_grad():
-            copy_all(targets if self._is_plain else [local_part(target) for target in targets], sources)
+            targets = targets if self._is_plain else [local_part(target) for target in targets]
+            if self._staging is None:
+                copy_all(targets, sources)
+            else:
+                self._staging.copy_back(targets, sources)
         self._views.mark_written()
         self._versions = self._versions_now()
 
@@ -225,18 +236,18 @@ class ModelBuffers:
             self._stream.close()
         self._views.release()
 
-    def values(self) -> dict[int, tuple[int, Tensor]]:
+    def values(self, *, leads: bool) -> dict[int, tuple[int, Tensor]]:
         """What this rank answers for of the parameters, see :func:`values_of`."""
-        return values_of(self._params, self._rank, self._holdings, indices=range(len(self._params)))
+        return values_of(self._params, self._holdings, leads=leads, indices=range(len(self._params)))
 
     def changed_by_hand(self) -> list[int]:
         """Indices of parameters that something else than this class has written since it last did."""
         versions = enumerate(zip(self._versions_now(), self._versions, strict=True))
         return [index for index, (now, then) in versions if now != then]
 
-    def reloaded(self) -> dict[int, Tensor]:
+    def reloaded(self, *, leads: bool) -> dict[int, Tensor]:
         """What this rank answers for of the parameters that were changed by hand; flattened."""
-        values = values_of(self._params, self._rank, self._holdings, indices=self.changed_by_hand())
+        values = values_of(self._params, self._holdings, leads=leads, indices=self.changed_by_hand())
         return {index: value for index, (_, value) in values.items()}
 
     def mark_changed(self, indices: Iterable[int] | None = None) -> None:
@@ -272,6 +283,8 @@ class ModelBuffers:
             return None
         params = {at: self._params[place.param] for at, place in enumerate(self.pushed.places)}
         self._stream = open_stream(self.pushed)
+        if self._stream is not None and self._staging is not None:
+            self._stream.mark = self._staging.mark
         return EarlyCopies(params, self._gatherer.copy, self._stream)
 
     def _slice_of(self, place: Place) -> slice | None:
@@ -283,19 +296,19 @@ class ModelBuffers:
 
 
 def values_of(
-    params: Sequence[Tensor], rank: int, holdings: Holdings | None, *, indices: Iterable[int]
+    params: Sequence[Tensor], holdings: Holdings | None, *, leads: bool, indices: Iterable[int]
 ) -> dict[int, tuple[int, Tensor]]:
     """What a rank answers for of some parameters: by index, offset and a copy, flattened.
 
-    Of a sharded model what it pushes, else everything from rank 0 and nothing from others.
+    Of a sharded model what it pushes, else everything from the first rank and nothing from others.
 
     Args:
         params: All parameters.
-        rank: The rank.
         holdings: What it holds of a sharded model.
+        leads: Whether it is the first rank.
         indices: Which parameters.
     """
-    if holdings is None and rank != 0:
+    if holdings is None and not leads:
         return {}
     values = {}
     with torch.no_grad():

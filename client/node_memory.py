@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sharding.segments import Placement, Segment, Span, allocate
+from .staging import pin
 
 logger = logging.getLogger("stepwell")
 
@@ -42,14 +43,16 @@ class NodeMemory:
         return self.is_near[shard]
 
     def allocate(self, sizes: Sequence[tuple[int, torch.dtype]], device: torch.device) -> list[Tensor] | None:
-        """Flat tensors, all zero, that near shards can map; None if none could.
+        """Flat tensors, all zero, that near shards can map, and ``device`` too; None if nobody would.
 
         Raises:
             SegmentError: If there is not enough memory.
         """
-        if device.type != "cpu" or not any(self.is_near):
+        if device.type == "cpu" and not any(self.is_near):
             return None
         segment, parts = allocate(sizes)
+        if device.type == "cuda":
+            pin(segment)
         self._segments.add(segment)
         return parts
 

@@ -51,23 +51,35 @@ class PieceStream:
 
     Attributes:
         buffer: The memory of the step that is being prepared.
+        mark: Gives what waits until all is there that was written by now.
     """
 
     def __init__(
         self, layout: Layout, num_shards: int, buffer: FlatBuffer, *, is_near: Callable[[int], bool], send: Send
     ) -> None:
-        self.buffer, self._is_near, self._send = buffer, is_near, send
-        self._pieces = _cut(layout, num_shards, buffer)
-        self._of_place: list[list[int]] = [[] for _ in buffer.places]
-        for index, piece in enumerate(self._pieces):
-            for place in piece.places:
-                self._of_place[place].append(index)
+        self.buffer, self._layout, self._is_near, self._send = buffer, layout, is_near, send
+        self.mark: Callable[[], Callable[[], None]] = lambda: _is_there
+        self._cut(num_shards)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pieces")
         self._serial = 0
         self._sent: dict[int, int] = {}
         self._named: dict[int, int] = {}
         self._under_way: list[Future[Any]] = []
         self._usual = self._counts = [0] * len(buffer.places)
+        self._begin()
+
+    def _cut(self, num_shards: int) -> None:
+        self._pieces = _cut(self._layout, num_shards, self.buffer)
+        self._of_place: list[list[int]] = [[] for _ in self.buffer.places]
+        for index, piece in enumerate(self._pieces):
+            for place in piece.places:
+                self._of_place[place].append(index)
+
+    def turn_to(self, num_shards: int, timeout_s: float) -> None:
+        """Send to other shards from now on; what was sent to those before counts for nothing."""
+        self.finish(timeout_s, what="the shards before these to take pieces of a gradient")
+        self._cut(num_shards)
+        self._named = {}
         self._begin()
 
     def use(self, buffer: FlatBuffer) -> None:
@@ -85,9 +97,13 @@ class PieceStream:
             if self._left[index] == 0 and not self._is_near(self._pieces[index].shard):
                 self._serial += 1
                 self._sent[index] = self._serial
-                piece = self._pieces[index]
-                values = piece.values(self.buffer)
-                self._under_way.append(self._thread.submit(self._send, piece.shard, piece.number, self._serial, values))
+                self._under_way.append(
+                    self._thread.submit(self._send_piece, self._pieces[index], self._serial, self.buffer, self.mark())
+                )
+
+    def _send_piece(self, piece: _Piece, serial: int, buffer: FlatBuffer, wait_until_there: Callable[[], None]) -> Any:
+        wait_until_there()
+        return self._send(piece.shard, piece.number, serial, piece.values(buffer))
 
     def spoil(self, places: Iterable[int]) -> None:
         """What was sent of these places does not count: they are written once more."""
@@ -124,6 +140,10 @@ class PieceStream:
             self._usual = self._counts
         self._counts = [0] * len(self._of_place)
         self._left = [sum(self._usual[place] > 0 for place in piece.places) for piece in self._pieces]
+
+
+def _is_there() -> None:
+    """Nothing to wait for: what was written is there."""
 
 
 def _cut(layout: Layout, num_shards: int, buffer: FlatBuffer) -> list[_Piece]:

@@ -20,7 +20,7 @@ from ..sharding.compiling import (
     take_compiled_code,
 )
 from ..sharding.coverage import Gradients
-from ..sharding.errors import CheckpointRestoreNeededError, PlacementError
+from ..sharding.errors import CheckpointRestoreNeededError, IncarnationError, PlacementError
 from ..sharding.folder import Destination
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, ShardFile
@@ -30,6 +30,7 @@ from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
+from ..sharding.world import World
 from .ahead import Ahead
 from .arrangement import Arrangement
 from .changes import Change, Changes
@@ -37,6 +38,7 @@ from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .epochs import Fence, change_of_coordinator, of_coordinator
 from .knowledge import ShardReport
+from .logs import Context, begin_logs
 from .mappings import Mappings
 from .meeting import Meeting
 from .messages import (
@@ -48,8 +50,10 @@ from .messages import (
     unpack_job,
     values_from_wire,
 )
+from .meter import ShardMeter
 from .redundancy import Redundancy, rebuild
 from .shard_saves import ShardSaves
+from .signals import end_at_sigterm
 from .steps import Steps
 from .workers import Worker
 
@@ -69,6 +73,7 @@ class CoordinatedShard:
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
         self._meetings: dict[Generation, Meeting] = {}
         self.fence, self._changes = Fence(shard), Changes(shard)
+        end_at_sigterm()
         # Not so where a test has an actor in its own process.
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self._redundancy = Redundancy(
@@ -79,8 +84,13 @@ class CoordinatedShard:
         )
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
+        if ray.is_initialized():
+            steps = self._steps
+            begin_logs(config.log_format, self._log_context)
+            ShardMeter(config.name, shard, steps.tally, lambda: (steps.shard, steps.generation)).begin()
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
         self._ahead = Ahead()
+        self._is_in_office = False
 
     # The coordinator's death; see Note: Epochs
 
@@ -178,32 +188,40 @@ class CoordinatedShard:
         await self._steps.compute(lambda: self._lay_out(spec, code, timeline=0))
 
     @change_of_coordinator
-    async def admit(self, workers: Mapping[int, Worker]) -> None:
+    async def admit(self, workers: Mapping[int, Worker], world: World | None = None) -> None:
         """Let workers' processes push, by rank; all or none. A step that one of them was replaced in ends first.
 
+        Args:
+            workers: The workers.
+            world: Whom steps wait for then, if that changes; the service is held meanwhile.
+
         Raises:
-            ShardLostError: If it rests until a lost shard is back.
+            ShardLostError: If that step rests until a lost shard is back.
         """
         self._steps.require_no_rest()
         replaced = self._admit(workers)
         for rank in replaced:
             self._mappings.forget(rank)
             self._ahead.forget(rank)
+            told = f"rank {rank}: another process has registered as this rank since; end this one"
+            self._steps.withdraw(rank, IncarnationError(told))
         if replaced:
             await self._steps.end_for_successor(self._config.worker_timeout_s + COLLECTIVE_MARGIN_S)
-        await self._redundancy.admit(self._steps.job())
+        await self._set_world(world)
 
     @change_of_coordinator
-    async def leave(self, rank: int) -> None:
-        """Note that a worker has said goodbye."""
-        self._steps.job().members.leave(rank)
-        await self._redundancy.admit(self._steps.job())
+    async def leave(self, ranks: Sequence[int], world: World | None = None) -> None:
+        """Note that workers have said goodbye; ``world`` as for :meth:`admit`."""
+        for rank in ranks:
+            self._steps.job().members.leave(rank)
+        await self._set_world(world)
         await self._steps.copy_at_rest()
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
-        """Change number and kind of the workers."""
+        """Change number and kind of the workers, all of whom have left; the service is held meanwhile."""
         self._steps.job().set_workers(world_size, gradients)
+        await self._copy()
 
     # Its state; called by the coordinator. See Note: Changes that are all or nothing
 
@@ -252,10 +270,11 @@ class CoordinatedShard:
         job: bytes,
         code: bytes,
         workers: Mapping[int, Worker],
+        world: World | None,
     ) -> None:
         """Prepare to take the state of a checkpoint that all shards have verified, as ``job``.
 
-        A shard without a job, or cut otherwise, lays it out.
+        A shard without a job, or cut otherwise, lays it out. Steps then wait for ``world``, or all ranks of the job.
         """
         spec, checkpoint = unpack_job(job), Manifest.unpack(manifest, uri)
 
@@ -264,6 +283,8 @@ class CoordinatedShard:
             if shard is None or shard.spec != spec:
                 self._lay_out(spec, code, timeline=timeline - 1)
                 self._admit(workers)
+            if world is not None:
+                self._steps.job().set_world(world)
             with CheckpointReader(uri, checkpoint) as reader:
                 self._steps.job().load(reader.source(), timeline=timeline)
 
@@ -303,7 +324,6 @@ class CoordinatedShard:
         """
         found = await self._redundancy.fetch()
         if not found:
-            self._redundancy.may_come_back = False
             return False
         line, most = found[0]
         kept, segment = most.copy, await line.segment(most.copy.memory)
@@ -397,10 +417,19 @@ class CoordinatedShard:
 
     # Within
 
+    async def _set_world(self, world: World | None) -> None:
+        """Have steps wait for other ranks, and the keeper know of these and of the workers."""
+        shard = self._steps.job()
+        if world is None or world == shard.world:
+            await self._redundancy.admit(shard)
+        else:
+            self._steps.set_world(world)
+            await self._copy()
+
     async def _copy(self) -> None:
         """Have the keeper know the state as it is, before anybody is told that it is so."""
-        if self._redundancy.is_on:
-            shard = self._steps.whole_job()
+        shard = self._steps.job()
+        if self._redundancy.is_on and shard.is_whole:
             await self._redundancy.copy_now(shard, await self._steps.compute(lambda: self._redundancy.moment(shard)))
 
     def _report(self) -> ShardReport:
@@ -417,7 +446,13 @@ class CoordinatedShard:
             saves=self._saves.under_way,
             saved=self._saves.saved,
             was_restarted=self._was_restarted,
+            is_in_office=self._is_in_office,
         )
+
+    def _log_context(self) -> Context:
+        shard = self._steps.shard
+        step, generation = 0 if shard is None else shard.history.num_steps, str(self._steps.generation)
+        return {"service": self._config.name, "shard": self._index, "step": step, "generation": generation}
 
     def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:
         """Make a shard without parameters in place of the one before; in the thread for arithmetic."""
@@ -428,8 +463,10 @@ class CoordinatedShard:
         self._redundancy.lay_out(code)
         take_compiled_code(code)
         warm_up(spec, self._device)
-        place = {"shard": self._index, "num_shards": self._config.num_shards}
-        return Shard(spec, **place, device=self._device, timeline=timeline)
+        config = self._config
+        world = World(tuple(range(spec.world_size)), is_elastic=config.elastic, timeout_s=config.worker_timeout_s)
+        place = {"shard": self._index, "num_shards": config.num_shards}
+        return Shard(spec, **place, device=self._device, timeline=timeline, world=world)
 
     def _admit(self, workers: Mapping[int, Worker]) -> list[int]:
         """Admit workers; the ranks that have another process now."""

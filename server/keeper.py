@@ -222,7 +222,11 @@ class Keeper:
         for push in entry.pushes:
             self._hold(push.gradient.address)
         log = self._logs.get(shard)
-        return log is not None and log.add(entry)
+        num_logged = 0 if log is None else len(log.entries)
+        is_logged = log is not None and log.add(entry)
+        if log is None or len(log.entries) <= num_logged:
+            self._let_go()  # of the tries that it replaces, or of itself
+        return is_logged
 
     async def fetch(self, shard: int) -> tuple[Copy, list[LogEntry]] | None:
         """A shard's copy and log, for the shard itself when it comes back; None if there is none."""

@@ -25,7 +25,7 @@ from ..sharding.segments import (
 from .arrangement import KeeperPlace
 from .calls import gather
 from .keeper import Copy, LogEntry, LoggedPush
-from .messages import WireTensor, from_wire
+from .messages import WireTensor
 from .workers import Worker
 
 T = TypeVar("T")
@@ -118,14 +118,7 @@ class KeeperLine:
         Raises:
             ServiceError: If it was not.
         """
-        pushes = []
-        for rank, push in enumerate(received):
-            if self.is_near and push.placement is not None:
-                placement = push.placement
-                self._lent.setdefault(rank, []).append(sequence)
-            else:
-                placement = await self._send(push.gradient)
-            pushes.append(LoggedPush(push.request, placement, push.reloaded))
+        pushes = await asyncio.gather(*(self._logged(rank, push, sequence) for rank, push in enumerate(received)))
         if not await self._ask("log", LogEntry(timeline, sequence, tuple(pushes), last_sums)):
             raise ServiceError("the keeper was started again")
 
@@ -183,7 +176,7 @@ class KeeperLine:
         async def bring(begin: int) -> None:
             size_bytes = min(PIECE_BYTES, len(memory) - begin)
             call = self.place.handle.read.remote(address.token, ALIGNMENT + begin, size_bytes)
-            memory[begin : begin + size_bytes].copy_(from_wire(("uint8", await self._answer(call))))
+            memory.numpy()[begin : begin + size_bytes] = await self._answer(call)
 
         await _a_few_at_once(range(0, len(memory), PIECE_BYTES), bring)
         return segment
@@ -193,6 +186,13 @@ class KeeperLine:
     def _cut(self, timeline: int, sequence: int) -> None:
         self.logged_after, self.failed_at = (timeline, sequence), None
         self._lent = {rank: [step for step in steps if step > sequence] for rank, steps in self._lent.items()}
+
+    async def _logged(self, rank: int, push: Received, sequence: int) -> LoggedPush:
+        """A push as the keeper can hold it."""
+        if self.is_near and push.placement is not None:
+            self._lent.setdefault(rank, []).append(sequence)
+            return LoggedPush(push.request, push.placement, push.reloaded)
+        return LoggedPush(push.request, await self._send(push.gradient), push.reloaded)
 
     async def _send(self, parts: Sequence[Tensor]) -> Placement:
         """Send flat tensors, piece by piece; where they lie then."""

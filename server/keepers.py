@@ -12,6 +12,8 @@ from .calls import gather, until_ended
 from .keeper import Holding
 from .shards import FORMING_TIMEOUT_S, POLL_S, RESTART_TIMEOUT_S, Shards
 
+HOLDINGS_TIMEOUT_S = 5.0
+
 
 class Keepers:
     """All keepers of a service.
@@ -24,6 +26,14 @@ class Keepers:
 
     def __init__(self, handles: Sequence[Any], shards: Shards, redundancy: int) -> None:
         self._handles, self._shards, self._redundancy = list(handles), shards, redundancy
+
+    def beside(self, handles: Sequence[Any], shards: Shards) -> Keepers:
+        """Those of another set of shards."""
+        return Keepers(handles, shards, self._redundancy)
+
+    def become(self, other: Keepers) -> None:
+        """Be those of another set, which the shards of this object have become."""
+        self._handles = other._handles
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -72,7 +82,9 @@ class Keepers:
     async def _holdings(self, index: int) -> dict[int, Holding] | None:
         call = self._handles[index].holdings.remote()
         try:
-            answers: list[dict[int, Holding]] = await gather([call], timeout_s=5.0, what=f"keeper {index}")
+            answers: list[dict[int, Holding]] = await gather(
+                [call], timeout_s=HOLDINGS_TIMEOUT_S, what=f"keeper {index}"
+            )
         except (ShardLostError, ServiceTimeoutError):
             return None
         return answers[0]

@@ -31,15 +31,26 @@ class Shards:
         resign: Called when shards refuse this coordinator, as another one has taken the service over.
 
     Attributes:
-        handles: As above.
+        config, handles: As above.
         epoch: This coordinator's; 0 before :meth:`claim`.
         generation: Of the group that was formed last, as far as this coordinator knows.
     """
 
     def __init__(self, config: ServiceConfig, handles: Sequence[Any], *, resign: Callable[[], None]) -> None:
-        self.handles, self._config, self._resign = list(handles), config, resign
+        self.handles, self.config, self._resign = list(handles), config, resign
         self.epoch, self.generation = 0, NO_GENERATION
         self._num_formed = 0
+
+    def beside(self, config: ServiceConfig, handles: Sequence[Any]) -> Shards:
+        """Another set of shards of the service, as the same coordinator asks them."""
+        other = Shards(config, handles, resign=self._resign)
+        other.epoch, other._num_formed = self.epoch, self._num_formed
+        return other
+
+    def become(self, other: Shards) -> None:
+        """Ask the shards of another set from now on."""
+        self.config, self.handles = other.config, other.handles
+        self.epoch, self.generation, self._num_formed = other.epoch, other.generation, other._num_formed
 
     async def all(self, method: str, *args: Any, what: str, timeout_s: float = STATE_TIMEOUT_S) -> list[Any]:
         """Call a method of every shard at once.
@@ -88,14 +99,22 @@ class Shards:
         calls = [shard.epoch.remote() for shard in self.handles]
         newest = max(await gather(calls, timeout_s=FORMING_TIMEOUT_S, what="the shards to tell their epoch"))
         self.epoch, self._num_formed = max(newest, self.epoch) + 1, 0
+        reports = await self.begin_epoch()
+        self.generation = common_generation(reports)
+        return reports
+
+    async def begin_epoch(self) -> list[ShardReport]:
+        """Have the shards obey this coordinator, whose epoch is newer than any that they have heard of.
+
+        Raises:
+            EpochError: If it is not; this coordinator resigns.
+        """
         calls = [shard.begin_epoch.remote(self.epoch) for shard in self.handles]
         try:
-            reports = await gather(calls, timeout_s=STATE_TIMEOUT_S, what=f"the shards to begin epoch {self.epoch}")
+            return await gather(calls, timeout_s=STATE_TIMEOUT_S, what=f"the shards to begin epoch {self.epoch}")
         except EpochError:
             self._resign()
             raise
-        self.generation = common_generation(reports)
-        return reports
 
     async def statuses(self) -> list[ShardStatus]:
         """Every shard's status, after the same step; they end one at different moments.
@@ -174,7 +193,7 @@ class Shards:
         """Bring all shards to rest after the same step; they stay held."""
         for _ in range(HOLD_TRIES):
             target = max(await self._hold())
-            timeout_s = self._config.worker_timeout_s
+            timeout_s = self.config.worker_timeout_s
             statuses: list[ShardStatus] = await self.all(
                 "settle", target, timeout_s, what="the shards to come to rest", timeout_s=timeout_s + FORMING_TIMEOUT_S
             )
@@ -190,7 +209,7 @@ class Shards:
         """
         sequences = await self._hold()
         if len(set(sequences)) == 1:
-            timeout_s = self._config.worker_timeout_s + COLLECTIVE_MARGIN_S
+            timeout_s = self.config.worker_timeout_s + COLLECTIVE_MARGIN_S
             await self.all("end_step", timeout_s, what="the shards to end a step")
         if len(set(sequences)) > 1 or not await self.are_together():
             await self.all("rest", what="the shards to come to rest")

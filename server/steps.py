@@ -18,6 +18,7 @@ from ..sharding.errors import (
     ShardLostError,
     StepwellError,
     TimelineError,
+    UnknownRankError,
 )
 from ..sharding.push import Push
 from ..sharding.recovery import Sums
@@ -25,8 +26,11 @@ from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
+from ..sharding.world import World
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .countdown import Countdown
+from .keeper_line import Received
+from .meter import Tally
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
 
@@ -48,12 +52,14 @@ class Steps:
         shard: The shard; None without a job.
         collective: The group that it reduces in; None before the first one was formed.
         newest_generation: The last one that it was asked to join.
+        tally: What it has done.
     """
 
     def __init__(self, index: int, timeout_s: float, redundancy: Redundancy) -> None:
         self._index, self._timeout_s, self._redundancy = index, timeout_s, redundancy
         self.shard: Shard | None = None
         self.collective: Collective | None = None
+        self.tally = Tally()
         self._peers: Sequence[Any] = ()
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
@@ -145,10 +151,15 @@ class Steps:
 
     # One step
 
-    async def take(self, push: Push, timeout_s: float) -> StepResult:
+    async def take(self, push: Push, received: Received, timeout_s: float) -> StepResult:
         """Keep a push, start the step if it is complete, and wait for what comes of it.
 
         A repeat is told what the first one is; of a step that was taken before, at once.
+
+        Args:
+            push: The push.
+            received: The same, as it came.
+            timeout_s: How long to wait.
 
         Raises:
             RequestError: If the push is refused; nothing has changed.
@@ -158,10 +169,11 @@ class Steps:
         """
         header, shard = push.header, self.job()
         receipt = shard.receive(push)
+        self.tally.take(push)
         if receipt is Receipt.DECIDED:
             return await self._taken(push)
-        key = (header.timeline, header.sequence, header.incarnation, header.attempt)
-        outcome = self._outcomes.promise(header.rank, key)
+        self._redundancy.receive(header, received)
+        outcome = self._outcomes.promise(header.rank, header.key)
         if receipt is Receipt.COMPLETE:
             self._start_if_complete()
         else:
@@ -185,6 +197,10 @@ class Steps:
         if self.is_stepping:
             await self._wait(self._outcomes.first, sequence, timeout_s)
         return self.job().result(timeline, sequence)
+
+    def withdraw(self, rank: int, error: StepwellError) -> None:
+        """Tell who waits with a rank's push that it is not held any more."""
+        self._outcomes.withdraw(rank, error)
 
     def attend(self, generation: Generation, vote: int) -> None:
         """Vote on a step that another shard waits in, now or when this one is free; see :meth:`ShardActor.attend`."""
@@ -253,6 +269,16 @@ class Steps:
         await self._await_step(timeout_s)
         self._give_up_resting()
 
+    def set_world(self, world: World) -> None:
+        """Have the next step wait for other ranks: as long as ever, for those that are new in it."""
+        shard = self.job()
+        for rank in set(shard.world.ranks) - set(world.ranks):
+            self.withdraw(rank, UnknownRankError(f"rank {rank} has left the job, and its push was dropped"))
+        shard.set_world(world)
+        self._patience.stop()
+        if shard.is_waiting:
+            self._patience.begin()
+
     def release(self) -> None:
         """Go on with steps after a :meth:`hold`."""
         self._held_after = None
@@ -285,6 +311,7 @@ class Steps:
         self._give_up_resting()
         try:
             await self.compute(load)
+            self._lost_for_good = None
         finally:
             self._is_loading = False
             if self.shard is None or not self.shard.is_waiting:
@@ -374,7 +401,7 @@ class Steps:
     def _start_if_complete(self) -> None:
         shard = self.shard
         if shard is not None and self._is_free(shard):
-            is_complete = shard.is_waiting and not shard.missing_ranks
+            is_complete = shard.is_waiting and shard.is_complete
             if is_complete or self._attended == (self.generation, self._num_votes + 1):
                 self._start(shard)
 
@@ -421,6 +448,7 @@ class Steps:
         finally:
             calling.cancel()
             told.set_result(outcome)
+            self.tally.end(outcome, shard.stopwatch.seconds)
             self._await_rest()
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)

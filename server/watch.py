@@ -12,6 +12,7 @@ from ..sharding.errors import CheckpointRestoreNeededError, KernelError, ShardLo
 from ..sharding.saved import SavedCheckpoint
 from .config import ServiceConfig
 from .keepers import Keepers
+from .metrics import Instruments
 from .recoveries import Parts, Recoveries, Recovery
 from .shards import Shards
 
@@ -46,11 +47,12 @@ class Watch:
         self._what_is_there = what_is_there
         self._tasks: list[asyncio.Task[None]] = []
         self.recoveries = Recoveries()
+        self._instruments = Instruments(service=config.name)
 
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
         if self._config.redundancy:
-            shards, keepers = range(self._config.num_shards), range(len(self._keepers))
+            shards, keepers = range(len(self._shards.handles)), range(len(self._keepers))
             self._tasks = [
                 *(self._watch(f"shard {index}", self._shards.lost, index, self.bring_back) for index in shards),
                 *(
@@ -59,28 +61,29 @@ class Watch:
                 ),
             ]
 
+    def end(self) -> None:
+        """Watch no more: the shards are to end."""
+        for task in self._tasks:
+            task.cancel()
+
     async def bring_back(self) -> None:
         """Have shards that were started again become what they were, and go on with the step that was under way."""
         name, parts = self._config.name, Parts()
         await self._keepers.arrange()
         await self._shards.await_restarts()
         parts.end("restart")
-        has_job, saved = self._what_is_there()
+        gone: list[int] = []
         try:
             empty, rebuilt = await self._shards.rebuild()
             parts.end("rebuild")
             if not empty and await self._shards.are_together():
                 return  # it was brought back with another one
-            if not rebuilt and not has_job:
-                await self._shards.form_group()
-                return
-            if gone := sorted(set(empty) - set(rebuilt)):
+            gone = sorted(set(empty) - set(rebuilt))
+            if gone:
                 raise CheckpointRestoreNeededError(f"what shards {gone} held is lost, and no keeper has it")
             standings = await self._shards.rest()
         except (CheckpointRestoreNeededError, KernelError) as error:
-            needed = CheckpointRestoreNeededError(f"service {name!r}: {error}. {_advice(saved)}")
-            logger.error("%s", needed)
-            await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
+            await self._give_up(f"service {name!r}: {error}", is_empty=len(gone) == len(self._shards.handles))
             return
         parts.end("rest")
         await self._shards.form_group()
@@ -91,6 +94,18 @@ class Watch:
             last = Recovery(tuple(empty), parts.seconds)
             self.recoveries = Recoveries(self.recoveries.count + 1, last)
             logger.warning("service %r: %s", name, last)
+            self._instruments.count({"stepwell_recoveries_total": self.recoveries.count})
+            self._instruments.observe("stepwell_recovery_seconds", sum(parts.seconds.values()))
+
+    async def _give_up(self, why: str, *, is_empty: bool) -> None:
+        """Have all who ask be told that a checkpoint is to be restored; or there never was a job."""
+        has_job, saved = self._what_is_there()
+        needed = CheckpointRestoreNeededError(f"{why}. {_advice(saved)}")
+        if has_job or not is_empty:
+            logger.error("%s", needed)
+        await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
+        if is_empty:
+            await self._shards.form_group()
 
     def _watch(
         self, who: str, lost: Callable[[int], Awaitable[None]], index: int, bring_back: Callable[[], Awaitable[None]]

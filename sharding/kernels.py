@@ -17,7 +17,7 @@ from .compiled import run_compiled
 from .compiling import Kernel, require_compiling
 from .gradient import Gradient, Stretch, with_all_terms, written_out
 from .keys import Keys
-from .partials import SumTable
+from .partials import Output, SumTable
 from .passes import Pass, Rows, apply_pass, local_pass, look_pass
 
 PIECE_TILES = 256
@@ -106,14 +106,19 @@ class Kernels:
         Returns:
             How many tiles hold inf or NaN; ``(num_segments,)`` float64, 0 where the shard owns nothing.
         """
-        squares, num_bad = table.empty(1), 0
-        for piece in self._pieces(buffers, gradient):
-            sums, *its_squares = self._run(look_pass, piece, {}, for_norm)
-            if not bool(torch.isfinite(sums.sum())):
-                num_bad += _count_nonfinite_tiles(piece)
-            if its_squares:
-                table.fold(squares, piece.index, piece.first_tile, its_squares)
-        return num_bad, squares[0]
+        pieces, totals = list(self._pieces(buffers, gradient)), list[Tensor]()
+
+        def squares() -> Iterator[Output]:
+            for piece in pieces:
+                sums, *its_squares = self._run(look_pass, piece, {}, for_norm)
+                totals.append(sums.sum())
+                if its_squares:
+                    yield piece.output(its_squares)
+
+        folded = table.folded(1, squares())
+        # Asked of all pieces at once: a GPU would have to be waited for each time.
+        bad = [piece for piece, is_finite in zip(pieces, _are_finite(totals), strict=True) if not is_finite]
+        return sum(map(_count_nonfinite_tiles, bad)), folded[0]
 
     def local(
         self, buffers: Buffers, gradient: Gradient, c: Mapping[str, Tensor], table: SumTable, then: Apply | None = None
@@ -130,14 +135,17 @@ class Kernels:
         Returns:
             ``(len(rule.sums), num_segments)`` float64, 0 where the shard owns nothing.
         """
-        partials = table.empty(len(self._sums))
         by_extent = [_rounded(c, extent) for extent in buffers.extents]
         second = None if then is None else _Second(then, buffers)
-        for piece in self._pieces(buffers, gradient, () if then is None else then.sinks, is_in_cache=then is not None):
-            table.fold(partials, piece.index, piece.first_tile, self._run(local_pass, piece, by_extent[piece.index]))
-            if second is not None:
-                self._run(apply_pass, piece, *second.coefficients(piece))
-        return partials
+        sinks = () if then is None else then.sinks
+
+        def sums() -> Iterator[Output]:
+            for piece in self._pieces(buffers, gradient, sinks, is_in_cache=then is not None):
+                yield piece.output(self._run(local_pass, piece, by_extent[piece.index]))
+                if second is not None:
+                    self._run(apply_pass, piece, *second.coefficients(piece))
+
+        return table.folded(len(self._sums), sums())
 
     def apply(self, buffers: Buffers, gradient: Gradient, apply: Apply) -> None:
         """Second pass over everything the shard owns; parameters and slots change."""
@@ -181,6 +189,10 @@ class _Piece:
         """Counted in the extent."""
         return self.extent.tiles.start + self.tiles.start
 
+    def output(self, parts: Sequence[Tensor]) -> Output:
+        """What a pass returned for it."""
+        return Output(self.index, self.first_tile, parts)
+
     def rows(self) -> Rows:
         """What a pass is given."""
         where = slice(self.tiles.start, self.tiles.stop)
@@ -217,7 +229,7 @@ class _ChannelCoefficients:
         """Name to ``(tiles, 256)`` for some of the shard's tiles."""
         if not self._values:
             return {}
-        where = slice(self._first_tile + tiles.start, self._first_tile + tiles.stop)
+        where = range(self._first_tile + tiles.start, self._first_tile + tiles.stop)
         spread = self._channels.spread(torch.stack(list(self._values.values())), where)
         return dict(zip(self._values, spread, strict=True))
 
@@ -244,6 +256,14 @@ def _rounded(coefficients: Mapping[str, Tensor], extent: ExtentBuffers) -> dict[
         return {}
     stacked = torch.stack(list(coefficients.values())).to(extent.device, extent.extent.dtype)
     return dict(zip(coefficients, stacked.unbind(), strict=True))
+
+
+def _are_finite(values: Sequence[Tensor]) -> list[bool]:
+    """Of 0-dim tensors on one device."""
+    if not values:
+        return []
+    are_finite: list[bool] = torch.isfinite(torch.stack([value.double() for value in values])).tolist()
+    return are_finite
 
 
 def _count_nonfinite_tiles(piece: _Piece) -> int:

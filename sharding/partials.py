@@ -9,7 +9,8 @@ every shard adds a key's partials in block order.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
 import numpy as np
@@ -20,7 +21,22 @@ from torch import Tensor
 from ..optim import TILE_NUMEL, ReducingRule, Rule, Scope
 from .channels import ChannelMap, run_sums
 from .keys import Keys
-from .layout import Extent, Layout
+from .layout import Extent, Layout, number_runs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """What one call of a kernel returned.
+
+    Attributes:
+        extent: The extent that its tiles are of.
+        first_tile: Index of the first of them.
+        parts: One tensor per sum, ``(tiles,)`` or, over channels, ``(tiles, 256)``.
+    """
+
+    extent: int
+    first_tile: int
+    parts: Sequence[Tensor]
 
 
 class SumTable(abc.ABC):
@@ -47,16 +63,31 @@ class SumTable(abc.ABC):
         """A vector of partials with nothing in it, ``(num_sums, num_segments)`` float64."""
         return torch.zeros(num_sums, self.num_segments, dtype=torch.float64)
 
-    @abc.abstractmethod
-    def fold(self, partials: Tensor, extent: int, first_tile: int, parts: Sequence[Tensor]) -> None:
-        """Add what a kernel returned to its segments, in order.
+    def folded(self, num_sums: int, outputs: Iterable[Output]) -> Tensor:
+        """Add what a kernel returns to the segments, in order; what a GPU returns all at once, so as to wait once.
 
         Args:
-            partials: ``(num_sums, num_segments)`` float64, changed in place.
-            extent: The extent that the tiles are of.
-            first_tile: Index of the first of them.
-            parts: One tensor per sum, ``(tiles,)`` or, over channels, ``(tiles, 256)``.
+            num_sums: How many sums there are.
+            outputs: Of the kernel's calls, in the order of their tiles.
+
+        Returns:
+            ``(num_sums, num_segments)`` float64 on the CPU, 0 in segments that no output is of.
         """
+        partials, waiting = self.empty(num_sums), []
+        for output in outputs:
+            segments, values = self._reduced(output)
+            if _is_at_hand(values):
+                _add(partials, segments, values)
+            else:
+                waiting.append((segments, values))
+        if waiting:
+            segments, values = (torch.cat(each, dim=-1) for each in zip(*waiting, strict=True))
+            _add(partials, segments, values.cpu())
+        return partials
+
+    @abc.abstractmethod
+    def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
+        """Segments ``(n,)`` int64 on the CPU, and what goes to each, ``(num_sums, n)`` float64 where the output is."""
 
     def totals(self, names: Sequence[str], partials: Tensor) -> dict[str, Tensor]:
         """Add every key's partials in block order: sum name to ``(num_keys,)`` float64."""
@@ -72,23 +103,22 @@ class TileSumTable(SumTable):
 
     def __init__(self, layout: Layout, scope: Scope, num_groups: int) -> None:
         groups = layout.group_of_tensor().numpy()
-        self._segment_of_tile: list[Tensor] = []
-        keys_of_segments = []
-        first_segment = 0
+        self._edges: list[NDArray[np.int64]] = []
+        self._first_segment: list[int] = []
+        keys_of_segments: list[NDArray[np.int64]] = []
         for extent in layout.extents:
-            keys = _key_of_tile(extent, scope, groups)
-            segments, first_tiles = _number_runs(np.arange(extent.num_tiles) // extent.tiles_per_block, keys)
-            self._segment_of_tile.append(torch.from_numpy(segments + first_segment))
-            keys_of_segments.append(keys[first_tiles])
-            first_segment += len(first_tiles)
+            first_tiles, keys = _segments(extent, scope, groups)
+            self._first_segment.append(sum(map(len, keys_of_segments)))
+            self._edges.append(np.append(first_tiles, extent.num_tiles))
+            keys_of_segments.append(keys)
         num_keys = {Scope.MODEL: 1, Scope.GROUP: num_groups, Scope.TENSOR: len(layout.params)}[scope]
         super().__init__(num_keys, keys_of_segments)
 
-    def fold(self, partials: Tensor, extent: int, first_tile: int, parts: Sequence[Tensor]) -> None:
-        """See :class:`SumTable`; ``parts`` are ``(tiles,)`` each."""
-        segments = self._segment_of_tile[extent][first_tile : first_tile + len(parts[0])]
-        for row, values in zip(partials, parts, strict=True):
-            row.index_add_(0, segments, values.to("cpu", torch.float64))
+    def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
+        """See :class:`SumTable`."""
+        values, first = torch.stack(list(output.parts)).to(torch.float64), output.first_tile
+        numbers = number_runs(self._edges[output.extent], range(first, first + values.shape[1]))
+        return torch.from_numpy(numbers + self._first_segment[output.extent]), values
 
 
 @final
@@ -97,28 +127,26 @@ class ChannelSumTable(SumTable):
 
     def __init__(self, layout: Layout, keys: Keys) -> None:
         self._channels = [ChannelMap(extent, keys) for extent in layout.extents]
-        self._base_of_tile: list[NDArray[np.int64]] = []
-        keys_of_segments = []
-        first_segment = 0
+        self._segments: list[_ChannelSegments] = []
+        keys_of_segments: list[NDArray[np.int64]] = []
         for extent in layout.extents:
-            bases, key_of_segment = _number_channel_segments(extent, keys)
-            self._base_of_tile.append(bases + first_segment)
-            keys_of_segments.append(key_of_segment)
-            first_segment += len(key_of_segment)
+            self._segments.append(_ChannelSegments(extent, keys, sum(map(len, keys_of_segments))))
+            keys_of_segments.append(self._segments[-1].keys)
         super().__init__(keys.num_channels, keys_of_segments)
 
-    def fold(self, partials: Tensor, extent: int, first_tile: int, parts: Sequence[Tensor]) -> None:
-        """See :class:`SumTable`; ``parts`` are ``(tiles, 256)`` each."""
-        tiles = slice(first_tile, first_tile + len(parts[0]))
-        if not self._channels[extent].any_in(tiles):
-            return
-        runs = self._channels[extent].runs(tiles)
+    def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
+        """See :class:`SumTable`."""
+        parts, channels = output.parts, self._channels[output.extent]
+        tiles = range(output.first_tile, output.first_tile + len(parts[0]))
+        if not channels.any_in(tiles):
+            return torch.zeros(0, dtype=torch.int64), parts[0].new_zeros((len(parts), 0), dtype=torch.float64)
+        runs = channels.runs(tiles)
         is_within = runs.channel >= 0
-        base = self._base_of_tile[extent][tiles]
+        base = self._segments[output.extent].bases(tiles)
         segments = torch.from_numpy((base[runs.tile] + runs.channel)[is_within])
-        kept, lengths = torch.from_numpy(np.flatnonzero(is_within)), torch.from_numpy(runs.lengths)
-        for row, values in zip(partials, parts, strict=True):
-            row.index_add_(0, segments, run_sums(values, lengths)[kept])
+        lengths = torch.from_numpy(runs.lengths)
+        kept = torch.from_numpy(np.flatnonzero(is_within)).to(parts[0].device, non_blocking=True)
+        return segments, torch.stack([run_sums(values, lengths)[kept] for values in parts])
 
 
 def sum_table(layout: Layout, rule: Rule, *, keys: Keys, num_groups: int) -> SumTable:
@@ -132,36 +160,67 @@ def sum_vectors(vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(vectors)).sum(dim=0) if len(vectors) > 1 else vectors[0]
 
 
-def _key_of_tile(extent: Extent, scope: Scope, group_of_tensor: NDArray[np.int64]) -> NDArray[np.int64]:
-    by_scope: Mapping[Scope, NDArray[np.int64]] = {
-        Scope.MODEL: np.zeros(extent.num_tiles, np.int64),
-        Scope.GROUP: group_of_tensor[extent.tensor_of_tile],
-        Scope.TENSOR: extent.tensor_of_tile,
+def _is_at_hand(values: Tensor) -> bool:
+    """Whether reading values waits for no other device."""
+    return values.device.type == "cpu"
+
+
+def _add(partials: Tensor, segments: Tensor, values: Tensor) -> None:
+    for row, its_values in zip(partials, values, strict=True):
+        row.index_add_(0, segments, its_values)
+
+
+def _segments(
+    extent: Extent, scope: Scope, group_of_tensor: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the runs of equal (block, key) of an extent begin, and their keys; ``(num_segments,)`` int64 each."""
+    params = np.asarray(extent.params, np.int64)
+    key_of_tensor: Mapping[Scope, NDArray[np.int64]] = {
+        Scope.MODEL: np.zeros(len(params), np.int64),
+        Scope.GROUP: group_of_tensor[params],
+        Scope.TENSOR: params,
     }
-    return by_scope[scope]
+    blocks = np.arange(0, extent.num_tiles, extent.tiles_per_block)
+    begun = extent.first_tile[:-1]
+    tiles = np.unique(np.concatenate((blocks, begun[begun < extent.num_tiles])))
+    keys = key_of_tensor[scope][_position_of(extent, tiles)]
+    is_begun = np.concatenate(([True], keys[1:] != keys[:-1]))[: len(tiles)] | (tiles % extent.tiles_per_block == 0)
+    return tiles[is_begun], keys[is_begun]
 
 
-def _number_runs(blocks: NDArray[np.int64], keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number the runs of equal (block, key): the run of each tile, and the first tile of each run."""
-    if len(keys) == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    starts = np.concatenate(([True], (blocks[1:] != blocks[:-1]) | (keys[1:] != keys[:-1])))
-    return np.cumsum(starts) - 1, np.flatnonzero(starts)
+class _ChannelSegments:
+    """The runs of equal (block, channel) of an extent.
 
+    Args:
+        extent: The extent.
+        keys: The channels.
+        first_segment: Number of the first of them.
 
-def _number_channel_segments(extent: Extent, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number the runs of equal (block, channel) of an extent.
-
-    Returns:
-        ``(num_tiles,)``, what makes the number of an element's segment when its channel in its tensor is added; and
-        ``(num_segments,)``, the channel of each segment.
+    Attributes:
+        keys: ``(num_segments,)`` int64, the channel of each.
     """
-    tensors, numel = np.asarray(extent.params, np.int64), keys.channel_numel[extent.tensor_of_tile]
-    counts = np.diff(keys.first_channel)[tensors]
-    channels_before = np.repeat(np.cumsum(counts) - counts, np.diff(extent.first_tile))
-    # A segment begins with each channel, and where a block begins within one.
-    start = extent.index_in_tensor * TILE_NUMEL
-    is_cut = (np.arange(extent.num_tiles) % extent.tiles_per_block == 0) & (start % numel != 0)
-    cut_channels = (keys.first_channel[extent.tensor_of_tile] + start // numel)[is_cut]
-    channels = [np.arange(keys.first_channel[tensor], keys.first_channel[tensor + 1]) for tensor in tensors]
-    return channels_before + np.cumsum(is_cut), np.sort(np.concatenate((*channels, cut_channels)))
+
+    def __init__(self, extent: Extent, keys: Keys, first_segment: int) -> None:
+        self._extent = extent
+        tensors = np.asarray(extent.params, np.int64)
+        counts = np.diff(keys.first_channel)[tensors]
+        self._channels_before = first_segment + np.cumsum(counts) - counts
+        # A segment begins with each channel, and where a block begins within one.
+        blocks = np.arange(0, extent.num_tiles, extent.tiles_per_block)
+        positions = _position_of(extent, blocks)
+        start, of = (blocks - extent.first_tile[positions]) * TILE_NUMEL, tensors[positions]
+        is_cut = start % keys.channel_numel[of] != 0
+        self._cuts = blocks[is_cut]
+        cut_channels = (keys.first_channel[of] + start // keys.channel_numel[of])[is_cut]
+        channels = [np.arange(keys.first_channel[tensor], keys.first_channel[tensor + 1]) for tensor in tensors]
+        self.keys: NDArray[np.int64] = np.sort(np.concatenate((*channels, cut_channels)))
+
+    def bases(self, tiles: range) -> NDArray[np.int64]:
+        """What makes the number of an element's segment when its channel in its tensor is added, for each tile."""
+        cuts_before = np.searchsorted(self._cuts, np.arange(tiles.start, tiles.stop), side="right")
+        return self._channels_before[self._extent.positions(tiles)] + cuts_before
+
+
+def _position_of(extent: Extent, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Position in ``extent.params`` of the tensor that each of some tiles is of."""
+    return np.searchsorted(extent.first_tile, tiles, side="right") - 1

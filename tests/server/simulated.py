@@ -160,7 +160,8 @@ class Process:
             _answer(ref, error=_unavailable())
             return
         self._unanswered.add(ref)
-        task = asyncio.ensure_future(getattr(self.actor, method)(*copy.deepcopy(args, _holder(self.life))))
+        memo: dict[Any, Any] = {HOLDER: self.life}
+        task = asyncio.ensure_future(getattr(self.actor, method)(*copy.deepcopy(args, memo)))
         task.add_done_callback(functools.partial(self._answered, ref, self.life))
 
     def _answered(self, ref: Ref, life: Life, task: asyncio.Future[Any]) -> None:
@@ -168,10 +169,6 @@ class Process:
         if not life.is_over and not task.cancelled() and not isinstance(error, Killed):
             self._unanswered.discard(ref)
             _answer(ref, error=error) if error else _answer(ref, copy.deepcopy(task.result()))
-
-
-def _holder(life: Life) -> dict[Any, Any]:
-    return {HOLDER: life}
 
 
 def _unavailable() -> ActorUnavailableError:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stepwell.optim import SGDRule
+from stepwell.server import coordinator as coordinator_module
 from stepwell.server.config import ServiceConfig
 from stepwell.server.coordinator import Coordinator
 from stepwell.server.messages import Registration, pack_holdings, pack_job, unpack_job, values_to_wire
@@ -18,7 +19,7 @@ from stepwell.server.rendezvous import Rendezvous
 from stepwell.server.shard_actor import ShardActor
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.coverage import Gradients, Holdings, Range
-from stepwell.sharding.errors import CoverageError, JobMismatchError, ServiceTimeoutError
+from stepwell.sharding.errors import CoverageError, JobMismatchError, ServiceTimeoutError, ShardLostError
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import ParamSpec
 
@@ -134,7 +135,7 @@ async def test_what_a_dead_process_brought_to_a_group_is_not_taken_for_its_succe
     for waiting in (lost, other):
         with pytest.raises(ServiceTimeoutError, match="missing ranks"):
             await waiting
-    assert len(unpack_job((await service.coordinator.refresh()).spec).params) == 1
+    assert len(unpack_job((await service.coordinator.refresh(1, "1-a")).spec).params) == 1
 
 
 @run_test
@@ -148,7 +149,7 @@ async def test_process_with_other_holdings_is_refused_and_the_others_train_on(se
 @run_test
 async def test_next_job_may_be_split_otherwise_once_the_ranks_have_left(service: Service) -> None:
     for rank in range(2):
-        await service.coordinator.leave(rank)
+        await service.coordinator.leave(rank, f"{rank}-a")
     cuts = (0, 100), (100, NUMEL)
     told = await asyncio.gather(*(service.register(rank, cut, incarnation="b") for rank, cut in enumerate(cuts)))
     assert [one.needs_parameters for one in told] == [False, False]
@@ -177,12 +178,26 @@ def test_first_try_that_runs_out_does_not_take_back_what_the_second_brought() ->
             return dict(brought)
 
         rendezvous: Rendezvous[str | None, Any] = Rendezvous(act, what="the test")
-        first = asyncio.ensure_future(rendezvous.arrive(0, None, world_size=2, timeout_s=0.01))
+        first = asyncio.ensure_future(rendezvous.arrive(0, None, ranks=range(2), timeout_s=0.01))
         await asyncio.sleep(0)
-        second = asyncio.ensure_future(rendezvous.arrive(0, None, world_size=2, timeout_s=LIMIT_S))
+        second = asyncio.ensure_future(rendezvous.arrive(0, None, ranks=range(2), timeout_s=LIMIT_S))
         with pytest.raises(ServiceTimeoutError):
             await first
-        assert await rendezvous.arrive(1, "b", world_size=2, timeout_s=1.0) == {0: None, 1: "b"}
+        assert await rendezvous.arrive(1, "b", ranks=range(2), timeout_s=1.0) == {0: None, 1: "b"}
         assert await second == {0: None, 1: "b"}
 
     asyncio.run(main())
+
+
+def test_take_over_is_tried_again_when_a_shard_is_lost_in_it() -> None:
+    async def test() -> None:
+        coordinator = Service().coordinator
+        take_over = mock.AsyncMock(side_effect=[ShardLostError("gone"), ShardLostError("gone again"), None])
+        with (
+            mock.patch.object(coordinator, "_take_over", take_over),
+            mock.patch.object(coordinator_module, "RETRY_S", 0),
+        ):
+            await asyncio.wait_for(coordinator.persist(), 20.0)
+        assert take_over.await_count == 3
+
+    asyncio.run(test())

@@ -16,6 +16,7 @@ from stepwell.sharding.history import History
 from stepwell.sharding.owned_state import Replicated
 from stepwell.sharding.reports import ShardStatus
 from stepwell.sharding.segments import ALIGNMENT, Address, Placement, Span, allocate, open_segment
+from stepwell.sharding.world import World
 
 T = TypeVar("T")
 
@@ -34,8 +35,8 @@ GRADIENT = memory()
 
 
 def copy_at(sequence: int, address: Address, *, timeline: int = 1) -> Copy:
-    status = ShardStatus(0, timeline, sequence, sequence, 0, 16, "eager", {}, (), in_flight=False)
-    return Copy(b"job", b"", status, Replicated(History(timeline), {}), {}, frozenset(), (), (), address)
+    status = ShardStatus(0, timeline, sequence, sequence, 0, 16, "eager", {}, (), in_flight=False, world=World((0,)))
+    return Copy(b"job", b"", status, Replicated(History(timeline), {}, World((0,))), {}, frozenset(), (), (), address)
 
 
 def entry(sequence: int, address: Address | None = None, *, timeline: int = 1) -> LogEntry:
@@ -128,6 +129,16 @@ def test_memory_that_cannot_be_reached_changes_nothing() -> None:
     with pytest.raises(SegmentError):
         run(keeper.keep(0, copy_at(5, nowhere)))
     assert sequences(keeper) == [5]
+
+
+def test_memory_of_a_try_goes_when_another_one_replaces_it() -> None:
+    keeper, _ = ready()
+    tries = [memory() for _ in range(3)]
+    for _, address in tries:
+        run(keeper.log(0, entry(5, address)))
+    assert [address.token in keeper._held for _, address in tries] == [False, False, True]
+    assert not run(keeper.log(0, entry(9, tries[0][1])))
+    assert tries[0][1].token not in keeper._held
 
 
 def test_forgotten_shard_has_no_copy() -> None:

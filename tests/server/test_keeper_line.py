@@ -41,7 +41,12 @@ class Handle:
             self.num_sent += name == "put"
             return await getattr(self.actor, name)(*arguments)
 
-        return mock.Mock(remote=lambda *arguments: asyncio.ensure_future(answer(*arguments)))
+        def remote(*arguments: Any) -> asyncio.Future[Any]:
+            call = asyncio.ensure_future(answer(*arguments))
+            call.add_done_callback(asyncio.Future.exception)  # which nobody need look at
+            return call
+
+        return mock.Mock(remote=remote)
 
 
 class Kept:
@@ -106,7 +111,7 @@ class Kept:
         return [-1 if each is None or each.step is None else each.num_logged for each in held]
 
     def _received(self, push: Push) -> Received:
-        placement = None
+        placement, parts = None, list(push.gradient)
         if self.shows:
             segment, parts = allocate([(part.numel(), part.dtype) for part in push.gradient])
             for part, gradient in zip(parts, push.gradient, strict=True):
@@ -114,7 +119,7 @@ class Kept:
             spans = [segment.span_of(part) for part in parts]
             placement = Placement(segment.address, tuple(span for span in spans if span is not None))
         exchange = Exchange(pack_push(push.header), placement, Target("pushed", ("float32",)), 1.0)
-        return Received(pack_exchange(exchange), tuple(push.gradient), placement, {})
+        return Received(pack_exchange(exchange), tuple(parts), placement, {})
 
 
 def run_test(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from stepwell.optim import AdamGCCRule, Scope, StableAdamRule
 from stepwell.sharding.channels import run_sums, shifted_run_sums
 from stepwell.sharding.keys import Keys
 from stepwell.sharding.layout import Layout, ParamSpec
-from stepwell.sharding.partials import ChannelSumTable, SumTable, TileSumTable, sum_vectors
+from stepwell.sharding.partials import ChannelSumTable, Output, SumTable, TileSumTable, sum_vectors
 
 TILE_SCOPES = (Scope.MODEL, Scope.GROUP, Scope.TENSOR)
 SHAPES = st.lists(st.tuples(st.integers(1, 3000)), min_size=1, max_size=20)
@@ -38,12 +38,12 @@ def tile_partials(layout: Layout) -> list[Tensor]:
 def fold_on_shards(table: SumTable, layout: Layout, values: list[Tensor], num_shards: int, at_once: int) -> Tensor:
     vectors = []
     for shard in range(num_shards):
-        partials = table.empty(1)
+        outputs = []
         for index, extent in enumerate(layout.extents):
             tiles = extent.tile_range(shard, num_shards)
             for first in range(tiles.start, tiles.stop, at_once):
-                table.fold(partials, index, first, [values[index][first : min(first + at_once, tiles.stop)]])
-        vectors.append(partials)
+                outputs.append(Output(index, first, [values[index][first : min(first + at_once, tiles.stop)]]))
+        vectors.append(table.folded(1, outputs))
     return sum_vectors(vectors)
 
 
@@ -64,7 +64,9 @@ def test_totals_are_the_sums_over_their_keys(shapes: list[tuple[int]], scope: Sc
     table, values = TileSumTable(layout, scope, num_groups=2), tile_partials(layout)
     terms: dict[int, list[float]] = {}
     for extent, tiles in zip(layout.extents, values, strict=True):
-        for param, value in zip(extent.tensor_of_tile.tolist(), tiles.tolist(), strict=True):
+        for param, value in zip(
+            extent.table(range(extent.num_tiles)).tensor_of_tile.tolist(), tiles.tolist(), strict=True
+        ):
             key = {Scope.MODEL: 0, Scope.GROUP: layout.params[param].group, Scope.TENSOR: param}[scope]
             terms.setdefault(key, []).append(value)
     (totals,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 100)).values()
@@ -82,12 +84,9 @@ def test_each_partial_is_computed_by_one_shard(shapes: list[tuple[int]], scope: 
     table = TileSumTable(layout, scope, num_groups=2)
     owners = torch.zeros(table.num_segments)
     for shard in range(num_shards):
-        partials = table.empty(1)
-        for index, extent in enumerate(layout.extents):
-            tiles = extent.tile_range(shard, num_shards)
-            if tiles:
-                table.fold(partials, index, tiles.start, [torch.ones(len(tiles))])
-        owners += partials[0] > 0
+        owned = [(index, extent.tile_range(shard, num_shards)) for index, extent in enumerate(layout.extents)]
+        outputs = [Output(index, tiles.start, [torch.ones(len(tiles))]) for index, tiles in owned if tiles]
+        owners += table.folded(1, outputs)[0] > 0
     assert torch.equal(owners, torch.ones(table.num_segments))
 
 

@@ -1,0 +1,91 @@
+"""A shard's actor and its keepers without Ray: copies that are made though no step comes, and none begins meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from unittest import mock
+
+import pytest
+
+from stepwell.server import steps
+from stepwell.server.arrangement import Arrangement, KeeperPlace
+from stepwell.server.keeper import Keeper
+from stepwell.sharding.errors import CheckpointRestoreNeededError
+from stepwell.sharding.vote import Decision
+from tests.server.test_keeper_line import Handle
+from tests.server.test_shard_actor import EPOCH, Line, run_test
+
+
+async def keep(line: Line) -> Keeper:
+    """Have the line's actor kept by a keeper on another node; returns when there is a copy."""
+    keeper = Keeper()
+    place = KeeperPlace(0, Handle(keeper), "elsewhere", "only")
+    await line.actor.keep_with(EPOCH, Arrangement("here", (place,), frozenset((0,))))
+    await until_logged(keeper, 0)
+    return keeper
+
+
+async def until_logged(keeper: Keeper, num_logged: int) -> None:
+    """Wait until a keeper has a copy and so many steps after it."""
+    while True:
+        held = (await keeper.holdings()).get(0)
+        if held is not None and held.step is not None and held.num_logged == num_logged:
+            return
+        await asyncio.sleep(0.005)
+
+
+async def step(line: Line) -> None:
+    for reply in [await line.push(rank) for rank in range(2)]:
+        assert (await reply).decision is Decision.COMMIT
+
+
+@run_test
+async def test_shard_at_rest_is_copied_when_it_is_told_of_its_keepers(line: Line) -> None:
+    keeper = await keep(line)
+    assert (await keeper.holdings())[0].step == 1
+
+
+@run_test
+async def test_gradients_are_let_go_when_no_step_comes(line: Line) -> None:
+    keeper = await keep(line)
+    with mock.patch.object(steps, "IDLE_S", 0.05):
+        await step(line)
+        await until_logged(keeper, 0)
+    assert (await keeper.holdings())[0].step == 2
+
+
+@run_test
+async def test_gradients_are_let_go_when_a_worker_leaves(line: Line) -> None:
+    keeper = await keep(line)
+    await step(line)
+    await until_logged(keeper, 1)
+    await line.actor.leave(EPOCH, [1])
+    await until_logged(keeper, 0)
+
+
+@run_test
+async def test_no_step_begins_while_a_copy_is_noted(line: Line) -> None:
+    keeper = await keep(line)
+    await step(line)
+    async with line.busy():
+        copying = line.begin(line.steps.copy_at_rest())
+        await line.settle()
+        replies = [await line.push(rank) for rank in range(2)]
+        assert not line.steps.is_stepping
+    await copying
+    for reply in replies:
+        assert (await reply).decision is Decision.COMMIT
+    await until_logged(keeper, 1)
+    assert (await keeper.holdings())[0].step == 2
+
+
+@run_test
+async def test_shard_that_is_lost_for_good_says_what_to_restore(line: Line) -> None:
+    reply = await line.push(0)
+    await line.actor.give_up(EPOCH, CheckpointRestoreNeededError("restore /x"))
+    with pytest.raises(Exception, match="restore /x") as caught:
+        await reply
+    assert isinstance(caught.value.error, CheckpointRestoreNeededError)  # type: ignore[attr-defined]
+    line.steps.shard = None
+    with pytest.raises(CheckpointRestoreNeededError, match="restore /x"):
+        line.steps.job()
