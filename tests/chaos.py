@@ -144,8 +144,8 @@ def run_matrix(part: int, num_parts: int) -> str:
 
 def run_soak(minutes: float, *, seed: int) -> str:
     """Kill now and then for some minutes; a page of what every process had at the begin and at the end."""
-    chance, deadline = random.Random(seed), time.monotonic() + 60 * minutes
     with _training("Prodigy", 3) as run:
+        chance, deadline = random.Random(seed), time.monotonic() + 60 * minutes
         samples, num_kills = [run.sample()], 0
         while time.monotonic() < deadline:
             run.kill(chance)
