@@ -189,17 +189,24 @@ class CoordinatedShard:
 
     @change_of_coordinator
     async def admit(self, workers: Mapping[int, Worker], world: World | None = None) -> None:
-        """Let workers' processes push, by rank; all or none.
+        """Let workers' processes push, by rank; all or none. A step that one of them was replaced in ends first.
 
         Args:
             workers: The workers.
             world: Whom steps wait for then, if that changes; the service is held meanwhile.
+
+        Raises:
+            ShardLostError: If that step rests until a lost shard is back.
         """
-        for rank in self._admit(workers):
+        self._steps.require_no_rest()
+        replaced = self._admit(workers)
+        for rank in replaced:
             self._mappings.forget(rank)
             self._ahead.forget(rank)
-            replaced = f"rank {rank}: another process has registered as this rank since; end this one"
-            self._steps.withdraw(rank, IncarnationError(replaced))
+            told = f"rank {rank}: another process has registered as this rank since; end this one"
+            self._steps.withdraw(rank, IncarnationError(told))
+        if replaced:
+            await self._steps.end_for_successor(self._config.worker_timeout_s + COLLECTIVE_MARGIN_S)
         await self._set_world(world)
 
     @change_of_coordinator

@@ -207,6 +207,30 @@ class Steps:
         self._attended = generation, vote
         self._start_if_complete()
 
+    async def end_for_successor(self, timeout_s: float) -> None:
+        """Wait for the step under way, which was begun with a process that another has replaced since.
+
+        So what the successor is told of the state comes after that step. All shards vote now, as the process may have
+        died before it had reached them all.
+
+        Raises:
+            ServiceTimeoutError: If it does not end in time.
+            ShardLostError: If it rests until a lost shard is back.
+        """
+        if self._step is not None and not self._step.done():
+            self._call_peers(self.generation, self._num_votes)
+            await self._await_step(timeout_s)
+        self.require_no_rest()
+
+    def require_no_rest(self) -> None:
+        """See that no step rests.
+
+        Raises:
+            ShardLostError: If one does, until a lost shard is back.
+        """
+        if self._is_cut_off.is_set():
+            raise ShardLostError(f"shard {self._index}: step {self._sequence_of_step} rests until lost shards are back")
+
     # Rest
 
     def hold(self) -> int:
@@ -242,8 +266,7 @@ class Steps:
         Raises:
             ServiceTimeoutError: If it does not end in time.
         """
-        if self._step is not None and not (await asyncio.wait([self._step], timeout=timeout_s))[0]:
-            raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
+        await self._await_step(timeout_s)
         self._give_up_resting()
 
     def set_world(self, world: World) -> None:
@@ -348,6 +371,10 @@ class Steps:
         )
 
     # Within
+
+    async def _await_step(self, timeout_s: float) -> None:
+        if self._step is not None and not (await asyncio.wait([self._step], timeout=timeout_s))[0]:
+            raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
 
     async def _wait(self, outcome: asyncio.Future[Outcome], sequence: int, timeout_s: float) -> StepResult:
         try:
