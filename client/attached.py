@@ -36,7 +36,10 @@ class AttachedOptimizer(torch.optim.Optimizer):
     _gathering: GatherOptions
 
     def close(self) -> None:
-        """Part from the service. An in-process or embedded service ends with it, once the other ranks have parted."""
+        """Part from the service; an elastic one goes on with the other ranks.
+
+        An in-process or embedded service ends with it, once the other ranks have parted.
+        """
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()

@@ -11,6 +11,8 @@ from ..server import commands
 from ..sharding.errors import StepwellError
 from . import checkpoint_commands
 from .demo.command import demo
+from .planning.command import plan
+from .watching import commands as watching
 
 app = typer.Typer(
     name="stepwell",
@@ -19,7 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, commands.up, commands.status, commands.save, commands.down):
+_SERVICE = commands.up, commands.status, commands.save, commands.resize, commands.drain, commands.down
+_WATCHING = watching.top, watching.plot, watching.ui
+for command in (demo, plan, *_SERVICE, *_WATCHING):
     app.command()(command)
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 

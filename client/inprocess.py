@@ -18,6 +18,7 @@ from torch import Tensor
 from ..server.config import default_kernel
 from ..server.messages import LoadHeader, Registration, pack_job, source_of
 from ..sharding.checkpoint import CheckpointReader, write_shard
+from ..sharding.chronicle import Columns
 from ..sharding.compiling import KernelChoice, resolve_kernel
 from ..sharding.coverage import Holdings
 from ..sharding.delivery import Sink
@@ -76,8 +77,11 @@ class InProcessService:
             "generation": "1.1",
             "epoch": 1,
             "restarts": 0,
+            "elastic": False,
             "rule": spec.rule.name,
-            "world_size": spec.world_size,
+            "world_size": first.world.size,
+            "ranks": list(first.world.ranks),
+            "excluded": dict(first.world.excluded),
             "num_params": len(spec.params),
             "numel": sum(param.numel for param in spec.params),
             "step": first.step,
@@ -88,6 +92,10 @@ class InProcessService:
             "kernel": first.kernel_identity,
             "size_bytes": [shard.size_bytes for shard in shards],
         }
+
+    def history(self, last: int | None = None) -> Columns:
+        """As :meth:`stepwell.Service.history`."""
+        return self.group.shards[0].history.chronicle.columns(last)
 
     @overload
     def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...
@@ -221,7 +229,7 @@ class InProcessTransport(Transport):
         """See :class:`Transport`; there is no other rank to wait for."""
         return self._registration()
 
-    def refresh(self) -> Registration:
+    def refresh(self, rank: int, incarnation: str) -> Registration:
         """See :class:`Transport`."""
         return self._registration()
 
@@ -286,6 +294,7 @@ class InProcessTransport(Transport):
             step=status.step,
             skipped_steps=status.skipped_steps,
             scalars=status.scalars,
+            ranks=status.world.ranks,
             needs_parameters=needs_parameters,
         )
 

@@ -102,7 +102,7 @@ class ModelBuffers:
         allocate: Allocate = allocate_zeros,
         open_stream: Callable[[FlatBuffer], PieceStream | None] = lambda gradient: None,
     ) -> None:
-        self._spec, self._params, self._rank, self._holdings = spec, list(params), rank, holdings
+        self._spec, self._params, self._holdings = spec, list(params), holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = self._device = common_device(params)
         self._staging: Staging | None = None
@@ -236,18 +236,18 @@ class ModelBuffers:
             self._stream.close()
         self._views.release()
 
-    def values(self) -> dict[int, tuple[int, Tensor]]:
+    def values(self, *, leads: bool) -> dict[int, tuple[int, Tensor]]:
         """What this rank answers for of the parameters, see :func:`values_of`."""
-        return values_of(self._params, self._rank, self._holdings, indices=range(len(self._params)))
+        return values_of(self._params, self._holdings, leads=leads, indices=range(len(self._params)))
 
     def changed_by_hand(self) -> list[int]:
         """Indices of parameters that something else than this class has written since it last did."""
         versions = enumerate(zip(self._versions_now(), self._versions, strict=True))
         return [index for index, (now, then) in versions if now != then]
 
-    def reloaded(self) -> dict[int, Tensor]:
+    def reloaded(self, *, leads: bool) -> dict[int, Tensor]:
         """What this rank answers for of the parameters that were changed by hand; flattened."""
-        values = values_of(self._params, self._rank, self._holdings, indices=self.changed_by_hand())
+        values = values_of(self._params, self._holdings, leads=leads, indices=self.changed_by_hand())
         return {index: value for index, (_, value) in values.items()}
 
     def mark_changed(self, indices: Iterable[int] | None = None) -> None:
@@ -296,19 +296,19 @@ class ModelBuffers:
 
 
 def values_of(
-    params: Sequence[Tensor], rank: int, holdings: Holdings | None, *, indices: Iterable[int]
+    params: Sequence[Tensor], holdings: Holdings | None, *, leads: bool, indices: Iterable[int]
 ) -> dict[int, tuple[int, Tensor]]:
     """What a rank answers for of some parameters: by index, offset and a copy, flattened.
 
-    Of a sharded model what it pushes, else everything from rank 0 and nothing from others.
+    Of a sharded model what it pushes, else everything from the first rank and nothing from others.
 
     Args:
         params: All parameters.
-        rank: The rank.
         holdings: What it holds of a sharded model.
+        leads: Whether it is the first rank.
         indices: Which parameters.
     """
-    if holdings is None and rank != 0:
+    if holdings is None and not leads:
         return {}
     values = {}
     with torch.no_grad():

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
+import logging
 import sys
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -27,6 +27,7 @@ from ..server.messages import (
     PieceHeader,
     Registration,
     Target,
+    WireTensor,
     from_wire,
     pack_exchange,
     pack_holdings,
@@ -40,7 +41,7 @@ from ..server.messages import (
 from ..server.service import Service
 from ..server.shards import STATE_TIMEOUT_S
 from ..sharding.coverage import Holdings
-from ..sharding.errors import SegmentError, ServiceError, ShardLostError, StepwellError
+from ..sharding.errors import SegmentError, ServiceError, ShardLostError, ShardsMovedError, StepwellError
 from ..sharding.job import JobSpec
 from ..sharding.layout import Layout, dtype_name
 from ..sharding.pieces import PieceValues
@@ -52,6 +53,8 @@ from .flat import FlatBuffer, allocate_zeros
 from .node_memory import NodeMemory
 from .streaming import PieceStream
 from .transport import Transport, join_pieces
+
+logger = logging.getLogger("stepwell")
 
 LEAVE_TIMEOUT_S = 15.0
 RECOVERY_TIMEOUT_S = 300.0
@@ -67,8 +70,10 @@ class ObjectStoreTransport(Transport):
 
     def __init__(self, service: Service, *, owned: bool = False) -> None:
         self.service: Service = service
+        self._shards = service.shards  # as this line knows them; the service's may be newer
         self._owned, self._is_closed, self._may_have_moved = owned, False, False
         self._step_timeout_s = service.config.worker_timeout_s + 2 * COLLECTIVE_MARGIN_S
+        self.is_elastic = service.config.elastic
         self._memory = NodeMemory()
         self.recovery_timeout_s = RECOVERY_TIMEOUT_S if service.config.redundancy else 0.0
         self._stream: PieceStream | None = None
@@ -76,9 +81,9 @@ class ObjectStoreTransport(Transport):
 
     def register(self, spec: JobSpec, rank: int, incarnation: str, holdings: Holdings | None) -> Registration:
         """See :class:`Transport`."""
+        self._incarnation = incarnation
         # Not left to the optimizer, which may be gone long before the process ends, while other ranks still train.
         atexit.register(self.close, rank, spec.world_size)
-        self._incarnation = incarnation
         packed = pack_job(spec), rank, incarnation, pack_holdings(holdings)
         return self._ask_where("register", *packed, what="the registration")
 
@@ -97,10 +102,10 @@ class ObjectStoreTransport(Transport):
 
     def stream(self, gradient: FlatBuffer) -> PieceStream | None:
         """See :class:`Transport`."""
-        shards, self._stream = self.service.shards, None
+        self._stream = None
         if not all(self._memory.is_near):
-            send = functools.partial(_send_piece, shards, self._rank, self._incarnation)
-            self._stream = PieceStream(self._layout, len(shards), gradient, is_near=self._memory.is_near_now, send=send)
+            num_shards, is_near = len(self._shards), self._memory.is_near_now
+            self._stream = PieceStream(self._layout, num_shards, gradient, is_near=is_near, send=self._send_piece)
         return self._stream
 
     def load(self, values: PieceValues, header: LoadHeader) -> Registration:
@@ -121,43 +126,31 @@ class ObjectStoreTransport(Transport):
         timeout_s = self.service.config.worker_timeout_s
         return self._ask_where("wait_for_timeline", after_timeline, timeout_s, what="rank 0 to load its state")
 
-    def refresh(self) -> Registration:
+    def refresh(self, rank: int, incarnation: str) -> Registration:
         """See :class:`Transport`."""
-        return self._ask_where("refresh", what="the coordinator")
+        return self._ask_where("refresh", rank, incarnation, what="the coordinator")
 
     def step(
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
     ) -> StepResult:
         """See :class:`Transport`."""
         self._look_again()
+        changed = {index: to_wire(value) for index, value in reloaded.items()}
         try:
-            return self._exchange(header, gradient, reloaded, params)
+            replies = self._exchange(header, gradient, changed, params)
         except SegmentError:
             # It may have been brought back on another node since this process looked; the others know a repeat.
             before = list(self._memory.is_near)
             self._look_around()
             if self._memory.is_near == before:
                 raise
-            return self._exchange(header, gradient, reloaded, params)
-        except ShardLostError:
-            self._may_have_moved = True
+            replies = self._exchange(header, gradient, changed, params)
+        except ShardLostError as error:
+            if self._have_moved():
+                raise ShardsMovedError(
+                    f"step {header.sequence} went to shards whose place others have taken"
+                ) from error
             raise
-
-    def _exchange(
-        self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
-    ) -> StepResult:
-        push, calls = pack_push(header), []
-        changed = {index: to_wire(value) for index, value in reloaded.items()}
-        self._await_pieces(header.sequence)
-        for index, shard in enumerate(self.service.shards):
-            place, target = self._placement(gradient, index), self._target(params, index)
-            ahead, parts = ((), []) if place is not None else self._left_to_send(gradient, index)
-            request = pack_exchange(Exchange(push, place, target, self._step_timeout_s, ahead))
-            # Nothing but the request in the common case: each argument more costs Ray time.
-            wires = list(map(to_wire, parts))
-            calls.append(shard.exchange.remote(request, *([wires, changed] if wires or changed else [])))
-        what = f"step {header.sequence}"
-        replies = wait_for_all(calls, refusal=_refusal, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
         for reply, _, _ in replies:
             if reply.error is not None:
                 raise reply.error
@@ -167,6 +160,22 @@ class ObjectStoreTransport(Transport):
         self.kept_from = min((kept_from for _, _, kept_from in replies), default=sys.maxsize)
         return result
 
+    def _exchange(
+        self, header: PushHeader, gradient: FlatBuffer, changed: Mapping[int, WireTensor], params: FlatBuffer
+    ) -> list[tuple[Any, list[WireTensor], int]]:
+        """Push to every shard; what each of them replies."""
+        push, calls = pack_push(header), []
+        self._await_pieces(header.sequence)
+        for index, shard in enumerate(self._shards):
+            place, target = self._placement(gradient, index), self._target(params, index)
+            ahead, parts = ((), []) if place is not None else self._left_to_send(gradient, index)
+            request = pack_exchange(Exchange(push, place, target, self._step_timeout_s, ahead))
+            # Nothing but the request in the common case: each argument more costs Ray time.
+            wires = list(map(to_wire, parts))
+            calls.append(shard.exchange.remote(request, *([wires, changed] if wires or changed else [])))
+        limit_s = self._step_timeout_s + COLLECTIVE_MARGIN_S
+        return wait_for_all(calls, refusal=_refusal, timeout_s=limit_s, what=f"step {header.sequence}")
+
     def _await_pieces(self, sequence: int) -> None:
         """Wait until the shards have what was sent ahead: what is named in a push and is not there then is lost."""
         if self._stream is not None:
@@ -174,6 +183,11 @@ class ObjectStoreTransport(Transport):
             for error in self._wait(self._stream.finish(self._step_timeout_s, what=what), what=what):
                 if error is not None:
                     raise error
+
+    def _send_piece(self, shard: int, piece: int, serial: int, values: Tensor) -> Any:
+        """See :data:`Send`."""
+        header = pack_piece(PieceHeader(self._rank, self._incarnation, piece, serial))
+        return self._shards[shard].hold_piece.remote(header, to_wire(values))
 
     def _left_to_send(self, gradient: FlatBuffer, shard: int) -> tuple[tuple[int, ...], list[Tensor]]:
         """What of a gradient goes with its push, and :attr:`Exchange.ahead`."""
@@ -196,8 +210,10 @@ class ObjectStoreTransport(Transport):
 
     def _ask_decided(self, timeline: int, sequence: int) -> tuple[list[StepResult | None], list[StepResult]]:
         """What each shard says of a step, and what those say that took it."""
-        calls = [shard.decided.remote(timeline, sequence, self._step_timeout_s) for shard in self.service.shards]
-        outcomes: list[StepResult | StepwellError | None] = self._wait(calls, what=f"the result of step {sequence}")
+        outcomes: list[StepResult | StepwellError | None] = self._ask_shards(
+            lambda _, shard: shard.decided.remote(timeline, sequence, self._step_timeout_s),
+            what=f"the result of step {sequence}",
+        )
         results = []
         for outcome in outcomes:
             if isinstance(outcome, StepwellError):
@@ -208,15 +224,15 @@ class ObjectStoreTransport(Transport):
     def read_parameters(self, params: FlatBuffer) -> None:
         """See :class:`Transport`."""
         self._look_again()
-        calls = [
-            shard.parameters.remote(self._rank, pack_target(self._target(params, index)))
-            for index, shard in enumerate(self.service.shards)
-        ]
-        self._fill(params, self._wait(calls, what="the parameters"))
+        replies = self._ask_shards(
+            lambda index, shard: shard.parameters.remote(self._rank, pack_target(self._target(params, index))),
+            what="the parameters",
+        )
+        self._fill(params, replies)
 
     def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
         """See :class:`Transport`."""
-        replies = self._wait([shard.export.remote() for shard in self.service.shards], what="the state")
+        replies = self._ask_shards(lambda _, shard: shard.export.remote(), what="the state")
         pieces = [
             (param, slot, offset, from_wire(wire)) for exported, _ in replies for param, slot, offset, wire in exported
         ]
@@ -234,8 +250,8 @@ class ObjectStoreTransport(Transport):
                 limits = {"timeout_s": 2 * LEAVE_TIMEOUT_S}
                 self.service.ask("wait_until_left", others, LEAVE_TIMEOUT_S, what="the other ranks", **limits)
             else:
-                self.service.ask("leave", rank, what="the coordinator", timeout_s=LEAVE_TIMEOUT_S)
-                calls = [shard.forget.remote(rank) for shard in self.service.shards]
+                self.service.ask("leave", rank, self._incarnation, what="the coordinator", timeout_s=LEAVE_TIMEOUT_S)
+                calls = [shard.forget.remote(rank) for shard in self._shards]
                 wait_for(calls, timeout_s=LEAVE_TIMEOUT_S, what="the shards to forget this worker")
         if self._owned:
             self.service.shutdown()
@@ -248,14 +264,14 @@ class ObjectStoreTransport(Transport):
                     target.copy_(from_wire(wire))
 
     def _parts(self, buffer: FlatBuffer, shard: int) -> list[Tensor]:
-        return buffer.shard_parts(self._layout, shard, len(self.service.shards))
+        return buffer.shard_parts(self._layout, shard, len(self._shards))
 
     def _placement(self, buffer: FlatBuffer, shard: int) -> Placement | None:
         """Where a shard finds its part of a buffer; None if it has to travel."""
         if not self._memory.is_near[shard]:
             return None
         if buffer not in self._placements:
-            shards = range(len(self.service.shards))
+            shards = range(len(self._shards))
             self._placements[buffer] = [self._memory.placement(self._parts(buffer, index)) for index in shards]
         return self._placements[buffer][shard]
 
@@ -272,17 +288,53 @@ class ObjectStoreTransport(Transport):
     def _look_around(self) -> None:
         """Find out which shards can map this process's memory; a restarted one may be on another node."""
         try:
+            self._take_up(self._shards)
+        except ShardLostError:
+            if not self._have_moved():
+                raise
+
+    def _take_up(self, shards: list[Any]) -> None:
+        """Call these shards from now on, once they have said whether they can map this process's memory."""
+        try:
             segment, _ = allocate([])
         except SegmentError as error:
-            self._memory.note([str(error)] * len(self.service.shards))
-            return
-        node: str = ray.get_runtime_context().get_node_id()
-        probe = pack_target(Target("held", (), Placement(segment.address, ())))
-        calls = [shard.reach.remote(node, probe) for shard in self.service.shards]
-        self._memory.note(self._wait(calls, what="the shards to look for shared memory"))
+            why_not: list[str | None] = [str(error)] * len(shards)
+        else:
+            node: str = ray.get_runtime_context().get_node_id()
+            probe = pack_target(Target("held", (), Placement(segment.address, ())))
+            calls = [shard.reach.remote(node, probe) for shard in shards]
+            why_not = self._wait(calls, what="the shards to look for shared memory")
+        if self._stream is not None:
+            self._stream.turn_to(len(shards), self._step_timeout_s)
+        self._memory.note(why_not)
+        self._shards = shards
+        self._placements.clear()
 
     def _wait(self, calls: Sequence[Any], *, what: str) -> list[Any]:
         return wait_for(calls, timeout_s=self._step_timeout_s + COLLECTIVE_MARGIN_S, what=what)
+
+    def _ask_shards(self, call: Callable[[int, Any], Any], *, what: str) -> list[Any]:
+        """Call all shards, ``call(index, shard)``, and wait; anew if others have taken their place."""
+        while True:
+            calls = [call(index, shard) for index, shard in enumerate(self._shards)]
+            try:
+                return self._wait(calls, what=what)
+            except ShardLostError:
+                if not self._have_moved():
+                    raise
+
+    def _have_moved(self) -> bool:
+        """After shards were lost: whether others have taken their place, which are called from now on.
+
+        Else they may come back on another node.
+        """
+        found = self.service.find_shards()
+        if [shard._actor_id for shard in found] == [shard._actor_id for shard in self._shards]:
+            self._may_have_moved = True
+            return False
+        self._take_up(found)
+        logger.warning("service %r: going on with %d other shards", self.service.name, len(found))
+        return True
 
     def _ask_where(self, method: str, *args: Any, what: str) -> Registration:
         # Longer than the coordinator itself waits for other ranks, as it can name them.
@@ -290,14 +342,6 @@ class ObjectStoreTransport(Transport):
         registration: Registration = self.service.ask(method, *args, what=what, timeout_s=timeout_s)
         self._look_around()
         return registration
-
-
-def _send_piece(
-    shards: Sequence[Any], rank: int, incarnation: str, shard: int, piece: int, serial: int, values: Tensor
-) -> Any:
-    """See :data:`Send`."""
-    header = pack_piece(PieceHeader(rank, incarnation, piece, serial))
-    return shards[shard].hold_piece.remote(header, to_wire(values))
 
 
 def _put(values: PieceValues) -> list[Any]:

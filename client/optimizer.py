@@ -64,7 +64,8 @@ class ServiceOptimizer(AttachedOptimizer):
         service: A service's name or handle; ``"inprocess"`` for shards in this process (one worker only);
             ``"embedded"`` for shards in a Ray of rank 0's own. None takes ``$STEPWELL_SERVICE``, else ``"inprocess"``
             for one worker and ``"embedded"`` for several.
-        rank, world_size: This worker and how many there are; None takes torch.distributed's if it is initialised.
+        rank, world_size: This worker and how many there are; None takes torch.distributed's if it is initialised. A
+            worker with a new rank joins the job of an elastic service at the next step, see :func:`stepwell.launch`.
         num_shards: Shards of an in-process (default 1) or embedded service (default one per worker).
         kernel: How kernels of an in-process or embedded service run: ``"compiled"``, ``"eager"`` or ``"auto"``, see
             :func:`stepwell.launch`. None: ``$STEPWELL_KERNEL``, else ``"auto"``.
@@ -107,6 +108,7 @@ class ServiceOptimizer(AttachedOptimizer):
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to call ``step()`` whatever the gradients, with the scale as an attribute."""
     _mask: WeightDecayMask | None = None
+    _loss: float | None = None
 
     def __init__(
         self,
@@ -155,6 +157,14 @@ class ServiceOptimizer(AttachedOptimizer):
         return self._registered.transport.service
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """Whose gradients the last step was taken with, ascending; before one, whom the next step waits for.
+
+        The first of these ranks is the one whose hyperparameters and limits count: of an elastic service not always 0.
+        """
+        return self._registered.ranks
+
+    @property
     def grad_norm(self) -> float | None:
         """The 2-norm of the last step's averaged gradient before it was clipped to it, the same on all ranks.
 
@@ -190,6 +200,7 @@ class ServiceOptimizer(AttachedOptimizer):
 
         Raises:
             StepAbortedError: If the step was given up on all shards; nothing has changed.
+            RankExcludedError: If an elastic service has gone on without this rank; call :meth:`refresh`.
             NonFiniteGradientError: With ``on_nonfinite="raise"``, if it was skipped.
             ServiceError: If the service did not answer. The next call finds out what became of the step.
         """
@@ -204,24 +215,44 @@ class ServiceOptimizer(AttachedOptimizer):
             limits = ClipLimits(self.max_grad_norm, self.max_grad_value)
             if scale.is_undone:
                 worker.distrust_gradients()
-            leads = worker.rank == 0
+            is_heard = worker.is_heard
             result = worker.step(
-                hyper if leads else None,
-                written if leads else None,
-                limits=limits if leads else None,
+                hyper if is_heard else None,
+                written if is_heard else None,
+                limits=limits if is_heard else None,
                 grad_scale=scale.grad_scale,
                 found_inf=scale.found_inf,
+                loss=self._loss,
             )
+            self._loss = None
             if result.decision is Decision.COMMIT:
                 show_scalars(self.param_groups, worker.scalars)
             else:
                 self._tell_of_skip(result.sequence, is_scaled=scale.grad_scale != 1.0)
         return loss
 
+    def report(self, *, loss: float | torch.Tensor) -> None:
+        """Tell the run's history what the next step's gradients are of; see :meth:`stepwell.Service.history`.
+
+        Called on any rank, or on all of them: the history holds the mean over those that tell. It goes with the next
+        :meth:`step`, and what comes of that does not depend on it.
+
+        Args:
+            loss: One number; a tensor of one element is read here, which on a GPU waits for backward.
+
+        Raises:
+            ValueError: If it is not one number.
+        """
+        if isinstance(loss, torch.Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss: expected one number, got a tensor of shape {list(loss.shape)}")
+            loss = loss.item()
+        self._loss = float(loss)
+
     def refresh(self) -> None:
         """Take over the service's parameters, scalars and step number, after ``service.restore``.
 
-        Called on every rank.
+        Called on every rank. A rank that an elastic service has excluded joins again.
         """
         self._registered.refresh()
         show_scalars(self.param_groups, self._registered.scalars)

@@ -57,19 +57,29 @@ class PieceStream:
     def __init__(
         self, layout: Layout, num_shards: int, buffer: FlatBuffer, *, is_near: Callable[[int], bool], send: Send
     ) -> None:
-        self.buffer, self._is_near, self._send = buffer, is_near, send
+        self.buffer, self._layout, self._is_near, self._send = buffer, layout, is_near, send
         self.mark: Callable[[], Callable[[], None]] = lambda: _is_there
-        self._pieces = _cut(layout, num_shards, buffer)
-        self._of_place: list[list[int]] = [[] for _ in buffer.places]
-        for index, piece in enumerate(self._pieces):
-            for place in piece.places:
-                self._of_place[place].append(index)
+        self._cut(num_shards)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pieces")
         self._serial = 0
         self._sent: dict[int, int] = {}
         self._named: dict[int, int] = {}
         self._under_way: list[Future[Any]] = []
         self._usual = self._counts = [0] * len(buffer.places)
+        self._begin()
+
+    def _cut(self, num_shards: int) -> None:
+        self._pieces = _cut(self._layout, num_shards, self.buffer)
+        self._of_place: list[list[int]] = [[] for _ in self.buffer.places]
+        for index, piece in enumerate(self._pieces):
+            for place in piece.places:
+                self._of_place[place].append(index)
+
+    def turn_to(self, num_shards: int, timeout_s: float) -> None:
+        """Send to other shards from now on; what was sent to those before counts for nothing."""
+        self.finish(timeout_s, what="the shards before these to take pieces of a gradient")
+        self._cut(num_shards)
+        self._named = {}
         self._begin()
 
     def use(self, buffer: FlatBuffer) -> None:

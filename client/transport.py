@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration
+from ..sharding.chronicle import Columns
 from ..sharding.coverage import Holdings
 from ..sharding.folder import Checkpoint
 from ..sharding.job import JobSpec
@@ -41,6 +42,9 @@ class ServiceHandle(Protocol):
     def status(self) -> dict[str, Any]:
         """Where the service stands, as plain values."""
 
+    def history(self, last: int | None = None) -> Columns:
+        """What each step brought."""
+
     @overload
     def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...
 
@@ -66,6 +70,8 @@ class Transport(abc.ABC):
     service: ServiceHandle
     kept_from: int = sys.maxsize
     """The first step whose gradient must stay where it is, as a shard that is lost would need it."""
+    is_elastic: bool = False
+    """Whether ranks come and go; each of them then says what else the first one alone does."""
     recovery_timeout_s: float = 0.0
     """How long a worker tries a step again that failed with a lost shard; 0 where nothing brings a shard back."""
 
@@ -108,8 +114,8 @@ class Transport(abc.ABC):
         """Wait for rank 0's :meth:`load`. Called by the other ranks."""
 
     @abc.abstractmethod
-    def refresh(self) -> Registration:
-        """Where the service stands now."""
+    def refresh(self, rank: int, incarnation: str) -> Registration:
+        """Where the service stands now; an elastic job that goes on without this worker waits for it again."""
 
     @abc.abstractmethod
     def step(
@@ -123,6 +129,8 @@ class Transport(abc.ABC):
         Raises:
             RequestError: If a shard refused the push.
             StepAbortedError: If the step was given up.
+            ShardsMovedError: If other shards have taken the place of those that were asked, and with it the step, if
+                that was taken. This line leads to them now.
             ServiceError: If the service did not answer; whether the step was taken is then open, see :meth:`decided`.
         """
 

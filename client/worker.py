@@ -20,6 +20,7 @@ from ..sharding.errors import (
     CheckpointError,
     JobMismatchError,
     ShardLostError,
+    ShardsMovedError,
     StepAbortedError,
     TimelineError,
 )
@@ -53,6 +54,7 @@ class Worker:
         num_steps: Steps that the service has taken, skipped ones included.
         num_skipped_steps: Steps of these that were skipped.
         last_result: Of the last step that this worker has heard of since it registered or refreshed; None before it.
+        ranks: Whose gradients that step was taken with; before it, whom the next one waits for.
     """
 
     spec: JobSpec
@@ -107,7 +109,7 @@ class Worker:
         self.settle()
         common_device(params)
         first = len(self._params)
-        added = values_of(params, self.rank, holdings, indices=range(first, len(params)))
+        added = values_of(params, holdings, leads=self.leads, indices=range(first, len(params)))
         registration = self.transport.extend(spec, holdings, _as_pieces(added))
         before, spec, timeline = (self._params, self._holdings), self.spec, self.timeline
         self._params, self._holdings = list(params), holdings
@@ -144,6 +146,16 @@ class Worker:
             open_stream=self.transport.stream,
         )
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the ranks, whose parameters, hyperparameters and limits count."""
+        return self.rank == self.ranks[0]
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether hyperparameters and limits go with this rank's steps: in an elastic job any may come to lead."""
+        return self.leads or self.transport.is_elastic
+
     def step(
         self,
         hyper: Mapping[str, Sequence[float]] | None,
@@ -152,19 +164,22 @@ class Worker:
         limits: ClipLimits | None = None,
         grad_scale: float = 1.0,
         found_inf: bool = False,
+        loss: float | None = None,
     ) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
 
-        If a shard is lost meanwhile, and can be brought back, this waits for it and goes on. After another failure the
+        If a shard is lost meanwhile, and can be brought back, this waits for it and goes on; if others take its place,
+        this goes on with them. After another failure the
         next call first asks whether the failed step was taken after all: if so it takes its result over and goes on
         with the step after it; else it pushes under a new attempt.
 
         Args:
-            hyper: Rank 0: hyperparameter name to one value per group. Other ranks: None.
-            scalars: Rank 0: scalars that a person wrote. Other ranks: None.
-            limits: Rank 0: of the averaged gradient. Other ranks: None.
+            hyper: Of a rank that :attr:`is_heard`: hyperparameter name to one value per group. Else None.
+            scalars: Of such a rank: scalars that a person wrote. Else None.
+            limits: Of such a rank: of the averaged gradient. Else None.
             grad_scale: What this rank's gradients are multiplied by.
             found_inf: Whether this rank wants the step skipped, as its gradients are not finite.
+            loss: What the gradients are of, if the trainer has told.
 
         Returns:
             The result, COMMIT or SKIP.
@@ -174,7 +189,9 @@ class Worker:
         sequence, was_lost = self.sequence, False
         while self.sequence == sequence:
             try:
-                self._try_step(hyper, scalars, limits, grad_scale, found_inf)
+                self._try_step(hyper, scalars, limits, grad_scale, found_inf, loss)
+            except ShardsMovedError:
+                patience.go_on_with(self.settle)
             except ShardLostError as error:
                 was_lost = True
                 patience.wait(error)
@@ -199,6 +216,7 @@ class Worker:
         limits: ClipLimits | None,
         grad_scale: float,
         found_inf: bool,
+        loss: float | None,
     ) -> None:
         gathered = self._buffers.gather_gradients()
         is_finite = math.isfinite(gathered.max_abs)
@@ -216,8 +234,9 @@ class Worker:
             grad_scale=grad_scale,
             found_inf=found_inf or not is_finite,
             max_abs=gathered.max_abs if is_finite else None,
+            loss=loss,
         )
-        reloaded = self._buffers.reloaded()
+        reloaded = self._buffers.reloaded(leads=self.leads)
         self._is_open, self._is_taking = True, False
         self._attempt += 1
         try:
@@ -258,16 +277,19 @@ class Worker:
         self._buffers.take(result.sequence)
 
     def load(self, values: Values, header: LoadHeader) -> None:
-        """Load a state into the service; called on every rank, the values of rank 0 count."""
-        if self.rank == 0:
+        """Load a state into the service; called on every rank, the values of the first one count."""
+        if self.leads:
             self._adopt(self.transport.load(as_pieces(values), header))
         else:
             self._adopt(self._next_timeline())
 
     def refresh(self) -> None:
-        """Take over the service's parameters, scalars and step number."""
-        self._adopt(self.transport.refresh())
+        """Take over the service's parameters, scalars and step number, and this rank's place if it was excluded."""
+        self._adopt(self._refreshed())
         self.take_parameters()
+
+    def _refreshed(self) -> Registration:
+        return self.transport.refresh(self.rank, self._incarnation)
 
     def take_parameters(self) -> None:
         """Take over the service's parameters, from a lost shard once it is back."""
@@ -288,9 +310,9 @@ class Worker:
                 f"{uri}: expected the checkpoint whose manifest has SHA-256 {digest}, got {found}; it was replaced "
                 "since the state dict was made. Use a state dict and a checkpoint of the same save"
             )
-        if self.rank == 0:
+        if self.leads:
             self.transport.service.restore(uri)
-            self._adopt(self.transport.refresh())
+            self._adopt(self._refreshed())
         else:
             self._adopt(self._next_timeline())
         self.take_parameters()
@@ -320,22 +342,37 @@ class Worker:
             before.close()
         self.timeline, self.sequence = registration.timeline, registration.sequence
         self.scalars, self.num_steps = registration.scalars, registration.step
-        self.num_skipped_steps = registration.skipped_steps
+        self.num_skipped_steps, self.ranks = registration.skipped_steps, registration.ranks
         self.last_result: StepResult | None = None
         # Attempts go on counting: an inbox may still hold a push of this step, and takes the next try for its repeat.
         self._is_open = False
 
     def _hand_out_parameters(self) -> Registration:
         if self.spec.gradients == "sharded":
-            return self.transport.hand_in(_as_pieces(self._buffers.values()))
-        if self.rank != 0:
+            return self.transport.hand_in(_as_pieces(self._buffers.values(leads=self.leads)))
+        if not self.leads:
             return self._next_timeline()
-        return self.transport.load(_as_pieces(self._buffers.values()), LoadHeader())
+        return self.transport.load(_as_pieces(self._buffers.values(leads=self.leads)), LoadHeader())
 
     def _next_timeline(self) -> Registration:
         """Wait for the load of rank 0 that belongs to this rank's; rank 0 may have loaded again by now."""
         registration = self.transport.wait_until_loaded(self.timeline)
         return dataclasses.replace(registration, timeline=self.timeline + 1)
+
+    def _note_ranks(self, result: StepResult) -> None:
+        """Say it once if a step was taken with other ranks than the one before; loud from the first rank alone."""
+        gone, come = set(self.ranks) - set(result.ranks), set(result.ranks) - set(self.ranks)
+        self.ranks = result.ranks
+        if gone or come:
+            changes = [f"without rank {_list(gone)}"] * bool(gone) + [f"with rank {_list(come)}"] * bool(come)
+            level, size = logging.WARNING if self.leads else logging.INFO, len(self.ranks)
+            logger.log(
+                level,
+                "step %d was taken %s: gradients are averaged over %d ranks from now on",
+                result.sequence,
+                " and ".join(changes),
+                size,
+            )
 
     def _close_step(self, result: StepResult) -> None:
         # Comes after the parameters were written: interrupted in between, those changed by hand would be sent again.
@@ -343,8 +380,13 @@ class Worker:
         self.num_steps += 1
         self.num_skipped_steps += result.decision is Decision.SKIP
         self.last_result = result
+        self._note_ranks(result)
         self._attempt, self._is_open = 0, False
         self._buffers.take_back_gradients(result.sequence, self.transport.kept_from)
+
+
+def _list(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
 
 
 def _as_pieces(values: Mapping[int, tuple[int, Tensor]]) -> PieceValues:

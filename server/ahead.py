@@ -25,7 +25,6 @@ class Ahead:
         Raises:
             RequestError: If another process has the sender's rank, or the piece is none of the rank's.
         """
-        members.require_rank(header.rank)
         members.require_incarnation(header.rank, header.incarnation)
         numels, got = piece_numels(members[header.rank].pushed_numels), len(from_wire(wire))
         if header.piece >= len(numels) or got != numels[header.piece]:

@@ -1,8 +1,9 @@
-"""The command line's service commands: up, status, save, down."""
+"""The command line's service commands: up, status, save, resize, drain, down."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Annotated, Any
 
@@ -12,12 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..sharding.chronicle import last_row, steps_per_second
 from ..sharding.compiling import KERNEL_CHOICES, KernelChoice
 from ..sharding.errors import ServiceNotFoundError, StepwellError
 from ..sharding.folder import Destination
+from ..sharding.stopwatch import PHASES
 from . import cluster
 from .config import Placement
-from .service import connect, end, launch, service_names
+from .service import Service, connect, end, launch, service_names
 
 Name = Annotated[str, typer.Argument(help="The service's name.", show_default=False)]
 Uri = Annotated[str, typer.Argument(help="A path or fsspec URI that every shard can reach.", show_default=False)]
@@ -26,6 +29,9 @@ Address = Annotated[
     typer.Option(help="Ray cluster. Default: $RAY_ADDRESS, else the one that `stepwell up` started on this machine."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+SPEED_ROWS = 32
+"""So many rows of the history the speed is taken from."""
 
 console = Console()
 notes = Console(stderr=True)
@@ -45,6 +51,10 @@ def up(
     redundancy: Annotated[
         int, typer.Option(min=0, max=2, help="Keepers of each shard's state; 0: its checkpoint alone survives it.")
     ] = 1,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Workers may join and leave; steps go on without one that is missing.")
+    ] = False,
+    worker_timeout_s: Annotated[float, typer.Option(help="Seconds that a step waits for its last worker.")] = 1800.0,
     restore: Annotated[str | None, typer.Option(help="A checkpoint to begin with.")] = None,
     placement_timeout_s: Annotated[float, typer.Option(min=1, help="Seconds to wait for room in the cluster.")] = 60.0,
     address: Address = None,
@@ -69,6 +79,8 @@ def up(
                 placement=strategy,
                 kernel=_kernel(kernel),
                 redundancy=redundancy,
+                elastic=elastic,
+                worker_timeout_s=worker_timeout_s,
                 restore=restore,
                 placement_timeout_s=placement_timeout_s,
             )
@@ -95,7 +107,7 @@ def status(
     """
     cluster.attach(address)
     names = [name] if name is not None else service_names()
-    found = [connect(each).status() for each in names]
+    found = [_status_fields(connect(each)) for each in names]
     if as_json:
         _print_json(found[0] if name is not None else {"services": found})
     elif not found:
@@ -127,6 +139,49 @@ def save(
         _print_json({"name": name, "uri": target, "step": step})
     else:
         _say(f"saved step {step} of service [bold]{escape(name)}[/] to {escape(target)}")
+
+
+def resize(
+    name: Name,
+    shards: Annotated[int, typer.Argument(min=1, help="How many shards it is to have.", show_default=False)],
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with another number of shards, between two steps of a running job; the results stay the same to the bit.
+
+    The new shards need room beside the present ones for a moment.
+
+    Example: stepwell resize trainer 4
+    """
+    service = connect(name, address=address)
+    with notes.status(escape(f"{shards} new shard(s) take over service {name!r} ...")):
+        service.resize(shards)
+    if as_json:
+        _print_json({"name": name, "num_shards": shards})
+    else:
+        _say(f"service [bold]{escape(name)}[/] has {shards} shard(s) now")
+
+
+def drain(
+    name: Name,
+    node: Annotated[str, typer.Argument(help="The node's id in Ray, its address or host name.", show_default=False)],
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Move a service's shards away from a node, between two steps, so that the node may go.
+
+    Example: stepwell drain trainer 10.0.0.7
+    """
+    service = connect(name, address=address)
+    with notes.status(escape(f"moving shards of service {name!r} away from node {node} ...")):
+        moved = service.drain(node)
+    if as_json:
+        _print_json({"name": name, "node": node, "moved": moved})
+    else:
+        _say(
+            f"service [bold]{escape(name)}[/] "
+            + (f"has left node {escape(node)}" if moved else f"had no shards on node {escape(node)}")
+        )
 
 
 def down(name: Name, address: Address = None, as_json: Json = False) -> None:
@@ -180,13 +235,28 @@ def _kernel(text: str | None) -> KernelChoice | None:
     return by_name[text]
 
 
+def _status_fields(service: Service) -> dict[str, Any]:
+    """Where a service stands, with what its last step brought."""
+    columns = service.history(SPEED_ROWS)
+    row = {name: value for name, value in last_row(columns).items() if math.isfinite(value)}
+    return {**service.status(), "steps_per_s": steps_per_second(columns), "last_step": row}
+
+
 def _status_table(fields: dict[str, Any]) -> Table:
     table = Table(title=escape(f"service {fields['name']}"), show_header=False, title_justify="left")
-    shown = {**fields, **fields.get("scalars", {})}
+    row, speed = fields["last_step"], fields["steps_per_s"]
+    told = {name: f"{row[name]:.6g}" for name in ("loss", "grad_norm", "lr") if name in row}
+    phases = {phase: row[f"{phase}_s"] for phase in PHASES if f"{phase}_s" in row}
+    shown = {**fields, **fields.get("scalars", {}), **told}
+    if speed is not None:
+        shown["steps per second"] = f"{speed:.3g}"
+    if phases:
+        parts = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items())
+        shown["last step"] = f"{1e3 * sum(phases.values()):.1f} ms: {parts}"
     if fields["rule"] is None:
         shown["rule"] = "none yet: no worker has registered"
     for key, value in shown.items():
-        if key not in ("name", "scalars"):
+        if key not in ("name", "scalars", "steps_per_s", "last_step"):
             table.add_row(key, escape(str(value)))
     return table
 

@@ -11,9 +11,16 @@ import ray
 import torch
 
 from ..sharding.checkpoint import CheckpointReader
-from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
+from ..sharding.compiling import (
+    Kernel,
+    compiled_code,
+    kernel_identity,
+    require_same_kernels,
+    resolve_kernel,
+    take_compiled_code,
+)
 from ..sharding.coverage import Gradients
-from ..sharding.errors import CheckpointRestoreNeededError, PlacementError
+from ..sharding.errors import CheckpointRestoreNeededError, IncarnationError, PlacementError
 from ..sharding.folder import Destination
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, ShardFile
@@ -23,6 +30,7 @@ from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
+from ..sharding.world import World
 from .ahead import Ahead
 from .arrangement import Arrangement
 from .changes import Change, Changes
@@ -30,6 +38,7 @@ from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .epochs import Fence, change_of_coordinator, of_coordinator
 from .knowledge import ShardReport
+from .logs import Context, begin_logs
 from .mappings import Mappings
 from .meeting import Meeting
 from .messages import (
@@ -41,8 +50,10 @@ from .messages import (
     unpack_job,
     values_from_wire,
 )
+from .meter import ShardMeter
 from .redundancy import Redundancy, rebuild
 from .shard_saves import ShardSaves
+from .signals import end_at_sigterm
 from .steps import Steps
 from .workers import Worker
 
@@ -62,6 +73,7 @@ class CoordinatedShard:
         torch.set_num_threads(max(1, round(config.num_cpus_per_shard)))
         self._meetings: dict[Generation, Meeting] = {}
         self.fence, self._changes = Fence(shard), Changes(shard)
+        end_at_sigterm()
         # Not so where a test has an actor in its own process.
         self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self._redundancy = Redundancy(
@@ -72,8 +84,13 @@ class CoordinatedShard:
         )
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
+        if ray.is_initialized():
+            steps = self._steps
+            begin_logs(config.log_format, self._log_context)
+            ShardMeter(config.name, shard, steps.tally, lambda: (steps.shard, steps.generation)).begin()
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
         self._ahead = Ahead()
+        self._is_in_office = False
 
     # The coordinator's death; see Note: Epochs
 
@@ -102,7 +119,8 @@ class CoordinatedShard:
         """Leave the last group and form that of ``generation`` with all ``shards``."""
         peers = [shard for index, shard in enumerate(shards) if index != self._index]
         self._steps.leave_group(generation, peers)
-        self._meetings = {each: meeting for each, meeting in self._meetings.items() if each >= generation}
+        for earlier in [each for each in self._meetings if each < generation]:
+            self._meetings.pop(earlier).end()
         meeting = self._meetings.setdefault(generation, Meeting())
 
         def tell(key: str, value: bytes) -> None:
@@ -146,6 +164,12 @@ class CoordinatedShard:
         return kernel
 
     @of_coordinator
+    async def kernel_identity(self, kernel: Kernel) -> str:
+        """What the bits of such kernels depend on here."""
+        identity: str = await self._steps.compute(lambda: kernel_identity(self._device, kernel))
+        return identity
+
+    @of_coordinator
     async def compile(self, job: bytes) -> bytes:
         """Compile a job's kernels; returns their code, for the other shards. Called on shard 0 alone."""
         spec = unpack_job(job)
@@ -164,24 +188,33 @@ class CoordinatedShard:
         await self._steps.compute(lambda: self._lay_out(spec, code, timeline=0))
 
     @change_of_coordinator
-    async def admit(self, workers: Mapping[int, Worker]) -> None:
-        """Let workers' processes push, by rank; all or none."""
+    async def admit(self, workers: Mapping[int, Worker], world: World | None = None) -> None:
+        """Let workers' processes push, by rank; all or none.
+
+        Args:
+            workers: The workers.
+            world: Whom steps wait for then, if that changes; the service is held meanwhile.
+        """
         for rank in self._admit(workers):
             self._mappings.forget(rank)
             self._ahead.forget(rank)
-        await self._redundancy.admit(self._steps.job())
+            replaced = f"rank {rank}: another process has registered as this rank since; end this one"
+            self._steps.withdraw(rank, IncarnationError(replaced))
+        await self._set_world(world)
 
     @change_of_coordinator
-    async def leave(self, rank: int) -> None:
-        """Note that a worker has said goodbye."""
-        self._steps.job().members.leave(rank)
-        await self._redundancy.admit(self._steps.job())
+    async def leave(self, ranks: Sequence[int], world: World | None = None) -> None:
+        """Note that workers have said goodbye; ``world`` as for :meth:`admit`."""
+        for rank in ranks:
+            self._steps.job().members.leave(rank)
+        await self._set_world(world)
         await self._steps.copy_at_rest()
 
     @change_of_coordinator
     async def set_workers(self, world_size: int, gradients: Gradients) -> None:
-        """Change number and kind of the workers."""
+        """Change number and kind of the workers, all of whom have left; the service is held meanwhile."""
         self._steps.job().set_workers(world_size, gradients)
+        await self._copy()
 
     # Its state; called by the coordinator. See Note: Changes that are all or nothing
 
@@ -230,10 +263,11 @@ class CoordinatedShard:
         job: bytes,
         code: bytes,
         workers: Mapping[int, Worker],
+        world: World | None,
     ) -> None:
         """Prepare to take the state of a checkpoint that all shards have verified, as ``job``.
 
-        A shard without a job, or cut otherwise, lays it out.
+        A shard without a job, or cut otherwise, lays it out. Steps then wait for ``world``, or all ranks of the job.
         """
         spec, checkpoint = unpack_job(job), Manifest.unpack(manifest, uri)
 
@@ -242,6 +276,8 @@ class CoordinatedShard:
             if shard is None or shard.spec != spec:
                 self._lay_out(spec, code, timeline=timeline - 1)
                 self._admit(workers)
+            if world is not None:
+                self._steps.job().set_world(world)
             with CheckpointReader(uri, checkpoint) as reader:
                 self._steps.job().load(reader.source(), timeline=timeline)
 
@@ -258,8 +294,8 @@ class CoordinatedShard:
     # Coming back; called by the coordinator. See Note: What survives a shard
 
     async def linger(self) -> None:
-        """Never answer: who waits for this is told when the shard's process ends."""
-        await asyncio.Event().wait()
+        """Answer when this shard is cut off from the others; who waits is also told when the shard's process ends."""
+        await self._steps.until_cut_off()
 
     async def node(self) -> str:
         """Ray's id of the node that this shard is on."""
@@ -274,7 +310,11 @@ class CoordinatedShard:
 
     @change_of_coordinator
     async def rebuild(self) -> bool:
-        """Become what the process before this one was; whether any keeper knows."""
+        """Become what the process before this one was; whether any keeper knows.
+
+        Raises:
+            KernelError: If it would go on with other bits, on a machine of another kind.
+        """
         found = await self._redundancy.fetch()
         if not found:
             return False
@@ -283,6 +323,8 @@ class CoordinatedShard:
 
         def rebuild_from() -> Shard:
             shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
+            whose = f"shard {self._index}, started again,"
+            require_same_kernels(kept.status.kernel_identity, shard.status().kernel_identity, whose=whose)
             rebuild(shard, kept, segment)
             return shard
 
@@ -368,10 +410,19 @@ class CoordinatedShard:
 
     # Within
 
+    async def _set_world(self, world: World | None) -> None:
+        """Have steps wait for other ranks, and the keeper know of these and of the workers."""
+        shard = self._steps.job()
+        if world is None or world == shard.world:
+            await self._redundancy.admit(shard)
+        else:
+            self._steps.set_world(world)
+            await self._copy()
+
     async def _copy(self) -> None:
         """Have the keeper know the state as it is, before anybody is told that it is so."""
-        if self._redundancy.is_on:
-            shard = self._steps.whole_job()
+        shard = self._steps.job()
+        if self._redundancy.is_on and shard.is_whole:
             await self._redundancy.copy_now(shard, await self._steps.compute(lambda: self._redundancy.moment(shard)))
 
     def _report(self) -> ShardReport:
@@ -388,7 +439,13 @@ class CoordinatedShard:
             saves=self._saves.under_way,
             saved=self._saves.saved,
             was_restarted=self._was_restarted,
+            is_in_office=self._is_in_office,
         )
+
+    def _log_context(self) -> Context:
+        shard = self._steps.shard
+        step, generation = 0 if shard is None else shard.history.num_steps, str(self._steps.generation)
+        return {"service": self._config.name, "shard": self._index, "step": step, "generation": generation}
 
     def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:
         """Make a shard without parameters in place of the one before; in the thread for arithmetic."""
@@ -399,8 +456,10 @@ class CoordinatedShard:
         self._redundancy.lay_out(code)
         take_compiled_code(code)
         warm_up(spec, self._device)
-        place = {"shard": self._index, "num_shards": self._config.num_shards}
-        return Shard(spec, **place, device=self._device, timeline=timeline)
+        config = self._config
+        world = World(tuple(range(spec.world_size)), is_elastic=config.elastic, timeout_s=config.worker_timeout_s)
+        place = {"shard": self._index, "num_shards": config.num_shards}
+        return Shard(spec, **place, device=self._device, timeline=timeline, world=world)
 
     def _admit(self, workers: Mapping[int, Worker]) -> list[int]:
         """Admit workers; the ranks that have another process now."""

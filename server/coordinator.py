@@ -10,23 +10,27 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
-from ..sharding.errors import NotRegisteredError, ServiceTimeoutError, ShardLostError
+from ..sharding.errors import ServiceTimeoutError, ShardLostError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
 from ..sharding.saved import SavedCheckpoint
 from .collective import NO_GENERATION
-from .config import NAMESPACE, ServiceConfig
+from .config import ServiceConfig
+from .draining import Draining
 from .keepers import Keepers
 from .knowledge import Knowledge, ServiceStatus
+from .logs import Context, begin_logs
 from .messages import LoadHeader, Registration, pack_job, unpack_job
+from .resizing import OneSet, Resizing, ShardSets
 from .roster import Roster
 from .saves import Saves
+from .shard_sets import SetsInRay
 from .shards import POLL_S, Shards
 from .takeover import finish_changes
 from .two_phase import change_state
@@ -49,6 +53,7 @@ class Coordinator:
         shards: The shards' handles, by index.
         keepers: The keepers', by index.
         is_first: Whether the service has had no coordinator before.
+        sets: Where other sets of shards come from; None if there are none but these.
         resign: Called when the shards obey another coordinator.
     """
 
@@ -59,6 +64,7 @@ class Coordinator:
         *,
         keepers: Sequence[Any] = (),
         is_first: bool = True,
+        sets: ShardSets | None = None,
         resign: Callable[[], None] = end_process,
     ) -> None:
         self._config, self._is_first = config, is_first
@@ -69,6 +75,18 @@ class Coordinator:
         self._saves = Saves(self._shards, self._changing, self._roster.require_spec)
         self._taking_over: asyncio.Task[None] | None = None
         self._watch = Watch(config, self._shards, self._keepers, self._changing, self._what_is_there)
+        sets = sets or OneSet()
+        self._resizing = Resizing(
+            self._shards,
+            self._keepers,
+            sets,
+            saves=self._saves,
+            watch=self._watch,
+            changing=self._changing,
+            known=lambda: self._known,
+            resign=resign,
+        )
+        self._draining = Draining(self._resizing, sets)
 
     @property
     def _known(self) -> Knowledge:
@@ -97,8 +115,14 @@ class Coordinator:
                 return
 
     async def describe(self) -> tuple[ServiceConfig, list[Any]]:
-        """The settings and the shards' handles."""
-        return self._config, self._shards.handles
+        """The settings and the shards' handles, at once."""
+        return self._shards.config, self._shards.handles
+
+    async def locate(self) -> tuple[ServiceConfig, list[Any]]:
+        """As :meth:`describe`, once no others are about to take their place."""
+        await self.start()
+        async with self._changing:
+            return await self.describe()
 
     async def register(self, job: bytes, rank: int, incarnation: str, holdings: bytes) -> Registration:
         """Register a worker; the first one's job is the service's, every other must be the same.
@@ -106,13 +130,15 @@ class Coordinator:
         With a sharded model it returns when all ranks are in and cover every parameter exactly once. Else it returns as
         soon as rank 0 may send its parameters; other ranks wait with :meth:`wait_for_timeline`.
 
+        A rank that is new in an elastic job is waited for from the next step on.
+
         Raises:
             JobMismatchError: Naming the first difference.
             CoverageError: If the ranks leave a gap, or overlap.
             UnknownRankError: If the rank is not below the world size.
         """
         await self.start()
-        return await self._roster.register(unpack_job(job), rank, Worker(incarnation, holdings))
+        return await self._roster.register(job, rank, Worker(incarnation, holdings))
 
     async def wait_for_timeline(self, after: int, timeout_s: float) -> Registration:
         """Wait until the service is on a later timeline than ``after``: what other ranks do while rank 0 loads."""
@@ -122,16 +148,12 @@ class Coordinator:
             if asyncio.get_running_loop().time() > deadline:
                 raise ServiceTimeoutError(f"rank 0 did not load its state within {timeout_s:g} s")
             await asyncio.sleep(POLL_S)
-        async with self._changing:
-            return await self._roster.registration()
+        return await self._roster.tell()
 
-    async def refresh(self) -> Registration:
-        """Where the service stands now."""
+    async def refresh(self, rank: int, incarnation: str) -> Registration:
+        """Where the service stands now; an elastic job that goes on without this worker waits for it again."""
         await self.start()
-        async with self._changing:
-            if not self._known.is_loaded:
-                raise NotRegisteredError(f"service {self._config.name!r} has no job yet")
-            return await self._roster.registration()
+        return await self._roster.refresh(rank, incarnation)
 
     async def load(self, values: Sequence[Any], header: LoadHeader, request: str) -> Registration:
         """Load a state that rank 0 holds, beginning a new timeline.
@@ -197,6 +219,16 @@ class Coordinator:
                 tell_of_other_kernels(manifest, (await self._shards.statuses())[0].kernel_identity, uri)
             return await self._roster.registration()
 
+    async def resize(self, num_shards: int, avoid: Sequence[str], request: str) -> None:
+        """Go on with other shards, see :meth:`Resizing.to`."""
+        await self.start()
+        await self._resizing.to(num_shards, request, avoid)
+
+    async def drain(self, node: str, request: str) -> bool:
+        """Go on without shards on a node, see :meth:`Resizing.leave`."""
+        await self.start()
+        return await self._resizing.leave([node], request)
+
     async def begin_save(self, save_id: str, uri: str, keep_last: int | None = None) -> tuple[bool, str, int]:
         """Keep the state as it is between two steps, and begin to write it while steps go on.
 
@@ -224,18 +256,19 @@ class Coordinator:
         """Where the service stands."""
         await self.start()
         return ServiceStatus(
-            self._config,
+            self._shards.config,
             self._known.spec,
             self._shards.generation,
             self._shards.epoch,
             await self._shards.statuses_now(),
             await self._keepers.holdings(),
+            self._watch.recoveries,
         )
 
-    async def leave(self, rank: int) -> None:
-        """A worker says goodbye."""
+    async def leave(self, rank: int, incarnation: str) -> None:
+        """A worker says goodbye; from the next step on an elastic job does not wait for it."""
         await self.start()
-        await self._roster.leave(rank)
+        await self._roster.leave(rank, incarnation)
 
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """Wait until all of ``ranks`` have said goodbye; whether they did within ``timeout_s``."""
@@ -245,6 +278,7 @@ class Coordinator:
     async def _take_over(self) -> None:
         """Learn from the shards where the service stands, and bring to an end what another coordinator began."""
         shards = self._shards
+        await self._resizing.decide()
         reports = await shards.claim()
         try:
             self._roster.known = Knowledge.of(reports, is_first=self._is_first)
@@ -261,6 +295,8 @@ class Coordinator:
         finally:
             await shards.release()
         self._watch.begin()
+        if shards.config.detached:
+            self._draining.begin()
 
     def _what_is_there(self) -> tuple[bool, SavedCheckpoint | None]:
         """Whether there is a job, and the last checkpoint that was saved of it."""
@@ -281,7 +317,7 @@ class Coordinator:
         await self._shards.all("verify", uri, manifest, what=f"the shards to verify {uri}")
         is_new = spec != self._known.spec or None in await self._shards.statuses_now()
         code = await self._roster.compile(spec) if is_new else b""
-        args = uri, manifest, pack_job(spec), code, self._known.workers
+        args = uri, manifest, pack_job(spec), code, self._known.workers, await self._roster.world()
         rest = self._shards.stop
         await change_state(self._shards, self._known, "prepare_restore", *args, request=request, rest=rest, spec=spec)
 
@@ -289,14 +325,15 @@ class Coordinator:
 class CoordinatorActor(Coordinator):
     """A coordinator as a Ray actor: it takes the shards over whenever it is started, whether anybody calls or not."""
 
-    def __init__(self, config: ServiceConfig, num_keepers: int) -> None:
+    def __init__(self, config: ServiceConfig) -> None:
         # Not handed over: many handles would lie in the object store, and be lost with the process that launched it.
-        shards = _actors(map(config.shard_name, range(config.num_shards)))
-        keepers = _actors(map(config.keeper_name, range(num_keepers)))
-        context = ray.get_runtime_context()
-        super().__init__(config, shards, keepers=keepers, is_first=not context.was_current_actor_reconstructed)
+        context, sets = ray.get_runtime_context(), SetsInRay(config)
+        oldest = next(found for found in sets.found_now() if found.is_whole)
+        is_first = not context.was_current_actor_reconstructed
+        super().__init__(oldest.config, oldest.shards, keepers=oldest.keepers, is_first=is_first, sets=sets)
+        begin_logs(oldest.config.log_format, self._log_context)
         context.current_actor.persist.remote()
 
-
-def _actors(names: Iterable[str]) -> list[Any]:
-    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+    def _log_context(self) -> Context:
+        epoch, generation = self._shards.epoch, str(self._shards.generation)
+        return {"service": self._config.name, "coordinator": epoch, "generation": generation}

@@ -27,6 +27,14 @@ class Keepers:
     def __init__(self, handles: Sequence[Any], shards: Shards, redundancy: int) -> None:
         self._handles, self._shards, self._redundancy = list(handles), shards, redundancy
 
+    def beside(self, handles: Sequence[Any], shards: Shards) -> Keepers:
+        """Those of another set of shards."""
+        return Keepers(handles, shards, self._redundancy)
+
+    def become(self, other: Keepers) -> None:
+        """Be those of another set, which the shards of this object have become."""
+        self._handles = other._handles
+
     def __len__(self) -> int:
         return len(self._handles)
 

@@ -10,10 +10,12 @@ from typing import Any
 from ..sharding.job import JobSpec
 from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
+from ..sharding.world import World
 from .changes import NUM_REMEMBERED
 from .collective import NO_GENERATION, Generation
 from .config import ServiceConfig
 from .keeper import Holding
+from .recoveries import Recoveries
 from .shard_saves import SaveUnderWay
 from .workers import Worker
 
@@ -33,6 +35,7 @@ class ShardReport:
         saves: The saves that it has a part in, by their names.
         saved: The checkpoint that was completed last, if this shard knows.
         was_restarted: Whether another process was this shard before.
+        is_in_office: Whether its set has taken another one's place, and this process was told so.
     """
 
     job: JobSpec | None
@@ -45,11 +48,22 @@ class ShardReport:
     saves: Mapping[str, SaveUnderWay]
     saved: SavedCheckpoint | None
     was_restarted: bool
+    is_in_office: bool = False
 
     @property
     def timeline(self) -> int:
         """The one that it is on; 0 before it has a state."""
         return 0 if self.status is None else self.status.timeline
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """Timeline and sequence number; zeros without a job."""
+        return (0, 0) if self.status is None else (self.status.timeline, self.status.sequence)
+
+    @property
+    def world(self) -> World | None:
+        """The ranks that its next step waits for; None without a job."""
+        return None if self.status is None else self.status.world
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +77,7 @@ class ServiceStatus:
         epoch: Of the coordinator.
         shards: Every shard's status; None of one without a job.
         holdings: What each keeper that answers has, by keeper and shard.
+        recoveries: Of shards, by this coordinator.
     """
 
     config: ServiceConfig
@@ -71,6 +86,7 @@ class ServiceStatus:
     epoch: int
     shards: Sequence[ShardStatus | None]
     holdings: Mapping[int, Mapping[int, Holding]]
+    recoveries: Recoveries
 
     def redundancy(self) -> list[dict[str, dict[str, Any]]]:
         """For each shard what its keepers hold, by the keepers' numbers, as plain values."""

@@ -52,6 +52,7 @@ class Registration:
         spec: The job as the service runs it, packed.
         timeline, sequence, step, skipped_steps: Where the service stands.
         scalars: The rule's scalars.
+        ranks: Whom the next step waits for, ascending.
         needs_parameters: Rank 0 is to send its parameters; the others wait for them.
     """
 
@@ -61,6 +62,7 @@ class Registration:
     step: int
     skipped_steps: int
     scalars: Mapping[str, float]
+    ranks: tuple[int, ...]
     needs_parameters: bool
 
 
@@ -155,6 +157,7 @@ def unpack_push(data: bytes) -> PushHeader:
         grad_scale=_field(fields, "grad_scale", lambda value: _is_positive(value) and _is_finite(value)),
         found_inf=_field(fields, "found_inf", lambda value: isinstance(value, bool)),
         max_abs=_field(fields, "max_abs", lambda value: value is None or (_is_finite(value) and value >= 0)),
+        loss=_field(fields, "loss", lambda value: value is None or _is_float(value)),
     )
 
 

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
-from ..sharding.errors import StepwellError
+from ..sharding.errors import AttemptError, StepwellError
+from ..sharding.push import PushKey
 from ..sharding.reports import StepResult
 
 Outcome = StepResult | StepwellError
-PushKey = tuple[int, int, str, int]
-"""Timeline, sequence number, incarnation and attempt."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Promise:
+    """What the sender of a push is told: what comes of its step, unless another push takes this one's place."""
+
+    key: PushKey
+    of_step: asyncio.Future[Outcome]
+    told: asyncio.Future[Outcome]
+
+    def keep(self, of_step: asyncio.Future[Outcome]) -> None:
+        """Tell it."""
+        self.told.set_result(of_step.result())
 
 
 class Outcomes:
-    """What will be told to those who wait: of the step under way, of the next one, of each rank's push."""
+    """What will be told to those who wait: of the step under way, of the next one, of each rank's push.
+
+    One push of each rank waits. So who tries a step again and again while another rank is slow leaves nothing behind.
+    """
 
     def __init__(self) -> None:
         self._of_step: asyncio.Future[Outcome] | None = None
         self._of_next: asyncio.Future[Outcome] | None = None
-        self._of_push: dict[int, tuple[PushKey, asyncio.Future[Outcome]]] = {}
+        self._of_push: dict[int, _Promise] = {}
 
     @property
     def next(self) -> asyncio.Future[Outcome]:
@@ -35,11 +51,20 @@ class Outcomes:
 
     def promise(self, rank: int, key: PushKey) -> asyncio.Future[Outcome]:
         """Of a push that was taken in for the next step; a repeat is told what the first one is."""
-        known, outcome = self._of_push.get(rank, (None, None))
-        if outcome is None or outcome.done() or known != key:
-            outcome = self.next
-            self._of_push[rank] = key, outcome
-        return outcome
+        held = self._of_push.get(rank)
+        if held is None or held.of_step.done() or held.told.done() or held.key != key:
+            self.withdraw(rank, AttemptError(f"rank {rank}: a newer attempt at this step has come; that one counts"))
+            held = _Promise(key, self.next, asyncio.get_running_loop().create_future())
+            held.of_step.add_done_callback(held.keep)
+            self._of_push[rank] = held
+        return held.told
+
+    def withdraw(self, rank: int, error: StepwellError) -> None:
+        """Tell an error to who waits with a rank's push for the step that has not begun: it is not held any more."""
+        held = self._of_push.get(rank)
+        if held is not None and held.of_step is self._of_next and not held.told.done():
+            held.of_step.remove_done_callback(held.keep)
+            held.told.set_result(error)
 
     def begin(self) -> asyncio.Future[Outcome]:
         """The next step is under way now; whoever runs it sets what is returned."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..sharding.copies import CopiedPiece, pieces_of, read_copy, size_of, write_copy
 from ..sharding.errors import ServiceTimeoutError, StepwellError
 from ..sharding.owned_state import Replicated
-from ..sharding.push import Push, PushHeader
+from ..sharding.push import Push, PushHeader, PushKey
 from ..sharding.recovery import LoggedStep
 from ..sharding.segments import ALIGNMENT, Segment, Span, allocate
 from ..sharding.shard import Shard
@@ -49,6 +49,7 @@ class Redundancy:
 
     Attributes:
         may_come_back: As above.
+        code: The job's compiled kernels; empty if they are not compiled, or there is no job.
         is_on: Whether there are keepers; without, nothing here does anything.
     """
 
@@ -59,8 +60,8 @@ class Redundancy:
         self._lines: dict[int, KeeperLine] = {}
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
         self._memories: list[tuple[Segment, Tensor]] = []
-        self._code = b""
-        self._received: dict[tuple[int, str, int], Received] = {}
+        self.code = b""
+        self._received: dict[int, tuple[PushKey, Received]] = {}
         self._copying: asyncio.Task[None] | None = None
         self._progress = asyncio.Event()
         self._was_told = False
@@ -80,7 +81,7 @@ class Redundancy:
 
     def lay_out(self, code: bytes) -> None:
         """Take note of a new job; there is no copy of it yet."""
-        self._code, self._memories = code, []
+        self.code, self._memories = code, []
         for line in self._lines.values():
             line.reset()
 
@@ -91,9 +92,10 @@ class Redundancy:
     # Steps
 
     def receive(self, header: PushHeader, push: Received) -> None:
-        """Keep a push as it came, until its step begins."""
-        if self.is_on:
-            self._received[header.rank, header.incarnation, header.attempt] = push
+        """Keep a push that was taken in as it came, until its step begins: of each rank the last one, no repeat."""
+        known, _ = self._received.get(header.rank, (None, None))
+        if self.is_on and known != header.key:
+            self._received[header.rank] = header.key, push
 
     async def log(self, shard: Shard, pushes: Sequence[Push]) -> None:
         """Have a step logged that the shard is about to vote on.
@@ -101,10 +103,11 @@ class Redundancy:
         If there is no keeper that could, the step is taken all the same, and a copy is made after it.
         """
         received, self._received = self._received, {}
-        if not self._logging or len(pushes) < shard.spec.world_size:
+        may_be_taken = len(pushes) == shard.world.size or (pushes and shard.world.is_elastic)
+        if not self._logging or not may_be_taken:
             return
-        keys = ((push.header.rank, push.header.incarnation, push.header.attempt) for push in pushes)
-        entry = shard.timeline, shard.sequence + 1, [received[key] for key in keys], tuple(shard.history.last_sums)
+        came = [received[push.header.rank][1] for push in pushes]
+        entry = shard.timeline, shard.sequence + 1, came, tuple(shard.history.last_sums)
         await asyncio.gather(*(self._or_lose(line, line.log(*entry)) for line in self._logging))
 
     def kept_from(self, rank: int, sequence: int) -> int:
@@ -206,7 +209,7 @@ class Redundancy:
         workers, left = _workers_of(shard)
         kept = Copy(
             pack_job(shard.spec),
-            self._code,
+            self.code,
             status,
             moment.replicated,
             workers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any, Generic, TypeVar
 
 from ..sharding.errors import ServiceTimeoutError
@@ -34,8 +34,14 @@ class Rendezvous(Generic[Brought, Result]):
         """Drop what a rank brought: another process has taken its place."""
         self._brought.pop(rank, None)
 
-    async def arrive(self, rank: int, brought: Brought, *, world_size: int, timeout_s: float) -> Result:
+    async def arrive(self, rank: int, brought: Brought, *, ranks: Collection[int], timeout_s: float) -> Result:
         """Wait for the other ranks, then for the result. A rank that comes again replaces what it brought.
+
+        Args:
+            rank: Who arrives.
+            brought: With what.
+            ranks: All that are to come.
+            timeout_s: How long it waits for them.
 
         Raises:
             ServiceTimeoutError: If ranks are missing after ``timeout_s``; the message names them.
@@ -44,14 +50,14 @@ class Rendezvous(Generic[Brought, Result]):
             self._acting = asyncio.get_running_loop().create_future()
         acting = self._acting
         self._brought[rank] = mine = (brought,)
-        if len(self._brought) == world_size:
+        if self._brought.keys() >= set(ranks):
             everything = {rank: its for rank, (its,) in self._brought.items()}
             self._brought, self._acting = {}, None
             acting.set_result(asyncio.create_task(self._act(everything)))
         try:
             task = await asyncio.wait_for(asyncio.shield(acting), timeout_s)
         except TimeoutError as error:
-            missing = sorted(set(range(world_size)) - self._brought.keys())
+            missing = sorted(set(ranks) - self._brought.keys())
             if self._brought.get(rank) is mine:
                 del self._brought[rank]
             raise ServiceTimeoutError(f"waited {timeout_s:g} s for {self._what}; missing ranks: {missing}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from ..sharding.errors import CheckpointError, StepwellError
 from ..sharding.folder import Destination, is_of_save
@@ -76,6 +76,13 @@ class Saves:
             raise CheckpointError(
                 f"{uri}: the save did not outlive the service's coordinator, which was started again; save again"
             )
+
+    @contextlib.asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """Within this block no save is under way, and none begins. To be entered before ``changing`` is held."""
+        async with self._beginning:
+            await self._wait_for_last()
+            yield
 
     async def _wait_for_last(self) -> None:
         """Wait until nothing is written; what came of it is told to who asks for it."""

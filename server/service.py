@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from typing import Any, Literal, overload
 
 import ray
 
+from ..sharding.chronicle import Columns
 from ..sharding.compiling import KernelChoice
 from ..sharding.errors import StepwellError
 from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
-from . import cluster
-from .calls import ask
-from .config import Placement, ServiceConfig, default_kernel
+from . import access, cluster
+from .calls import ask, wait_for
+from .config import Placement, ServiceConfig, default_kernel, default_log_format
 from .knowledge import ServiceStatus
+from .shard_sets import find_actor, find_node
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
-from .starting import actor_names, cut_short, end_actors, exists, find_actor, not_found, service_names, start_actors
+from .starting import cut_short, end_service, exists, not_found, service_names, start_actors
 
 
 class Service:
@@ -52,10 +55,13 @@ class Service:
 
         Returns:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
-            ``restarts``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards`` what those
-            have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps after it,
-            ``size_bytes``; with a job also ``rule``, ``world_size``, ``num_params``, ``numel``, ``step``,
-            ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per shard.
+            ``restarts``; ``elastic``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards``
+            what those have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps
+            after it, ``size_bytes``; ``recoveries`` of shards since: their ``count``, and of the ``last`` one the
+            ``seconds`` by part, see :class:`stepwell.server.watch.Recovery`; with a job also ``rule``, ``world_size``,
+            the ``ranks`` that the next step waits for, ``excluded`` (rank to the step from which on the job goes on
+            without it), ``num_params``, ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``,
+            ``scalars``, ``kernel`` and ``size_bytes`` per shard.
         """
         found: ServiceStatus = self.ask("status", what="its status")
         config, spec, shards = found.config, found.spec, found.shards
@@ -65,7 +71,9 @@ class Service:
             "generation": str(found.generation),
             "epoch": found.epoch,
             "restarts": found.epoch - 1,
+            "elastic": config.elastic,
             "redundancy": {"wanted": config.redundancy, "shards": found.redundancy()},
+            "recoveries": dataclasses.asdict(found.recoveries),
         }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}
@@ -73,7 +81,9 @@ class Service:
         return {
             **fields,
             "rule": spec.rule.name,
-            "world_size": spec.world_size,
+            "world_size": first.world.size,
+            "ranks": list(first.world.ranks),
+            "excluded": dict(first.world.excluded),
             "num_params": len(spec.params),
             "numel": sum(param.numel for param in spec.params),
             "step": first.step,
@@ -84,6 +94,30 @@ class Service:
             "kernel": first.kernel_identity,
             "size_bytes": [0 if shard is None else shard.size_bytes for shard in shards],
         }
+
+    def history(self, last: int | None = None) -> Columns:
+        """What each step brought, from the first on that led to the present state.
+
+        When there are about a thousand rows every second one goes, and so on: the whole run stays, at a coarser grain,
+        and the last step always. Begins with this service: a checkpoint holds none of it.
+
+        Args:
+            last: How many rows, from the end; None for all.
+
+        Returns:
+            A list for each column, NaN where it is not known. ``step``; ``time_s`` (Unix time); ``timeline``,
+            ``sequence`` and ``skipped_steps`` so far; how many ``workers``; ``loss``, if
+            :meth:`stepwell.ServiceOptimizer.report` was told; ``grad_norm``, if a limit is set; ``lr``, and the rule's
+            scalars such as ``d``, with several groups ``lr[0]``, ...; seconds of the first shard by phase:
+            ``gather_s``, ``log_s``, ``vote_s``, ``reduce_s``, ``apply_s``. Empty before the first step.
+
+        Raises:
+            ServiceError: If the first shard does not answer.
+        """
+        _, (first, *_) = self.ask("describe", what="its shards")  # others than before, it may be
+        what = f"service {self.name!r}: its history"
+        columns: Columns = wait_for([first.chronicle.remote(last)], timeout_s=FORMING_TIMEOUT_S, what=what)[0]
+        return columns
 
     @overload
     def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...
@@ -142,6 +176,49 @@ class Service:
         step: int = self.ask("restore", uri, uuid.uuid4().hex, what=f"the checkpoint {uri}").step
         return step
 
+    def resize(self, num_shards: int) -> None:
+        """Go on with another number of shards, between two steps: parameters and state are the same to the bit.
+
+        Called by one process, at any time. The new shards start beside the present ones, while steps go on; then all
+        of the state goes over, and the present ones end. Workers see a pause and a line in the log.
+
+        Raises:
+            PlacementError: If the cluster has no room for the new shards beside the present ones. Nothing has changed.
+            ServiceError: If the new shards could not take over, or the service has no name. Nothing has changed.
+            NotRegisteredError: If the job has no parameters yet. Nothing has changed.
+            ValueError: If ``num_shards`` is less than 1.
+        """
+        dataclasses.replace(self.config, num_shards=num_shards)  # checks it
+        what = f"{num_shards} new shards to take over"
+        self.ask("resize", num_shards, (), uuid.uuid4().hex, what=what)
+        self.find_shards()
+
+    def drain(self, node: str) -> bool:
+        """Move the shards of a node to others, between two steps, as for :meth:`resize`; the node may go then.
+
+        Nodes that Ray is told to drain (``ray drain-node``, an autoscaler's or a cloud's notice) are left without being
+        asked for. Called by one process, at any time.
+
+        Args:
+            node: The node's id in Ray, the beginning of that, its address or its host's name.
+
+        Returns:
+            Whether there were any shards on it.
+
+        Raises:
+            PlacementError: If there is no such node, or no room on others. Nothing has changed.
+            ServiceError, NotRegisteredError: As for :meth:`resize`.
+        """
+        node_id = find_node(node)
+        moved: bool = self.ask("drain", node_id, uuid.uuid4().hex, what=f"shards to move away from node {node}")
+        self.find_shards()
+        return moved
+
+    def find_shards(self) -> list[Any]:
+        """Handles of the shards that the service has now, which are :attr:`shards` then."""
+        self.config, self.shards = self.ask("locate", what="its shards")
+        return self.shards
+
     def checkpoints(self, uri: str) -> list[Checkpoint]:
         """The complete checkpoints in a run's folder, the one that was written last at the end.
 
@@ -161,8 +238,7 @@ class Service:
             return
         if self._pending is not None:
             self._pending.finish()
-        keepers = map(find_actor, actor_names(f"{self.name}/keeper-"))
-        end_actors([actor for actor in (self.coordinator, *keepers, *self.shards) if actor is not None], self.name)
+        end_service(self.name)
         if self._owns_ray and not [name for name in service_names() if name != self.name]:
             ray.shutdown()
 
@@ -184,6 +260,7 @@ def launch(
     worker_timeout_s: float = 1800.0,
     placement_timeout_s: float = 60.0,
     redundancy: int = 1,
+    elastic: bool = False,
 ) -> Service:
     """Start a service.
 
@@ -204,6 +281,9 @@ def launch(
         redundancy: How many keepers, processes beside the shards, hold a copy of each shard's state and the last steps'
             gradients in memory, on other nodes where shards are on several: with 1 or 2, what a shard holds survives
             the shard. 0: a shard that dies takes the service back to its last checkpoint.
+        elastic: Whether workers may join and leave between steps, for gradients that are local to ranks. A worker that
+            does not push within ``worker_timeout_s`` is then excluded and the step taken without it; else the step is
+            given up on all, with a :class:`MissingRankError` that names it. See *Note: Elastic jobs* in docs/design.md.
 
     Raises:
         ServiceExistsError: If there is a service of this name.
@@ -223,6 +303,8 @@ def launch(
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,
         redundancy=redundancy,
+        elastic=elastic,
+        log_format=default_log_format(),
     )
     owns_ray = name is None and not ray.is_initialized()
     if owns_ray:
@@ -272,8 +354,7 @@ def end(name: str, *, address: str | None = None) -> None:
     cluster.attach(address)
     if not exists(name):
         raise not_found(name)
-    found = map(find_actor, actor_names(f"{name}/"))
-    end_actors([actor for actor in found if actor is not None], name)
+    end_service(name)
 
 
 def _restore_or_end(service: Service, uri: str) -> None:
@@ -285,8 +366,8 @@ def _restore_or_end(service: Service, uri: str) -> None:
 
 
 def describe_for_peers(service: Service) -> dict[str, str]:
-    """What another process of this host needs to find ``service``: the cluster's address and the service's name."""
-    return {"address": cluster.address(), "name": service.name}
+    """What another process of this host needs to find ``service``: the cluster's address and token, and its name."""
+    return {"address": cluster.address(), "token": access.shown_token(), "name": service.name}
 
 
 __all__ = ["Service", "connect", "describe_for_peers", "end", "launch", "service_names"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
+from ..sharding.chronicle import Columns
 from ..sharding.delivery import Sink
 from ..sharding.errors import SegmentError, StepwellError
 from ..sharding.layout import dtype_from_name
@@ -14,7 +15,6 @@ from ..sharding.reports import ShardStatus
 from ..sharding.segments import open_segment
 from ..sharding.vote import Decision
 from .collective import Generation
-from .coordinated_shard import CoordinatedShard
 from .keeper_line import Received
 from .messages import (
     Target,
@@ -27,10 +27,11 @@ from .messages import (
     unpack_target,
 )
 from .outcomes import Outcome
+from .succeeding_shard import SucceedingShard
 
 
-class ShardActor(CoordinatedShard):
-    """A coordinated shard with what workers call: see :class:`CoordinatedShard` for its arguments."""
+class ShardActor(SucceedingShard):
+    """A coordinated shard with what workers call; see :class:`CoordinatedShard` for its arguments."""
 
     # Asked by anybody
 
@@ -53,6 +54,10 @@ class ShardActor(CoordinatedShard):
     async def status(self) -> ShardStatus | None:
         """Where the shard stands; None without a job."""
         return None if self._steps.shard is None else self._steps.shard.status()
+
+    async def chronicle(self, last: int | None) -> Columns:
+        """The last rows of the run's history, None for all; empty without a job."""
+        return {} if self._steps.shard is None else self._steps.shard.history.chronicle.columns(last)
 
     # One step; called by workers
 
@@ -107,13 +112,14 @@ class ShardActor(CoordinatedShard):
                 parts = self._mappings.tensors(header.rank, "gradient", exchange.gradient)
             changed = {index: from_wire(wire) for index, wire in (reloaded or {}).items()}
             push = Push(header, parts, changed, self._sink(header.rank, exchange.target))
-            self._redundancy.receive(header, Received(request, parts, exchange.gradient, reloaded or {}))
-            result = await self._steps.take(push, exchange.timeout_s)
+            received = Received(request, parts, exchange.gradient, reloaded or {})
+            result = await self._steps.take(push, received, exchange.timeout_s)
             await self._redundancy.room(shard, exchange.timeout_s)
             is_wanted = result.decision is Decision.COMMIT and push.sink is None
             parameters = self._parameters(header.rank, exchange.target) if is_wanted else []
             return result, parameters, self._redundancy.kept_from(header.rank, header.sequence)
         except StepwellError as error:
+            self._steps.tally.refuse()
             return error, [], 0
 
     async def decided(self, timeline: int, sequence: int, timeout_s: float) -> Outcome | None:
@@ -129,7 +135,7 @@ class ShardActor(CoordinatedShard):
         They are as of after a step or load that is under way.
         """
         wanted, shard = unpack_target(target), self._steps.job()
-        shard.members.require_rank(rank)
+        shard.world.require(rank)
         sink = self._sink(rank, wanted)
 
         def parameters() -> list[WireTensor]:

@@ -18,6 +18,7 @@ from ..sharding.errors import (
     ShardLostError,
     StepwellError,
     TimelineError,
+    UnknownRankError,
 )
 from ..sharding.push import Push
 from ..sharding.recovery import Sums
@@ -25,8 +26,11 @@ from ..sharding.reports import Receipt, ShardStatus, StepResult
 from ..sharding.running import RunningStep
 from ..sharding.shard import Shard
 from ..sharding.vote import Decision
+from ..sharding.world import World
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .countdown import Countdown
+from .keeper_line import Received
+from .meter import Tally
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
 
@@ -48,12 +52,14 @@ class Steps:
         shard: The shard; None without a job.
         collective: The group that it reduces in; None before the first one was formed.
         newest_generation: The last one that it was asked to join.
+        tally: What it has done.
     """
 
     def __init__(self, index: int, timeout_s: float, redundancy: Redundancy) -> None:
         self._index, self._timeout_s, self._redundancy = index, timeout_s, redundancy
         self.shard: Shard | None = None
         self.collective: Collective | None = None
+        self.tally = Tally()
         self._peers: Sequence[Any] = ()
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
@@ -68,6 +74,7 @@ class Steps:
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
         self.newest_generation = NO_GENERATION
+        self._is_cut_off = asyncio.Event()
         self._lost_for_good: CheckpointRestoreNeededError | None = None
 
     @property
@@ -77,8 +84,9 @@ class Steps:
 
     @property
     def usable_generation(self) -> Generation:
-        """As :attr:`generation`, but of a group that was closed :data:`NO_GENERATION` too."""
-        return self.generation if self.collective is not None and self.collective.is_open else NO_GENERATION
+        """As :attr:`generation`, but :data:`NO_GENERATION` too if it was closed, or a step rests until the next one."""
+        is_usable = self.collective is not None and self.collective.is_open and not self._is_cut_off.is_set()
+        return self.generation if is_usable else NO_GENERATION
 
     @property
     def is_stepping(self) -> bool:
@@ -92,7 +100,7 @@ class Steps:
             NotRegisteredError: If it holds no job.
             ShardLostError: If it does not hold it yet, as its process was started again; or never will.
         """
-        if self.shard is None and self._lost_for_good is not None:
+        if self._lost_for_good is not None and (self.shard is None or not self.shard.is_whole):
             raise self._lost_for_good
         if self.shard is None and self._redundancy.may_come_back:
             raise ShardLostError(f"shard {self._index} was lost, and is being brought back")
@@ -133,16 +141,25 @@ class Steps:
             raise ServiceError(f"generation {collective.generation} was given up for {self.newest_generation}")
         self.collective = collective
 
+    async def until_cut_off(self) -> None:
+        """Wait until a step rests, as the group has broken, whether or not a shard has died: until it goes on."""
+        await self._is_cut_off.wait()
+
     async def compute(self, work: Callable[[], Any]) -> Any:
         """Do something in the thread for arithmetic, after what it is at."""
         return await asyncio.get_running_loop().run_in_executor(self._data, work)
 
     # One step
 
-    async def take(self, push: Push, timeout_s: float) -> StepResult:
+    async def take(self, push: Push, received: Received, timeout_s: float) -> StepResult:
         """Keep a push, start the step if it is complete, and wait for what comes of it.
 
         A repeat is told what the first one is; of a step that was taken before, at once.
+
+        Args:
+            push: The push.
+            received: The same, as it came.
+            timeout_s: How long to wait.
 
         Raises:
             RequestError: If the push is refused; nothing has changed.
@@ -152,10 +169,11 @@ class Steps:
         """
         header, shard = push.header, self.job()
         receipt = shard.receive(push)
+        self.tally.take(push)
         if receipt is Receipt.DECIDED:
             return await self._taken(push)
-        key = (header.timeline, header.sequence, header.incarnation, header.attempt)
-        outcome = self._outcomes.promise(header.rank, key)
+        self._redundancy.receive(header, received)
+        outcome = self._outcomes.promise(header.rank, header.key)
         if receipt is Receipt.COMPLETE:
             self._start_if_complete()
         else:
@@ -179,6 +197,10 @@ class Steps:
         if self.is_stepping:
             await self._wait(self._outcomes.first, sequence, timeout_s)
         return self.job().result(timeline, sequence)
+
+    def withdraw(self, rank: int, error: StepwellError) -> None:
+        """Tell who waits with a rank's push that it is not held any more."""
+        self._outcomes.withdraw(rank, error)
 
     def attend(self, generation: Generation, vote: int) -> None:
         """Vote on a step that another shard waits in, now or when this one is free; see :meth:`ShardActor.attend`."""
@@ -224,6 +246,16 @@ class Steps:
             raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
         self._give_up_resting()
 
+    def set_world(self, world: World) -> None:
+        """Have the next step wait for other ranks: as long as ever, for those that are new in it."""
+        shard = self.job()
+        for rank in set(shard.world.ranks) - set(world.ranks):
+            self.withdraw(rank, UnknownRankError(f"rank {rank} has left the job, and its push was dropped"))
+        shard.set_world(world)
+        self._patience.stop()
+        if shard.is_waiting:
+            self._patience.begin()
+
     def release(self) -> None:
         """Go on with steps after a :meth:`hold`."""
         self._held_after = None
@@ -252,7 +284,7 @@ class Steps:
 
     async def load(self, load: Callable[[], None]) -> None:
         """Take a state; no step begins before it is there, and one that rests is given up for it."""
-        self._is_loading = True
+        self._is_loading, self._lost_for_good = True, None
         self._give_up_resting()
         try:
             await self.compute(load)
@@ -268,6 +300,7 @@ class Steps:
     def rest_in(self, step: RunningStep) -> None:
         """Have a step under way, which a shard that was rebuilt has taken up to where it does not know the sums."""
         self._running = step
+        self._is_cut_off.set()
 
     async def rest(self) -> None:
         """Leave the group, in which nothing is summed up any more; a step that is under way ends or rests."""
@@ -299,6 +332,7 @@ class Steps:
         self._outcomes.dismiss(why)
 
     def _give_up_resting(self) -> None:
+        self._is_cut_off.clear()
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -340,7 +374,7 @@ class Steps:
     def _start_if_complete(self) -> None:
         shard = self.shard
         if shard is not None and self._is_free(shard):
-            is_complete = shard.is_waiting and not shard.missing_ranks
+            is_complete = shard.is_waiting and shard.is_complete
             if is_complete or self._attended == (self.generation, self._num_votes + 1):
                 self._start(shard)
 
@@ -359,6 +393,7 @@ class Steps:
         self, shard: Shard, sums: Sequence[Tensor] = (), *, before: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         told = self._outcomes.begin()
+        self._is_cut_off.clear()
         self._sequence_of_step = shard.sequence + 1
         self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told, sums, before))
 
@@ -381,9 +416,12 @@ class Steps:
         except ServiceError as error:
             logger.warning("shard %d: step %d was cut off: %s", self._index, self._sequence_of_step, error)
             outcome = error if self._redundancy.is_on else _with_advice(error)
+            if self._running is not None:
+                self._is_cut_off.set()
         finally:
             calling.cancel()
             told.set_result(outcome)
+            self.tally.end(outcome, shard.stopwatch.seconds)
             self._await_rest()
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)

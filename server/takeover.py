@@ -40,7 +40,9 @@ async def _align_workers(shards: Shards, reports: Sequence[ShardReport], first: 
         is_of_others = (report.job.world_size, report.job.gradients) != kind
         if is_of_others:
             await shards.some([index], "set_workers", *kind, what="a shard to take the workers")
-        if is_of_others or report.workers != first.workers:
-            await shards.some([index], "admit", first.workers, what="a shard to admit the workers")
-        for rank in first.left - report.left:
-            await shards.some([index], "leave", rank, what="a shard to note that a worker left")
+        # A step that is not yet taken here may bring the world that the first one has.
+        world = first.world if report.step == first.step else report.world
+        if is_of_others or (report.workers, report.world) != (first.workers, world):
+            await shards.some([index], "admit", first.workers, world, what="a shard to admit the workers")
+        if missed := sorted(first.left - report.left):
+            await shards.some([index], "leave", missed, what="a shard to note that workers left")

@@ -43,15 +43,16 @@ class ChannelMap:
         self._extent, self._keys = extent, keys
         self._has_channels = np.diff(keys.first_channel) > 0
 
-    def any_in(self, tiles: slice) -> bool:
+    def any_in(self, tiles: range) -> bool:
         """Whether a tile of ``tiles`` (counted in the extent) holds elements of a channel."""
-        return bool(self._has_channels[self._extent.tensor_of_tile[tiles]].any())
+        return bool(self._has_channels[self._extent.table(tiles).tensor_of_tile].any())
 
-    def runs(self, tiles: slice) -> Runs:
+    def runs(self, tiles: range) -> Runs:
         """The runs of ``tiles``, in order."""
-        tensors = self._extent.tensor_of_tile[tiles]
-        numel, start = self._keys.channel_numel[tensors], self._extent.index_in_tensor[tiles] * TILE_NUMEL
-        valid = np.where(self._has_channels[tensors], self._extent.valid_numel[tiles], 0)
+        table = self._extent.table(tiles)
+        tensors = table.tensor_of_tile
+        numel, start = self._keys.channel_numel[tensors], table.index_in_tensor * TILE_NUMEL
+        valid = np.where(self._has_channels[tensors], table.valid_numel, 0)
         first = start // numel
         num_channels = np.where(valid > 0, (start + valid - 1) // numel - first + 1, 0)
         num_runs = num_channels + (valid < TILE_NUMEL)
@@ -64,7 +65,7 @@ class ChannelMap:
         lengths = np.where(is_outside, TILE_NUMEL - valid[tile], end - begin)
         return Runs(lengths, tile, np.where(is_outside, -1, channel))
 
-    def spread(self, values: Tensor, tiles: slice) -> Tensor:
+    def spread(self, values: Tensor, tiles: range) -> Tensor:
         """Give each element its channel's value.
 
         Args:
@@ -75,7 +76,7 @@ class ChannelMap:
             ``(n, tiles, 256)``.
         """
         runs = self.runs(tiles)
-        first = self._keys.first_channel[self._extent.tensor_of_tile[tiles]]
+        first = self._keys.first_channel[self._extent.table(tiles).tensor_of_tile]
         key = torch.from_numpy(np.where(runs.channel < 0, self._keys.num_channels, first[runs.tile] + runs.channel))
         lengths = torch.from_numpy(runs.lengths).to(values.device, non_blocking=True)
         num_tiles = len(first)

@@ -51,7 +51,7 @@ class ClipLimits:
 
 
 def limits_of(header: PushHeader) -> ClipLimits:
-    """The limits that rank 0 sends.
+    """The limits that a rank sends.
 
     Raises:
         HyperparameterError: If one is not a positive number.
@@ -59,14 +59,18 @@ def limits_of(header: PushHeader) -> ClipLimits:
     return ClipLimits(header.max_grad_norm, header.max_grad_value)
 
 
-def check_clipping(header: PushHeader) -> None:
+def check_clipping(header: PushHeader, *, is_heard: bool) -> None:
     """Refuse a header whose limits or scale cannot be.
 
+    Args:
+        header: The header.
+        is_heard: Whether its rank may send limits.
+
     Raises:
-        MessageError: If another rank than 0 sends limits.
+        MessageError: If another rank does.
         HyperparameterError: If a limit or the scale is not a positive number, or the scale is infinite.
     """
-    if limits_of(header).is_set and header.rank != 0:
+    if limits_of(header).is_set and not is_heard:
         raise MessageError(f"max_grad_norm, max_grad_value: expected from rank 0 alone; rank {header.rank} is off")
     require_positive("grad_scale", header.grad_scale, below=math.inf)
 

@@ -9,6 +9,7 @@ StepwellError
  │   ├─ JobMismatchError         this model or rule is not the service's job
  │   │   └─ CoverageError        the ranks' parts of a parameter leave a gap or overlap
  │   ├─ UnknownRankError
+ │   ├─ RankExcludedError        the job goes on without this rank, as it did not push in time
  │   ├─ IncarnationError         another process has taken this rank's place
  │   ├─ SequenceError            the step number is not the next one
  │   │   ├─ StaleRequestError
@@ -32,6 +33,7 @@ StepwellError
      ├─ PlacementError           the cluster has no room for the shards
      ├─ ServiceTimeoutError      a wait ran out; the message names it
      ├─ SegmentError             memory that a worker and a shard share cannot be had, or not be reached
+     ├─ ShardsMovedError         other shards have taken the place of those that were asked
      └─ ShardLostError           a shard died, and may come back
          └─ CheckpointRestoreNeededError    nobody has what it held; the message names the last checkpoint
 
@@ -76,6 +78,10 @@ class CoverageError(JobMismatchError):
 
 class UnknownRankError(RequestError):
     """The rank is not one of the job's."""
+
+
+class RankExcludedError(RequestError):
+    """The elastic job goes on without this rank, as it did not push in time."""
 
 
 class IncarnationError(RequestError):
@@ -168,6 +174,10 @@ class ServiceTimeoutError(ServiceError):
 
 class SegmentError(ServiceError):
     """Memory that a worker and a shard of one node share cannot be had, or not be reached."""
+
+
+class ShardsMovedError(ServiceError):
+    """Other shards have taken the place of those that were asked, with all that they held; ask again."""
 
 
 class ShardLostError(ServiceError):

@@ -17,6 +17,7 @@ from .push import Push
 from .reports import Receipt, StepResult
 from .running import Reduction, RunningStep
 from .shard import Shard
+from .world import World
 
 
 class ShardGroup:
@@ -26,16 +27,24 @@ class ShardGroup:
         spec: The job.
         num_shards: How many shards.
         device: Where they live.
+        world: As for a shard.
     """
 
-    def __init__(self, spec: JobSpec, *, num_shards: int = 1, device: torch.device | None = None) -> None:
-        self._num_shards, self._device = num_shards, device
+    def __init__(
+        self,
+        spec: JobSpec,
+        *,
+        num_shards: int = 1,
+        device: torch.device | None = None,
+        world: World | None = None,
+    ) -> None:
+        self._num_shards, self._device, self._world = num_shards, device, world
         self._lay_out(spec)
 
     def _lay_out(self, spec: JobSpec) -> None:
         self.spec = spec
         self.shards = [
-            Shard(spec, shard=index, num_shards=self._num_shards, device=self._device)
+            Shard(spec, shard=index, num_shards=self._num_shards, device=self._device, world=self._world)
             for index in range(self._num_shards)
         ]
         self._workers: dict[int, tuple[str, Holdings | None]] = {}

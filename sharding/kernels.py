@@ -229,7 +229,7 @@ class _ChannelCoefficients:
         """Name to ``(tiles, 256)`` for some of the shard's tiles."""
         if not self._values:
             return {}
-        where = slice(self._first_tile + tiles.start, self._first_tile + tiles.stop)
+        where = range(self._first_tile + tiles.start, self._first_tile + tiles.stop)
         spread = self._channels.spread(torch.stack(list(self._values.values())), where)
         return dict(zip(self._values, spread, strict=True))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -67,7 +68,7 @@ class ParamSpec:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -93,6 +94,21 @@ class Piece:
     last_tile: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class TileTable:
+    """What lies in some tiles of an extent.
+
+    Attributes:
+        tensor_of_tile: ``(tiles,)`` int64, parameter index of each.
+        index_in_tensor: ``(tiles,)`` int64, position of each inside its tensor.
+        valid_numel: ``(tiles,)`` int64, elements of each that are not padding.
+    """
+
+    tensor_of_tile: NDArray[np.int64]
+    index_in_tensor: NDArray[np.int64]
+    valid_numel: NDArray[np.int64]
+
+
 class Extent:
     """A contiguous part of the flat space with one state dtype.
 
@@ -102,9 +118,6 @@ class Extent:
         num_tiles: Tiles in all.
         tiles_per_block, tiles_per_chunk: Powers of two.
         first_tile: ``(len(params) + 1,)`` int64, where each parameter starts.
-        tensor_of_tile: ``(num_tiles,)`` int64, parameter index of each tile.
-        index_in_tensor: ``(num_tiles,)`` int64, position of the tile inside its tensor.
-        valid_numel: ``(num_tiles,)`` int64, elements of the tile that are not padding.
     """
 
     def __init__(
@@ -112,14 +125,10 @@ class Extent:
     ) -> None:
         self.dtype = dtype
         self.params = tuple(params)
-        self._numels = dict(zip(params, numels, strict=True))
-        counts = -(-np.asarray(numels, dtype=np.int64) // TILE_NUMEL)
+        self._params, self._numels = np.asarray(params, dtype=np.int64), np.asarray(numels, dtype=np.int64)
+        counts = -(-self._numels // TILE_NUMEL)
         self.first_tile: NDArray[np.int64] = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
         self.num_tiles = int(self.first_tile[-1])
-        self.tensor_of_tile: NDArray[np.int64] = np.repeat(np.asarray(params, dtype=np.int64), counts)
-        self.index_in_tensor = np.arange(self.num_tiles, dtype=np.int64) - np.repeat(self.first_tile[:-1], counts)
-        remaining = np.repeat(np.asarray(numels, dtype=np.int64), counts) - self.index_in_tensor * TILE_NUMEL
-        self.valid_numel = np.minimum(remaining, TILE_NUMEL)
         wanted = _power_of_two_at_most(max(self.padded_numel // WANTED_BLOCKS, TILE_NUMEL))
         self.tiles_per_block = min(wanted, MAX_BLOCK_NUMEL) // TILE_NUMEL
         self.tiles_per_chunk = self._tiles_per_chunk(wanted, chunk_numel)
@@ -133,6 +142,20 @@ class Extent:
     def num_chunks(self) -> int:
         """Chunks; the last may be short."""
         return -(-self.num_tiles // self.tiles_per_chunk)
+
+    def positions(self, tiles: range) -> NDArray[np.int64]:
+        """Position in ``params`` of the tensor that each of ``tiles`` is of, ``(len(tiles),)`` int64."""
+        return number_runs(self.first_tile, tiles)
+
+    def table(self, tiles: range) -> TileTable:
+        """What lies in ``tiles``.
+
+        Asked for those that one has to do with: of all tiles of a large model it takes 24 bytes for every 256 elements.
+        """
+        positions = self.positions(tiles)
+        index_in_tensor = np.arange(tiles.start, tiles.stop, dtype=np.int64) - self.first_tile[positions]
+        valid_numel = np.minimum(self._numels[positions] - index_in_tensor * TILE_NUMEL, TILE_NUMEL)
+        return TileTable(self._params[positions], index_in_tensor, valid_numel)
 
     def tile_range(self, shard: int, num_shards: int) -> range:
         """The tiles that ``shard`` owns: an equal run of chunks, possibly empty."""
@@ -154,7 +177,7 @@ class Extent:
             if lo >= hi:
                 continue
             param = self.params[position]
-            elements = [min((edge - begin) * TILE_NUMEL, self._numels[param]) for edge in (lo, hi)]
+            elements = [min((edge - begin) * TILE_NUMEL, int(self._numels[position])) for edge in (lo, hi)]
             offset, stop = (-(-edge // stride) for edge in elements)
             yield Piece(param, offset, stop - offset, lo, hi)
 
@@ -212,6 +235,20 @@ def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
     """What an extent's gradients and parameters travel in: the model's dtype if it is one, else the state's."""
     dtypes = {layout.params[index].dtype for index in extent.params}
     return dtype_from_name(dtypes.pop()) if len(dtypes) == 1 else extent.dtype
+
+
+def number_runs(edges: NDArray[np.int64], tiles: range) -> NDArray[np.int64]:
+    """The run that each of ``tiles`` lies in, ``(len(tiles),)`` int64; an empty run has none.
+
+    Args:
+        edges: ``(num_runs + 1,)`` int64, ascending, where each run begins, and where the last one ends.
+        tiles: Within the runs.
+    """
+    first = int(np.searchsorted(edges, tiles.start, side="right")) - 1
+    last = int(np.searchsorted(edges, tiles.stop, side="left"))
+    within = np.clip(edges[first : last + 1], tiles.start, tiles.stop)
+    lengths = within[1:] - within[:-1]
+    return np.repeat(np.arange(first, first + len(lengths), dtype=np.int64), lengths)
 
 
 def _power_of_two_at_most(value: int) -> int:

@@ -12,7 +12,7 @@ from ..optim import TILE_NUMEL
 from .buffers import Buffers
 from .clipping import check_clipping
 from .coverage import Coverage, Holdings, Part, Range, Runs, coverage_of
-from .errors import HyperparameterError, IncarnationError, MessageError, UnknownRankError
+from .errors import HyperparameterError, IncarnationError, MessageError
 from .job import JobSpec
 from .layout import Layout, ParamSpec
 from .push import Push, check_gradient, check_hyper, unpack_present
@@ -81,12 +81,7 @@ class Members:
         return self._by_rank
 
     def admit(self, rank: int, incarnation: str, holdings: Holdings | None) -> bool:
-        """Let a worker's process push as ``rank``; an earlier one no longer may. Whether there was another.
-
-        Raises:
-            UnknownRankError: If the rank is not one of the job's.
-        """
-        self.require_rank(rank)
+        """Let a worker's process push as ``rank``; an earlier one no longer may. Whether there was another."""
         known = self._by_rank.get(rank)
         coverages = coverage_of(self._layout, self._spec.gradients, rank, self._spec.world_size, holdings)
         pushed, held = (self._own_runs(coverage) for coverage in coverages)
@@ -98,11 +93,6 @@ class Members:
         """Note that a worker has said goodbye; nothing if there is none."""
         if rank in self._by_rank:
             self._by_rank[rank] = dataclasses.replace(self._by_rank[rank], has_left=True)
-
-    def require_rank(self, rank: int) -> None:
-        """Refuse a rank that is not one of the job's."""
-        if not 0 <= rank < self._spec.world_size:
-            raise UnknownRankError(f"expected a rank from 0 to {self._spec.world_size - 1}, got {rank}")
 
     def require_incarnation(self, rank: int, incarnation: str) -> None:
         """Refuse a request of another process than the one admitted.
@@ -117,22 +107,26 @@ class Members:
                 "another process has registered as this rank since"
             )
 
-    def check_content(self, push: Push) -> None:
+    def check_content(self, push: Push, *, is_heard: bool) -> None:
         """Refuse a push that the job or its rank's runs do not fit.
+
+        Args:
+            push: The push.
+            is_heard: Whether its rank says what holds for the whole step, see :meth:`World.is_heard`.
 
         Raises:
             RequestError: One of its subclasses, by what is off.
             HyperparameterError: If a hyperparameter, scalar, limit or scale cannot be.
         """
         header = push.header
-        check_hyper(header, self._hyper_names, self._spec.num_groups)
-        check_clipping(header)
+        check_hyper(header, self._hyper_names, self._spec.num_groups, is_heard=is_heard)
+        check_clipping(header, is_heard=is_heard)
         unpack_present(header.present, len(self._spec.params))
         self._check_gradient(push)
         if push.sink is not None:
             push.sink.require_fits(self[header.rank].runs(push.sink.part), header.rank)
-        self._check_reloaded(push)
-        if header.rank != 0 and header.scalars:
+        self._check_reloaded(push, is_heard=is_heard)
+        if header.scalars and not is_heard:
             raise MessageError(f"scalars: expected from rank 0 alone, got some from rank {header.rank}")
         try:
             self._spec.rule.check_scalars(header.scalars or {}, self._spec.num_groups)
@@ -153,10 +147,10 @@ class Members:
                     )
                 start += len(piece)
 
-    def _check_reloaded(self, push: Push) -> None:
+    def _check_reloaded(self, push: Push, *, is_heard: bool) -> None:
         """Refuse parameters changed by hand that are not the job's, not this rank's to send, or not finite."""
         rank, member = push.header.rank, self[push.header.rank]
-        if push.reloaded and rank != 0 and self._spec.gradients != "sharded":
+        if push.reloaded and not is_heard and self._spec.gradients != "sharded":
             raise MessageError(f"reloaded parameters: expected from rank 0 alone, got some from rank {rank}")
         for index, value in push.reloaded.items():
             is_known = 0 <= index < len(self._spec.params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +26,9 @@ from .push import Inbox, Push, PushHeader
 from .recovery import Standing
 from .reports import ShardStatus
 from .snapshot import Snapshot
+from .stopwatch import Stopwatch
 from .tables import Tables
+from .world import World
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,10 +38,12 @@ class Replicated:
     Attributes:
         history: Its history.
         key_state: The whole model's; steps replace it and never write it.
+        world: The ranks that the next step waits for.
     """
 
     history: History
     key_state: Mapping[str, Tensor]
+    world: World
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +64,10 @@ class OwnedState:
         num_shards: How many shards there are.
         device: Where its buffers live and its kernels run.
         timeline: The history that begins with this object.
+        world: The ranks that steps wait for; None for those of the job, all of which every step needs.
+
+    Attributes:
+        world: As above; what replaces it is the same on all shards.
     """
 
     def __init__(
@@ -71,9 +78,11 @@ class OwnedState:
         num_shards: int = 1,
         device: torch.device | None = None,
         timeline: int = 0,
+        world: World | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
         self._shard, self._num_shards = shard, num_shards
+        self.world = world or World(tuple(range(spec.world_size)))
         layout = spec.layout()
         self._lay_out(spec, layout, self._allocate(spec, layout))
         self.scalars: Mapping[str, float] = spec.rule.initial_scalars(spec.num_groups)
@@ -81,10 +90,11 @@ class OwnedState:
         self.history = History(timeline)
         self._extension: Extension | None = None
         self._snapshots: list[Snapshot] = []
-        self._inbox = Inbox(spec.world_size)
+        self._inbox = Inbox()
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
         self._sums: list[Tensor] = []
+        self.stopwatch = Stopwatch()
         self._lost: str | None = f"shard {shard} has no parameters yet"
 
     def _allocate(self, spec: JobSpec, layout: Layout) -> Buffers:
@@ -115,7 +125,12 @@ class OwnedState:
     @property
     def missing_ranks(self) -> list[int]:
         """Ranks whose push for the next step has not come."""
-        return self._inbox.missing
+        return self.world.missing_from(self._inbox.ranks)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every rank has pushed for the next step. Asked at each push, so their number is looked at first."""
+        return len(self._inbox.ranks) >= self.world.size and not self.missing_ranks
 
     @property
     def is_waiting(self) -> bool:
@@ -135,6 +150,7 @@ class OwnedState:
             scalars=self.scalars,
             step_counts=tuple(int(count) for count in self.step_count.tolist()),
             in_flight=self._deciding is not None,
+            world=self.world,
         )
 
     def parameters(self, dtypes: Sequence[torch.dtype], rank: int, wanted: Part) -> list[Tensor]:
@@ -170,7 +186,7 @@ class OwnedState:
 
     def replicated(self) -> Replicated:
         """What the shard has in common with all others, as it is between two steps."""
-        return Replicated(copy.copy(self.history), self.buffers.key_state.values)
+        return Replicated(self.history.copied(), self.buffers.key_state.values, self.world)
 
     def standing(self) -> Standing:
         """Where the shard stands, for the others, when some were lost."""
@@ -195,7 +211,12 @@ class OwnedState:
 
         Returns:
             Whether it is another process than before.
+
+        Raises:
+            UnknownRankError: If the rank is none of the job's.
         """
+        if not self.world.is_elastic:
+            self.world.require(rank)
         is_other = self.members.admit(rank, incarnation, holdings)
         if is_other:
             self._inbox.drop(rank)
@@ -236,13 +257,12 @@ class OwnedState:
         self._require_rest("load")
         self._detach_snapshots(for_step=False)
         self._lost = f"shard {self._shard} was interrupted while it loaded a state"
-        self._inbox = Inbox(self.spec.world_size)
+        self._inbox = Inbox()
         self.buffers.load(source)
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)
         self.scalars = {**self.spec.rule.initial_scalars(self.spec.num_groups), **source.scalars}
-        self.history.sequence, self.history.num_steps = source.sequence, source.step
-        self.history.num_skipped = source.skipped_steps
+        self.history.go_on_from(source.sequence, source.step, source.skipped_steps)
         self._lost = None
         self._begin(timeline)
 
@@ -255,19 +275,41 @@ class OwnedState:
             workers: Whom it had admitted, by rank.
         """
         self.load(source, timeline=replicated.history.timeline)
-        self.history = copy.copy(replicated.history)
-        self.buffers.key_state.values = replicated.key_state
+        self.history = replicated.history.copied()
+        self.buffers.key_state.values, self.world = replicated.key_state, replicated.world
         for rank, member in workers.items():
             self.admit(rank, member.incarnation, member.holdings)
+
+    def succeed(self, status: ShardStatus, replicated: Replicated) -> None:
+        """Stand where the shards of another cut stood between two steps, whose slots are in the buffers already.
+
+        Args:
+            status: Where they stood.
+            replicated: What they had in common.
+        """
+        self.step_count = torch.tensor(status.step_counts, dtype=torch.float64)
+        self.scalars = status.scalars
+        self.history = replicated.history.copied()
+        self.history.last_sums = ()  # of another group, whose votes were of another length
+        self.buffers.key_state.values, self.world = replicated.key_state, replicated.world
+        self._inbox = Inbox()
+        self._lost = None
 
     def set_workers(self, world_size: int, gradients: Gradients) -> None:
         """Change what the workers are, between two jobs' workers; those admitted so far are forgotten."""
         self.spec = dataclasses.replace(self.spec, world_size=world_size, gradients=gradients)
-        self.members, self._inbox = Members(self.spec, self.layout, self.buffers), Inbox(world_size)
+        self.world = self.world.of_size(world_size)
+        self.members, self._inbox = Members(self.spec, self.layout, self.buffers), Inbox()
+
+    def set_world(self, world: World) -> None:
+        """Have the next step wait for other ranks; what those that it does not wait for have pushed is dropped."""
+        for rank in set(self._inbox.ranks) - set(world.ranks):
+            self._inbox.drop(rank)
+        self.world = world
 
     def _begin(self, timeline: int) -> None:
         self.history.begin(timeline)
-        self._inbox = Inbox(self.spec.world_size)
+        self._inbox = Inbox()
 
     # Checks
 
@@ -295,7 +337,7 @@ class OwnedState:
         Raises:
             RequestError: One of its subclasses, by what is off.
         """
-        self.members.require_rank(header.rank)
+        self.world.require(header.rank)
         self.require_whole()
         self.history.require_sequence(header.timeline, header.sequence)
         self.members.require_incarnation(header.rank, header.incarnation)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..optim import TILE_NUMEL, ReducingRule, Rule, Scope
 from .channels import ChannelMap, run_sums
 from .keys import Keys
-from .layout import Extent, Layout
+from .layout import Extent, Layout, number_runs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,23 +103,22 @@ class TileSumTable(SumTable):
 
     def __init__(self, layout: Layout, scope: Scope, num_groups: int) -> None:
         groups = layout.group_of_tensor().numpy()
-        self._segment_of_tile: list[Tensor] = []
-        keys_of_segments = []
-        first_segment = 0
+        self._edges: list[NDArray[np.int64]] = []
+        self._first_segment: list[int] = []
+        keys_of_segments: list[NDArray[np.int64]] = []
         for extent in layout.extents:
-            keys = _key_of_tile(extent, scope, groups)
-            segments, first_tiles = _number_runs(np.arange(extent.num_tiles) // extent.tiles_per_block, keys)
-            self._segment_of_tile.append(torch.from_numpy(segments + first_segment))
-            keys_of_segments.append(keys[first_tiles])
-            first_segment += len(first_tiles)
+            first_tiles, keys = _segments(extent, scope, groups)
+            self._first_segment.append(sum(map(len, keys_of_segments)))
+            self._edges.append(np.append(first_tiles, extent.num_tiles))
+            keys_of_segments.append(keys)
         num_keys = {Scope.MODEL: 1, Scope.GROUP: num_groups, Scope.TENSOR: len(layout.params)}[scope]
         super().__init__(num_keys, keys_of_segments)
 
     def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
         """See :class:`SumTable`."""
-        values = torch.stack(list(output.parts)).to(torch.float64)
-        first = output.first_tile
-        return self._segment_of_tile[output.extent][first : first + values.shape[1]], values
+        values, first = torch.stack(list(output.parts)).to(torch.float64), output.first_tile
+        numbers = number_runs(self._edges[output.extent], range(first, first + values.shape[1]))
+        return torch.from_numpy(numbers + self._first_segment[output.extent]), values
 
 
 @final
@@ -128,25 +127,22 @@ class ChannelSumTable(SumTable):
 
     def __init__(self, layout: Layout, keys: Keys) -> None:
         self._channels = [ChannelMap(extent, keys) for extent in layout.extents]
-        self._base_of_tile: list[NDArray[np.int64]] = []
-        keys_of_segments = []
-        first_segment = 0
+        self._segments: list[_ChannelSegments] = []
+        keys_of_segments: list[NDArray[np.int64]] = []
         for extent in layout.extents:
-            bases, key_of_segment = _number_channel_segments(extent, keys)
-            self._base_of_tile.append(bases + first_segment)
-            keys_of_segments.append(key_of_segment)
-            first_segment += len(key_of_segment)
+            self._segments.append(_ChannelSegments(extent, keys, sum(map(len, keys_of_segments))))
+            keys_of_segments.append(self._segments[-1].keys)
         super().__init__(keys.num_channels, keys_of_segments)
 
     def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
         """See :class:`SumTable`."""
         parts, channels = output.parts, self._channels[output.extent]
-        tiles = slice(output.first_tile, output.first_tile + len(parts[0]))
+        tiles = range(output.first_tile, output.first_tile + len(parts[0]))
         if not channels.any_in(tiles):
             return torch.zeros(0, dtype=torch.int64), parts[0].new_zeros((len(parts), 0), dtype=torch.float64)
         runs = channels.runs(tiles)
         is_within = runs.channel >= 0
-        base = self._base_of_tile[output.extent][tiles]
+        base = self._segments[output.extent].bases(tiles)
         segments = torch.from_numpy((base[runs.tile] + runs.channel)[is_within])
         lengths = torch.from_numpy(runs.lengths)
         kept = torch.from_numpy(np.flatnonzero(is_within)).to(parts[0].device, non_blocking=True)
@@ -174,36 +170,57 @@ def _add(partials: Tensor, segments: Tensor, values: Tensor) -> None:
         row.index_add_(0, segments, its_values)
 
 
-def _key_of_tile(extent: Extent, scope: Scope, group_of_tensor: NDArray[np.int64]) -> NDArray[np.int64]:
-    by_scope: Mapping[Scope, NDArray[np.int64]] = {
-        Scope.MODEL: np.zeros(extent.num_tiles, np.int64),
-        Scope.GROUP: group_of_tensor[extent.tensor_of_tile],
-        Scope.TENSOR: extent.tensor_of_tile,
+def _segments(
+    extent: Extent, scope: Scope, group_of_tensor: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the runs of equal (block, key) of an extent begin, and their keys; ``(num_segments,)`` int64 each."""
+    params = np.asarray(extent.params, np.int64)
+    key_of_tensor: Mapping[Scope, NDArray[np.int64]] = {
+        Scope.MODEL: np.zeros(len(params), np.int64),
+        Scope.GROUP: group_of_tensor[params],
+        Scope.TENSOR: params,
     }
-    return by_scope[scope]
+    blocks = np.arange(0, extent.num_tiles, extent.tiles_per_block)
+    begun = extent.first_tile[:-1]
+    tiles = np.unique(np.concatenate((blocks, begun[begun < extent.num_tiles])))
+    keys = key_of_tensor[scope][_position_of(extent, tiles)]
+    is_begun = np.concatenate(([True], keys[1:] != keys[:-1]))[: len(tiles)] | (tiles % extent.tiles_per_block == 0)
+    return tiles[is_begun], keys[is_begun]
 
 
-def _number_runs(blocks: NDArray[np.int64], keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number the runs of equal (block, key): the run of each tile, and the first tile of each run."""
-    if len(keys) == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    starts = np.concatenate(([True], (blocks[1:] != blocks[:-1]) | (keys[1:] != keys[:-1])))
-    return np.cumsum(starts) - 1, np.flatnonzero(starts)
+class _ChannelSegments:
+    """The runs of equal (block, channel) of an extent.
 
+    Args:
+        extent: The extent.
+        keys: The channels.
+        first_segment: Number of the first of them.
 
-def _number_channel_segments(extent: Extent, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number the runs of equal (block, channel) of an extent.
-
-    Returns:
-        ``(num_tiles,)``, what makes the number of an element's segment when its channel in its tensor is added; and
-        ``(num_segments,)``, the channel of each segment.
+    Attributes:
+        keys: ``(num_segments,)`` int64, the channel of each.
     """
-    tensors, numel = np.asarray(extent.params, np.int64), keys.channel_numel[extent.tensor_of_tile]
-    counts = np.diff(keys.first_channel)[tensors]
-    channels_before = np.repeat(np.cumsum(counts) - counts, np.diff(extent.first_tile))
-    # A segment begins with each channel, and where a block begins within one.
-    start = extent.index_in_tensor * TILE_NUMEL
-    is_cut = (np.arange(extent.num_tiles) % extent.tiles_per_block == 0) & (start % numel != 0)
-    cut_channels = (keys.first_channel[extent.tensor_of_tile] + start // numel)[is_cut]
-    channels = [np.arange(keys.first_channel[tensor], keys.first_channel[tensor + 1]) for tensor in tensors]
-    return channels_before + np.cumsum(is_cut), np.sort(np.concatenate((*channels, cut_channels)))
+
+    def __init__(self, extent: Extent, keys: Keys, first_segment: int) -> None:
+        self._extent = extent
+        tensors = np.asarray(extent.params, np.int64)
+        counts = np.diff(keys.first_channel)[tensors]
+        self._channels_before = first_segment + np.cumsum(counts) - counts
+        # A segment begins with each channel, and where a block begins within one.
+        blocks = np.arange(0, extent.num_tiles, extent.tiles_per_block)
+        positions = _position_of(extent, blocks)
+        start, of = (blocks - extent.first_tile[positions]) * TILE_NUMEL, tensors[positions]
+        is_cut = start % keys.channel_numel[of] != 0
+        self._cuts = blocks[is_cut]
+        cut_channels = (keys.first_channel[of] + start // keys.channel_numel[of])[is_cut]
+        channels = [np.arange(keys.first_channel[tensor], keys.first_channel[tensor + 1]) for tensor in tensors]
+        self.keys: NDArray[np.int64] = np.sort(np.concatenate((*channels, cut_channels)))
+
+    def bases(self, tiles: range) -> NDArray[np.int64]:
+        """What makes the number of an element's segment when its channel in its tensor is added, for each tile."""
+        cuts_before = np.searchsorted(self._cuts, np.arange(tiles.start, tiles.stop), side="right")
+        return self._channels_before[self._extent.positions(tiles)] + cuts_before
+
+
+def _position_of(extent: Extent, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Position in ``extent.params`` of the tensor that each of some tiles is of."""
+    return np.searchsorted(extent.first_tile, tiles, side="right") - 1

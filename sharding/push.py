@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgpack
 import numpy as np
@@ -21,6 +21,10 @@ PIECE_NUMEL = 2**22
 """Elements of one piece of a gradient that is sent piece by piece: many to a call, and few to wait for at the end."""
 
 
+PushKey = tuple[int, int, str, int]
+"""Timeline, sequence number, incarnation and attempt."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PushHeader:
     """The small part of a push, the same for every shard.
@@ -33,14 +37,15 @@ class PushHeader:
         attempt: Counts the worker's tries at this sequence number, from 0.
         present: ``(num_tensors,)`` bool, packed eight to a byte, first tensor in the highest bit: which tensors have a
             gradient on this rank.
-        hyper: Rank 0 only: hyperparameter name to one float per group.
-        scalars: Rank 0 only: scalars that a person wrote into the parameter groups.
-        max_grad_norm, max_grad_value: Rank 0 only: limits of the averaged gradient; see
+        hyper: Of a rank that is heard, see :meth:`World.is_heard`: hyperparameter name to one float per group.
+        scalars: Of such a rank: scalars that a person wrote into the parameter groups.
+        max_grad_norm, max_grad_value: Of such a rank: limits of the averaged gradient; see
             :class:`stepwell.sharding.clipping.ClipLimits`.
         grad_scale: What this rank's gradient was multiplied by; averaging undoes it.
         found_inf: Whether this rank found inf or NaN in its gradient itself; the step is then skipped.
         max_abs: No magnitude in what this rank pushes is above this or above 1, but for a few roundings, as it found
             itself; no tighter than its dtype if that is enough. None: the shards look.
+        loss: What the gradient is of, if the trainer has told; for the run's history alone.
     """
 
     timeline: int
@@ -56,6 +61,12 @@ class PushHeader:
     grad_scale: float = 1.0
     found_inf: bool = False
     max_abs: float | None = None
+    loss: float | None = None
+
+    @property
+    def key(self) -> PushKey:
+        """Which of a rank's pushes this is."""
+        return self.timeline, self.sequence, self.incarnation, self.attempt
 
     def digest(self) -> bytes:
         """Digest of the whole header, equal on all shards that hold the same push."""
@@ -72,8 +83,8 @@ class Push:
         gradient: Per extent, what the rank pushes of the shard's tiles, packed, in the wire's dtype: with ``"local"``
             ``(owned tiles * 256,)``, which may also be several pieces of whole tiles, one after the other. Padding is
             zero; elements of absent tensors may hold anything.
-        reloaded: For parameters changed by hand since the last step: parameter index to the whole value from rank 0
-            alone, or of a sharded model to what the rank pushes of it; flattened.
+        reloaded: For parameters changed by hand since the last step: parameter index to the whole value from the first
+            rank, or of a sharded model to what the rank pushes of it; flattened.
         sink: Where the rank's parameters go if the step is a COMMIT; None if it asks for them.
     """
 
@@ -163,16 +174,24 @@ def check_gradient(
     return extents
 
 
-def check_hyper(header: PushHeader, names: Sequence[str], num_groups: int) -> None:
+def check_hyper(header: PushHeader, names: Sequence[str], num_groups: int, *, is_heard: bool) -> None:
     """Refuse a header whose hyperparameters are not those of the job.
 
+    Args:
+        header: The header.
+        names: The rule's hyperparameters.
+        num_groups: The job's parameter groups.
+        is_heard: Whether its rank is to send any.
+
     Raises:
-        MessageError: If rank 0 sends none, another rank sends some, or a name is off.
+        MessageError: If a rank that is to send some sends none, or the other way about, or a name is off.
         ShapeMismatchError: If there is not one value per group.
         HyperparameterError: If a value is NaN.
     """
-    if (header.hyper is not None) != (header.rank == 0):
-        raise MessageError(f"hyperparameters: expected from rank 0 alone; rank {header.rank} is off")
+    if (header.hyper is not None) != is_heard:
+        raise MessageError(
+            f"hyperparameters: expected from rank 0 alone, in an elastic job from all; rank {header.rank} is off"
+        )
     if header.hyper is None:
         return
     if sorted(header.hyper) != sorted(names):
@@ -187,8 +206,7 @@ def check_hyper(header: PushHeader, names: Sequence[str], num_groups: int) -> No
 class Inbox:
     """The pushes of one sequence number that have come so far. Nothing of the shard's state is in here."""
 
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
+    def __init__(self) -> None:
         self._pushes: dict[int, Push] = {}
 
     def put(self, push: Push) -> None:
@@ -214,9 +232,9 @@ class Inbox:
         self._pushes.pop(rank, None)
 
     @property
-    def missing(self) -> list[int]:
-        """Ranks that have not pushed."""
-        return [rank for rank in range(self._world_size) if rank not in self._pushes]
+    def ranks(self) -> Collection[int]:
+        """Ranks that have pushed."""
+        return self._pushes.keys()
 
     @property
     def is_empty(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from .errors import StepAbortedError
 from .vote import Decision
+from .world import World
 
 
 class Receipt(enum.Enum):
@@ -32,6 +33,7 @@ class StepResult:
         error: With ABORT: what happened.
         grad_norm: The gradient's norm before it was clipped to it, if a limit was set. After a SKIP it may be infinite
             or NaN.
+        ranks: With COMMIT or SKIP: those whose gradients it was taken with, ascending.
     """
 
     sequence: int
@@ -39,6 +41,7 @@ class StepResult:
     scalars: Mapping[str, float]
     error: StepAbortedError | None = None
     grad_norm: float | None = None
+    ranks: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,3 +58,4 @@ class ShardStatus:
     scalars: Mapping[str, float]
     step_counts: tuple[int, ...]
     in_flight: bool
+    world: World

@@ -25,7 +25,8 @@ from .push import Push, unpack_present
 from .recovery import LoggedStep
 from .reports import Receipt, StepResult
 from .running import Reduction, RunningStep
-from .vote import Decision, cast_vote, count_votes, open_votes
+from .vote import Decision, cast_vote, count_votes, missing_ranks, open_votes
+from .world import World
 
 
 class Shard(OwnedState):
@@ -49,9 +50,11 @@ class Shard(OwnedState):
                     f"step {header.sequence} is being decided without attempt {header.attempt}; ask for its result"
                 )
             return Receipt.WAITING
-        self.members.check_content(push)
+        self.members.check_content(push, is_heard=self.world.is_heard(header.rank))
+        if self._inbox.is_empty:
+            self.stopwatch.restart()
         self._inbox.put(push)
-        return Receipt.WAITING if self._inbox.missing else Receipt.COMPLETE
+        return Receipt.COMPLETE if self.is_complete else Receipt.WAITING
 
     def result(self, timeline: int, sequence: int) -> StepResult | None:
         """The result of step ``sequence``, or None while it is not decided; a step that was given up is not.
@@ -68,12 +71,14 @@ class Shard(OwnedState):
         Raises:
             StaleRequestError: If this timeline had no step yet.
             IncarnationError: If another process has taken the rank's place.
+            RankExcludedError: If the job goes on without this rank.
             AttemptError: If it was taken with another attempt.
         """
         taken = self.history.taken_with(rank)
-        if taken is not None and (taken.incarnation, taken.attempt) != (incarnation, attempt):
+        if taken is None or (taken.incarnation, taken.attempt) != (incarnation, attempt):
             self.members.require_incarnation(rank, incarnation)
-            raise self.history.taken_otherwise(taken)
+            self.world.require(rank)
+            raise self.history.taken_otherwise(rank)
 
     def begin(self) -> Sequence[Push]:
         """Take the pushes that the next step is decided on; what comes now is too late for it.
@@ -90,6 +95,7 @@ class Shard(OwnedState):
 
     def _begin_with(self, pushes: list[Push]) -> None:
         self._deciding, self._sums = pushes, []
+        self.stopwatch.lap("gather")
         # A successor with other holdings may be admitted meanwhile.
         self._senders = [self.members[push.header.rank] for push in pushes]
 
@@ -101,10 +107,38 @@ class Shard(OwnedState):
         """
         if self._deciding is None:
             self.begin()
-        pushes, moving = self._deciding or [], False
-        here = {push.header.rank for push in pushes}
-        missing = [rank for rank in range(self.spec.world_size) if rank not in here]
+        self.stopwatch.lap("log")
+        moving = False
         try:
+            result, world, gradient, limits = yield from self._decide()
+            pushes = self._deciding or []
+            if result.decision is Decision.COMMIT:
+                self._detach_snapshots(for_step=not any(push.reloaded for push in pushes))
+                moving = True
+                gradient = limited(gradient, limits.max_value, limits.coefficient(result.grad_norm), self.buffers)
+                scalars = yield from self._commit(pushes, gradient)
+                result = dataclasses.replace(result, scalars=scalars)
+            if result.decision is not Decision.ABORT:
+                self.world = world
+                self.stopwatch.lap("apply")
+                self.history.note(result, pushes, self._sums, self.stopwatch.seconds)
+            moving = False
+            return result
+        finally:
+            if moving:
+                self._lost = f"shard {self._shard} was interrupted within step {self.sequence + 1}"
+            self._deciding = None
+
+    def _decide(self) -> Generator[Tensor, Tensor, tuple[StepResult, World, Gradient, ClipLimits]]:
+        """Vote on the step; in an elastic job anew without the ranks that a shard lacks, until no shard lacks any.
+
+        Returns:
+            The decision, the ranks that the step is taken with, its gradient before limits, and the limits.
+        """
+        world = self.world
+        while True:
+            pushes = self._deciding or []
+            missing = world.missing_from(push.header.rank for push in pushes)
             limits = ClipLimits() if missing else limits_of(pushes[0].header)
             gradient = () if missing else self._gradient(pushes)
             num_nonfinite, square_sums = self._look(pushes, gradient, limits)
@@ -119,21 +153,22 @@ class Shard(OwnedState):
                 square_sums=square_sums,
             )
             total = yield from self._summed(vote)
-            result = self._decide(total, limits)
-            if result.decision is Decision.COMMIT:
-                self._detach_snapshots(for_step=not any(push.reloaded for push in pushes))
-                moving = True
-                grad_norm = result.grad_norm
-                gradient = limited(gradient, limits.max_value, limits.coefficient(grad_norm), self.buffers)
-                result = dataclasses.replace((yield from self._commit(pushes, gradient)), grad_norm=grad_norm)
-            if result.decision is not Decision.ABORT:
-                self.history.note(result, pushes, self._sums)
-            moving = False
-            return result
-        finally:
-            if moving:
-                self._lost = f"shard {self._shard} was interrupted within step {self.sequence + 1}"
-            self._deciding = None
+            self.stopwatch.lap("vote")
+            votes, sums = open_votes(total, self._num_shards)
+            rest = world.without(missing_ranks(votes), step=self.sequence + 1)
+            if rest == world:
+                return self._result(votes, sums, limits, world), world, gradient, limits
+            world = rest
+            self._keep(world.ranks)
+
+    def _keep(self, ranks: Sequence[int]) -> None:
+        """Go on with the pushes of these ranks alone."""
+        kept = [
+            (push, sender)
+            for push, sender in zip(self._deciding or [], self._senders, strict=True)
+            if push.header.rank in ranks
+        ]
+        self._deciding, self._senders = [push for push, _ in kept], [sender for _, sender in kept]
 
     def _summed(self, vector: Tensor) -> Generator[Tensor, Tensor, Tensor]:
         """A vector's sum over all shards, which is kept for a shard that may not get it."""
@@ -150,18 +185,22 @@ class Shard(OwnedState):
         gradient = limited(gradient, limits.max_value, 1.0, self.buffers)
         return self._kernels.look(self.buffers, gradient, table, for_norm=limits.is_set)
 
-    def _decide(self, total: Tensor, limits: ClipLimits) -> StepResult:
+    def _result(self, votes: Tensor, sums: Tensor, limits: ClipLimits, world: World) -> StepResult:
+        """What the votes of all shards come to."""
         sequence = self.sequence + 1
-        votes, sums = open_votes(total, self._num_shards)
-        decision, error = count_votes(votes, sequence=sequence, world_size=self.spec.world_size)
-        grad_norm = norm_of(sums, self._tables.squares) if limits.is_set and error is None else None
+        decision, error = count_votes(votes, sequence=sequence, world=world)
+        if error is not None:
+            return StepResult(sequence, decision, self.scalars, error)
+        grad_norm = norm_of(sums, self._tables.squares) if limits.is_set else None
         if decision is Decision.COMMIT and grad_norm is not None and not math.isfinite(grad_norm):
             decision = Decision.SKIP
-        return StepResult(sequence, decision, self.scalars, error, grad_norm)
+        return StepResult(sequence, decision, self.scalars, grad_norm=grad_norm, ranks=world.ranks)
 
-    def _commit(self, pushes: Sequence[Push], gradient: Gradient) -> Reduction:
+    def _commit(self, pushes: Sequence[Push], gradient: Gradient) -> Generator[Tensor, Tensor, Mapping[str, float]]:
+        """Move parameters and slots; the scalars after the step."""
         header, present = pushes[0].header, self._present(pushes).any(dim=0)
-        for push, sender in zip(pushes, self._senders, strict=True):
+        heard = len(pushes) if self.spec.gradients == "sharded" else 1
+        for push, sender in zip(pushes[:heard], self._senders, strict=False):
             for index, value in push.reloaded.items():
                 offset = sender.reloaded_range(index, self.spec.params[index]).offset
                 self.buffers.reload(index, value, never_stepped=bool(self.step_count[index] == 0), offset=offset)
@@ -186,7 +225,7 @@ class Shard(OwnedState):
             self.step_count = step.step_count
         self.scalars, self.buffers.key_state.values = combined.scalars, combined.key_state
         delivery.finish(is_begun=combined.moves)
-        return StepResult(self.sequence + 1, Decision.COMMIT, self.scalars)
+        return self.scalars
 
     def _reduce(
         self, step: StepInputs, gradient: Gradient, delivery: Delivery
@@ -199,6 +238,7 @@ class Shard(OwnedState):
             then = self._second_pass(step, unmoved, totals, delivery) if self._is_one_pass else None
             partials = yield from self._summed(self._kernels.local(self.buffers, gradient, c, table, then))
             totals = table.totals(rule.sums, partials)
+            self.stopwatch.lap("reduce")
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
 
@@ -227,7 +267,7 @@ class Shard(OwnedState):
         return self._kernels.prepare(gradient, self.buffers)
 
     def _present(self, pushes: Sequence[Push]) -> Tensor:
-        """Which tensors each rank has a gradient of, ``(world_size, num_tensors)`` bool."""
+        """Which tensors each rank has a gradient of, ``(ranks, num_tensors)`` bool."""
         return torch.stack([unpack_present(push.header.present, len(self.spec.params)) for push in pushes])
 
     def replay(self, logged: LoggedStep) -> RunningStep:
@@ -235,6 +275,7 @@ class Shard(OwnedState):
 
         The log has it from a shard that had checked its pushes; their senders may have been replaced since.
         """
+        self.stopwatch.restart()
         self._begin_with([dataclasses.replace(push, sink=None) for push in logged.pushes])
         running = RunningStep(self.step())
         for total in logged.sums:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import MissingRankError, StepAbortedError
 from .push import Push
+from .world import World
 
 _NUM_COLUMNS = 5
 _TIMELINE, _SEQUENCE, _MISSING, _DIGEST, _NONFINITE = range(_NUM_COLUMNS)
@@ -70,20 +71,25 @@ def open_votes(total: Tensor, num_shards: int) -> tuple[Tensor, Tensor]:
     return total[:end].view(num_shards, _NUM_COLUMNS), total[end:].view(torch.float64)
 
 
-def count_votes(votes: Tensor, *, sequence: int, world_size: int) -> tuple[Decision, StepAbortedError | None]:
+def missing_ranks(votes: Tensor) -> list[int]:
+    """Of each shard the first rank that it lacks, ascending."""
+    return sorted({missing - 1 for missing in votes[:, _MISSING].tolist() if missing})
+
+
+def count_votes(votes: Tensor, *, sequence: int, world: World) -> tuple[Decision, StepAbortedError | None]:
     """The decision, and with ABORT the reason.
 
     Args:
         votes: All shards' votes, ``(num_shards, 5)`` int64.
         sequence: The step.
-        world_size: Workers.
+        world: The ranks that it waited for.
     """
     missing = int(votes[:, _MISSING].max())
     if missing:
         shard = int(votes[:, _MISSING].argmax())
         return Decision.ABORT, MissingRankError(
-            f"step {sequence}: rank {missing - 1} of {world_size} did not push to shard {shard} in time; no shard has "
-            "changed. Call step() again on every rank, or restart that worker."
+            f"step {sequence}: rank {missing - 1} of {world.size} did not push to shard {shard} within "
+            f"{world.timeout_s:g} s; no shard has changed. Call step() again on every rank, or restart that worker."
         )
     compared = votes[:, [_TIMELINE, _SEQUENCE, _DIGEST]]
     if not bool((compared == compared[0]).all()):

@@ -26,6 +26,7 @@ from stepwell.sharding.layout import Layout, ParamSpec, dtype_from_name
 from stepwell.sharding.pieces import HeldPieces
 from stepwell.sharding.push import Push, PushHeader, pack_present
 from stepwell.sharding.reports import StepResult
+from stepwell.sharding.world import World
 
 SAMPLES = 4
 """A step's noise is the mean of this many samples, dealt out to the ranks: 1, 2 or 4 of them see the same batch."""
@@ -291,6 +292,7 @@ class Run:
         source: The state to begin with; None for the problem's initial parameters.
         rank_0: Fields of the headers of rank 0, in each of its pushes.
         kernel: How passes run; None for ``$STEPWELL_KERNEL``, as for services.
+        is_elastic: Whether ranks may come and go.
     """
 
     def __init__(
@@ -306,12 +308,14 @@ class Run:
         source: StateSource | None = None,
         rank_0: Mapping[str, object] | None = None,
         kernel: Kernel | None = None,
+        is_elastic: bool = False,
     ) -> None:
         self.problem, self.rule, self.world_size, self.wire_dtype = problem, rule, world_size, wire_dtype
         self.rank_0 = dict(rank_0 or {})
         kernel = kernel or chosen_kernel()
         spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, chunk_numel, kernel=kernel)
-        self.group = ShardGroup(spec, num_shards=num_shards)
+        world = World(tuple(range(world_size)), is_elastic=is_elastic, timeout_s=5.0)
+        self.group = ShardGroup(spec, num_shards=num_shards, world=world)
         self.group.load(source or initial_state(problem), timeline=1)
         for rank in range(world_size):
             self.group.admit(rank, f"worker-{rank}")
@@ -324,14 +328,18 @@ class Run:
         return self.group.shards[0].layout
 
     @property
+    def world(self) -> World:
+        return self.group.shards[0].world
+
+    @property
     def next_sequence(self) -> int:
         return self.group.shards[0].sequence + 1
 
     def params(self) -> list[Tensor]:
         """The parameters in the model's dtype and their shapes."""
         shards = self.group.shards
-        dtypes = [extent.dtype for extent in self.layout.extents]
-        parts = zip(*(shard.parameters(dtypes, 0, "held") for shard in shards), strict=True)
+        dtypes, first = [extent.dtype for extent in self.layout.extents], self.world.ranks[0]
+        parts = zip(*(shard.parameters(dtypes, first, "held") for shard in shards), strict=True)
         flat = [torch.cat(part) for part in parts]
         return [
             view.to(dtype_from_name(tensor.dtype), copy=True)
@@ -365,7 +373,7 @@ class Run:
             "incarnation": f"worker-{rank}",
             "attempt": 0,
             "present": pack_present([index in gradients for index in range(len(self.problem.tensors))]),
-            "hyper": hyper if rank == 0 else None,
+            "hyper": hyper if self.world.is_heard(rank) else None,
             **(self.rank_0 if rank == 0 else {}),
         }
         flat = flatten(self.layout, gradients, self.wire_dtype)

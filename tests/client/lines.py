@@ -77,8 +77,8 @@ class FaultyTransport(Transport):
     def wait_until_loaded(self, after_timeline: int) -> Registration:
         return self._run("wait_until_loaded", lambda: self._inner.wait_until_loaded(after_timeline))
 
-    def refresh(self) -> Registration:
-        return self._run("refresh", self._inner.refresh)
+    def refresh(self, rank: int, incarnation: str) -> Registration:
+        return self._run("refresh", lambda: self._inner.refresh(rank, incarnation))
 
     def step(
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer
@@ -165,7 +165,7 @@ class SharedTransport(InProcessTransport):
             self._load(list(parts.values()), LoadHeader())
 
         self._together(values, load)
-        return self.refresh()
+        return self._registration()
 
     def extend(self, spec: JobSpec, holdings: Holdings | None, values: PieceValues) -> Registration:
         def extend(asked: Mapping[int, tuple[Holdings | None, PieceValues]]) -> None:
@@ -173,7 +173,7 @@ class SharedTransport(InProcessTransport):
             self._extend(spec, holdings_of, [its_values for _, its_values in asked.values()])
 
         self._together((holdings, values), extend)
-        return self.refresh()
+        return self._registration()
 
     def _together(self, brought: T, act: Callable[[Mapping[int, T]], None]) -> None:
         """Act once every rank has brought something."""
@@ -195,7 +195,7 @@ class SharedTransport(InProcessTransport):
     def wait_until_loaded(self, after_timeline: int) -> Registration:
         with self._shared.changed:
             self._wait(lambda: self.service.group.shards[0].timeline > after_timeline)
-            return self.refresh()
+            return self._registration()
 
     def step(
         self, header: PushHeader, gradient: FlatBuffer, reloaded: Mapping[int, Tensor], params: FlatBuffer

@@ -31,6 +31,7 @@ from tests.client import test_overlap as changes
 from tests.client.lines import reached_by
 from tests.client.training import assert_equal, assert_same_state, loss_of, make_net
 
+LIMIT_S = 20.0
 NUM_STEPS = 5
 NUM_SHARDS = 2
 NUM_PIECES = 3
@@ -172,6 +173,20 @@ def test_pieces_that_a_restarted_shard_has_lost_are_sent_again() -> None:
 
     net, _ = run(lose_pieces, transport)
     assert transport.named == [0, 3, 3, 0, 3, 3]
+    assert_equal(net.parameters(), run(changes.nothing, None)[0].parameters())
+
+
+def test_pieces_that_went_to_shards_before_others_are_sent_again() -> None:
+    transport = FarTransport()
+
+    def put_others_in_their_place(params: changes.Params, step: int) -> None:
+        if step == 2:
+            assert transport._pieces is not None
+            transport._pieces.turn_to(NUM_SHARDS, LIMIT_S)
+            transport.held = [Ahead() for _ in range(NUM_SHARDS)]
+
+    net, _ = run(put_others_in_their_place, transport)
+    assert transport.named == [0, 3, 0, 3, 3]
     assert_equal(net.parameters(), run(changes.nothing, None)[0].parameters())
 
 

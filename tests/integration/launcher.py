@@ -35,14 +35,15 @@ def main(name: str, what: str) -> None:
 
 
 def die_before_the_coordinator_starts() -> None:
-    start_actor = starting._start_actor
+    patched: Any = starting
+    start_actor = patched.start_actor
 
     def start(actor_class: type, *args: Any, **options: Any) -> Any:
         if actor_class is CoordinatorActor:
             os.kill(os.getpid(), signal.SIGKILL)
         return start_actor(actor_class, *args, **options)
 
-    starting._start_actor = start
+    patched.start_actor = start
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_launch_that_was_cut_short_is_named_and_can_be_ended(address: None) -> N
     process = launcher("dies")
     assert said(process) == ""
     process.communicate(timeout=LIMIT_S)
-    assert left()["groups"] == [f"{NAME}/shards"]
+    assert left()["groups"] == [f"{NAME}/set-0.0"]
     for attempt in (stepwell.connect, stepwell.launch):
         with pytest.raises(ServiceExistsError, match=f"its launch was cut short; .* `stepwell down {NAME}`"):
             attempt(NAME)

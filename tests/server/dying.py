@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -17,9 +17,10 @@ from stepwell.server.coordinator import Coordinator
 from stepwell.server.knowledge import ShardReport
 from stepwell.server.meeting import Meeting
 from stepwell.server.messages import from_wire, pack_holdings, pack_job, values_to_wire
+from stepwell.server.resizing import ShardSet, ShardSets
 from stepwell.server.shard_actor import ShardActor
 from stepwell.sharding.coverage import Gradients
-from stepwell.sharding.errors import ShardLostError
+from stepwell.sharding.errors import PlacementError, ShardLostError
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import ParamSpec
 from tests.server.test_coordinator import HALVES, NUMEL, holdings_of, part
@@ -87,27 +88,94 @@ class Handle:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._actor, name)
+        if name == "rows":  # called by other shards
+            return mock.Mock(remote=lambda run: asyncio.ensure_future(method(run)))
         if name == "meet":  # called by the other shards, in their own threads
             return mock.Mock(remote=lambda *arguments: asyncio.run_coroutine_threadsafe(method(*arguments), self._loop))
         return mock.Mock(remote=lambda *arguments: self._life.call(method, arguments))
 
 
-class Service:
-    """Two shards, and one coordinator after the other. The shards' own threads are real."""
+class Sets(ShardSets):
+    """The sets of shards of a service in this process, as one coordinator reaches them."""
 
-    def __init__(self) -> None:
-        self.config = ServiceConfig("test", num_shards=NUM_SHARDS, kernel="eager", worker_timeout_s=LIMIT_S)
-        with mock.patch("ray.util.get_node_ip_address", return_value="127.0.0.1"):
-            self.actors = [ShardActor(self.config, index) for index in range(NUM_SHARDS)]
+    def __init__(self, service: Service) -> None:
+        self._service, self._life = service, service.life
+
+    async def found(self) -> list[ShardSet]:
+        return [
+            ShardSet(config, list(self._service.handles(actors)), [])
+            for _, (config, actors) in sorted(self._service.sets.items())
+        ]
+
+    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
+        async def start() -> list[ShardActor]:
+            if config.num_shards > self._service.room:
+                self._service.was_refused.set()
+                raise PlacementError(f"no room for {config.num_shards} shards")
+            return self._service.make_set(config)
+
+        actors = await self._life.call(start, ())
+        return ShardSet(config, list(self._service.handles(actors)), [])
+
+    async def end(self, config: ServiceConfig) -> None:
+        async def end() -> None:
+            self._service.sets.pop(config.shard_set, None)
+
+        await self._life.call(end, ())
+
+    async def nodes(self, config: ServiceConfig) -> list[str]:
+        return [f"node-{config.shard_set[0]}"] * config.num_shards
+
+    async def drained(self) -> list[str]:
+        return self._service.drained
+
+
+class Service:
+    """Two shards, and one coordinator after the other. The shards' own threads are real.
+
+    Attributes:
+        sets: The sets of shards, by number, each with its settings. One that has ended is not among them; as those of a
+            node that is cut off its shards live on.
+        room: How many shards another set may have.
+        was_refused: Set when another set had no room.
+        drained: Nodes that are about to go; each set is on one of its own, "node-0" and so on.
+    """
+
+    def __init__(self, *, elastic: bool = False) -> None:
+        self.sets: dict[tuple[int, int], tuple[ServiceConfig, list[ShardActor]]] = {}
+        options: dict[str, Any] = {"kernel": "eager", "worker_timeout_s": LIMIT_S, "elastic": elastic}
+        self.make_set(ServiceConfig("test", num_shards=NUM_SHARDS, **options))
+        self.room = 8
+        self.drained, self.was_refused = list[str](), asyncio.Event()
         self.lives: list[Life] = []
+
+    @property
+    def config(self) -> ServiceConfig:
+        """Of the oldest set."""
+        return self.sets[min(self.sets)][0]
+
+    @property
+    def actors(self) -> list[ShardActor]:
+        """Of the oldest set."""
+        return self.sets[min(self.sets)][1]
+
+    def make_set(self, config: ServiceConfig) -> list[ShardActor]:
+        """Start another set."""
+        with mock.patch("ray.util.get_node_ip_address", return_value="127.0.0.1"):
+            actors = [ShardActor(config, index) for index in range(config.num_shards)]
+        self.sets[config.shard_set] = config, actors
+        return actors
+
+    def handles(self, actors: Sequence[ShardActor]) -> list[Handle]:
+        """As the coordinator that lives now holds them."""
+        return [Handle(actor, self.life) for actor in actors]
 
     async def start(self, num_calls: int | None = None) -> Coordinator:
         """Start the next coordinator; returns when it has taken over, or is dead after ``num_calls`` calls."""
         self.life = Life()
         self.lives.append(self.life)
         self.resign = mock.Mock()
-        handles = [Handle(actor, self.life) for actor in self.actors]
-        self.coordinator = Coordinator(self.config, handles, resign=self.resign)
+        self.coordinator = Coordinator(self.config, self.handles(self.actors), sets=Sets(self), resign=self.resign)
         if num_calls is not None:
             self.life.end_after(num_calls)
         await self.until_over(self.coordinator.start())
@@ -150,6 +218,7 @@ class Service:
             assert report.job == reports[0].job
             assert report.workers == reports[0].workers
             assert report.left == reports[0].left
+            assert report.world == reports[0].world
             assert report.timeline == reports[0].timeline
         return reports
 

@@ -135,7 +135,7 @@ async def test_what_a_dead_process_brought_to_a_group_is_not_taken_for_its_succe
     for waiting in (lost, other):
         with pytest.raises(ServiceTimeoutError, match="missing ranks"):
             await waiting
-    assert len(unpack_job((await service.coordinator.refresh()).spec).params) == 1
+    assert len(unpack_job((await service.coordinator.refresh(1, "1-a")).spec).params) == 1
 
 
 @run_test
@@ -149,7 +149,7 @@ async def test_process_with_other_holdings_is_refused_and_the_others_train_on(se
 @run_test
 async def test_next_job_may_be_split_otherwise_once_the_ranks_have_left(service: Service) -> None:
     for rank in range(2):
-        await service.coordinator.leave(rank)
+        await service.coordinator.leave(rank, f"{rank}-a")
     cuts = (0, 100), (100, NUMEL)
     told = await asyncio.gather(*(service.register(rank, cut, incarnation="b") for rank, cut in enumerate(cuts)))
     assert [one.needs_parameters for one in told] == [False, False]
@@ -178,12 +178,12 @@ def test_first_try_that_runs_out_does_not_take_back_what_the_second_brought() ->
             return dict(brought)
 
         rendezvous: Rendezvous[str | None, Any] = Rendezvous(act, what="the test")
-        first = asyncio.ensure_future(rendezvous.arrive(0, None, world_size=2, timeout_s=0.01))
+        first = asyncio.ensure_future(rendezvous.arrive(0, None, ranks=range(2), timeout_s=0.01))
         await asyncio.sleep(0)
-        second = asyncio.ensure_future(rendezvous.arrive(0, None, world_size=2, timeout_s=LIMIT_S))
+        second = asyncio.ensure_future(rendezvous.arrive(0, None, ranks=range(2), timeout_s=LIMIT_S))
         with pytest.raises(ServiceTimeoutError):
             await first
-        assert await rendezvous.arrive(1, "b", world_size=2, timeout_s=1.0) == {0: None, 1: "b"}
+        assert await rendezvous.arrive(1, "b", ranks=range(2), timeout_s=1.0) == {0: None, 1: "b"}
         assert await second == {0: None, 1: "b"}
 
     asyncio.run(main())

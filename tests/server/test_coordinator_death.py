@@ -32,7 +32,7 @@ Act = Callable[[Coordinator, str], Coroutine[Any, Any, object]]
 """An operation; what it takes is a coordinator and a folder for checkpoints."""
 
 RANKS, GROWN = Ranks(), Ranks(num_groups=2)
-ALONE = Ranks(world_size=1, gradients="local")
+ALONE, PAIR, TRIO = (Ranks(world_size=size, gradients="local") for size in (1, 2, 3))
 
 
 async def nothing(coordinator: Coordinator, folder: str) -> None:
@@ -99,17 +99,26 @@ async def replace(coordinator: Coordinator, folder: str) -> None:
 
 
 async def leave(coordinator: Coordinator, folder: str) -> None:
-    await coordinator.leave(1)
+    await coordinator.leave(1, "1-a")
 
 
 async def all_leave(coordinator: Coordinator, folder: str) -> None:
     await train(coordinator, folder)
-    await coordinator.leave(0)
-    await coordinator.leave(1)
+    await coordinator.leave(0, "0-a")
+    await coordinator.leave(1, "1-a")
 
 
 async def another_job(coordinator: Coordinator, folder: str) -> None:
     await ALONE.register(coordinator, [0])
+
+
+async def train_elastic(coordinator: Coordinator, folder: str) -> None:
+    await PAIR.register(coordinator)
+    await load(coordinator, folder)
+
+
+async def join(coordinator: Coordinator, folder: str) -> None:
+    await TRIO.register(coordinator, [2])
 
 
 OPERATIONS: dict[str, tuple[Act, Act]] = {
@@ -124,7 +133,10 @@ OPERATIONS: dict[str, tuple[Act, Act]] = {
     "replace a worker": (train, replace),
     "leave": (train, leave),
     "workers of another number": (all_leave, another_job),
+    "join": (train_elastic, join),
+    "leave an elastic job": (train_elastic, leave),
 }
+ELASTIC = ("join", "leave an elastic job")
 
 
 @dataclasses.dataclass
@@ -134,26 +146,29 @@ class Outcome:
     job: object
     workers: object
     left: object
+    world: object
     timeline: int
     state: dict[tuple[int, str, int], torch.Tensor]
 
     @classmethod
     async def of(cls, service: Service) -> Outcome:
-        known = Knowledge.of(await service.require_whole())
+        reports = await service.require_whole()
+        known = Knowledge.of(reports)
         state = await service.state() if known.is_loaded else {}
-        return cls(known.spec, known.workers, known.left, known.timeline, state)
+        world = None if known.spec is None else reports[0].world
+        return cls(known.spec, known.workers, known.left, world, known.timeline, state)
 
     def equals(self, other: Outcome) -> bool:
-        same = [getattr(self, name) == getattr(other, name) for name in ("job", "workers", "left", "timeline")]
+        same = [getattr(self, name) == getattr(other, name) for name in ("job", "workers", "left", "world", "timeline")]
         keys = self.state.keys() == other.state.keys()
         return all(same) and keys and all(torch.equal(self.state[key], other.state[key]) for key in self.state)
 
 
-def run(test: Callable[[Service], Coroutine[Any, Any, Any]]) -> Any:
+def run(test: Callable[[Service], Coroutine[Any, Any, Any]], *, elastic: bool = False) -> Any:
     """Run something on an event loop beside a new service."""
 
     async def main() -> Any:
-        service = Service()
+        service = Service(elastic=elastic)
         try:
             return await asyncio.wait_for(test(service), LIMIT_S)
         finally:
@@ -168,13 +183,17 @@ def run(test: Callable[[Service], Coroutine[Any, Any, Any]]) -> Any:
 def test_operation_is_done_or_not_done_wherever_the_coordinator_dies(name: str, tmp_path: Path) -> None:
     before, operation = OPERATIONS[name]
     folders = (str(tmp_path / str(number)) for number in itertools.count())
-    num_calls, undone, done = run(lambda service: _complete(service, before, operation, next(folders)))
+    elastic = name in ELASTIC
+    num_calls, undone, done = run(lambda service: _complete(service, before, operation, next(folders)), elastic=elastic)
     assert num_calls > 0
     expected = [undone, done]
     if operation in (register, another_job):  # first the job, then its workers
-        expected.append(dataclasses.replace(undone, job=done.job, workers={}, left=set()))
+        expected.append(dataclasses.replace(undone, job=done.job, workers={}, left=set(), world=done.world))
     for moment in range(num_calls):
-        run(lambda service: _die(service, before, operation, next(folders), moment, expected))  # noqa: B023
+        run(
+            lambda service: _die(service, before, operation, next(folders), moment, expected),  # noqa: B023
+            elastic=elastic,
+        )
 
 
 def test_coordinator_that_dies_as_it_takes_over_leaves_the_same_to_the_next_one(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from stepwell.sharding.history import History
 from stepwell.sharding.owned_state import Replicated
 from stepwell.sharding.reports import ShardStatus
 from stepwell.sharding.segments import ALIGNMENT, Address, Placement, Span, allocate, open_segment
+from stepwell.sharding.world import World
 
 T = TypeVar("T")
 
@@ -34,8 +35,8 @@ GRADIENT = memory()
 
 
 def copy_at(sequence: int, address: Address, *, timeline: int = 1) -> Copy:
-    status = ShardStatus(0, timeline, sequence, sequence, 0, 16, "eager", {}, (), in_flight=False)
-    return Copy(b"job", b"", status, Replicated(History(timeline), {}), {}, frozenset(), (), (), address)
+    status = ShardStatus(0, timeline, sequence, sequence, 0, 16, "eager", {}, (), in_flight=False, world=World((0,)))
+    return Copy(b"job", b"", status, Replicated(History(timeline), {}, World((0,))), {}, frozenset(), (), (), address)
 
 
 def entry(sequence: int, address: Address | None = None, *, timeline: int = 1) -> LogEntry:

@@ -59,7 +59,7 @@ async def test_gradients_are_let_go_when_a_worker_leaves(line: Line) -> None:
     keeper = await keep(line)
     await step(line)
     await until_logged(keeper, 1)
-    await line.actor.leave(EPOCH, 1)
+    await line.actor.leave(EPOCH, [1])
     await until_logged(keeper, 0)
 
 

@@ -11,6 +11,7 @@ import gc
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -575,6 +576,56 @@ async def test_load_that_fails_before_it_changes_anything_leaves_the_pushes(line
     reply = await line.push(0)
     job = pack_job(line.shard.spec)
     with pytest.raises(CheckpointError, match="/nowhere"):
-        await line.actor.prepare_restore(EPOCH, 2, "request", "/nowhere", b"", job, b"", {})
+        await line.actor.prepare_restore(EPOCH, 2, "request", "/nowhere", b"", job, b"", {}, None)
     await line.push(1)
     assert (await reply).decision is Decision.COMMIT
+
+
+# A rank that is slow
+
+
+@run_test
+async def test_tries_of_a_worker_leave_nothing_behind_while_another_is_slow(line: Line) -> None:
+    """However often a worker tries, of its pushes one is held, and one call waits."""
+    line.actor._redundancy.is_on = True
+    expected, gradients = params_after(2), []
+    waiting: asyncio.Future[Any] | None = None
+    for attempt in range(30):
+        push = line.run.pushes(0, attempt=attempt)[0]
+        request = pack_exchange(Exchange(pack_push(push.header), None, RETURNED, LIMIT_S))
+        wire = to_wire(push.gradient[0].clone())
+        gradients.append(weakref.ref(wire[1]))
+        before, waiting = waiting, line.begin(line.actor.exchange(request, [wire]))
+        del wire
+        await line.settle()
+        if before is not None:
+            assert before.done(), "it is told at once that it was replaced"
+            assert isinstance(before.result()[0], AttemptError)
+    del before
+    gc.collect()
+    assert len(line.shard._inbox.ranks) == len(line.actor._redundancy._received) == 1
+    assert [gradient() is not None for gradient in gradients] == [False] * 29 + [True]
+    await line.push(1)
+    assert waiting is not None
+    assert (await waiting)[0].decision is Decision.COMMIT
+    assert_same_tensors(line.run.params(), expected)
+
+
+@run_test
+async def test_worker_whose_rank_another_process_takes_is_told_at_once(line: Line) -> None:
+    reply = await line.push(1)
+    await line.actor.admit(EPOCH, {1: Worker("successor", pack_holdings(None))})
+    await line.settle()
+    assert reply.done()
+    assert isinstance(await error_of(reply), IncarnationError)
+
+
+@run_test
+async def test_successor_that_comes_while_the_step_is_taken_does_not_take_it_from_its_predecessor(line: Line) -> None:
+    async with line.busy():
+        replies = [await line.push(rank) for rank in range(2)]
+        await line.actor.admit(EPOCH, {1: Worker("successor", pack_holdings(None))})
+        await line.settle()
+        assert not any(reply.done() for reply in replies)
+    for reply in replies:
+        assert (await reply).decision is Decision.COMMIT

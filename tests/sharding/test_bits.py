@@ -46,12 +46,13 @@ def test_problem_straddles_what_it_should() -> None:
     """Else the tests below would prove little."""
     layout = Run(straddling(), RULES["LAMB"], num_shards=7).layout
     (extent,) = layout.extents
+    table = extent.table(range(extent.num_tiles))
     assert extent.tiles_per_block == extent.tiles_per_chunk == 4
     for num_shards in (2, 3, 5, 7):
         edges = [extent.tile_range(shard, num_shards).start for shard in range(1, num_shards)]
-        cut = {int(extent.tensor_of_tile[edge]) for edge in edges if extent.index_in_tensor[edge] > 0}
+        cut = {int(table.tensor_of_tile[edge]) for edge in edges if table.index_in_tensor[edge] > 0}
         assert cut, f"no tensor lies on two of {num_shards} shards"
-    keys_of_chunk = [set(extent.tensor_of_tile[first : first + 4].tolist()) for first in range(0, extent.num_tiles, 4)]
+    keys_of_chunk = [set(table.tensor_of_tile[first : first + 4].tolist()) for first in range(0, extent.num_tiles, 4)]
     assert max(map(len, keys_of_chunk)) == 4
 
 
@@ -169,12 +170,13 @@ CHANNEL_RULES = [rule for rule in [*RULES.values(), *OTHER_RULES] if rule.num_ch
 def test_channels_straddle_what_they_should() -> None:
     run = Run(convolutions(), CHANNEL_RULES[0], num_shards=7)
     (extent,) = run.layout.extents
+    table = extent.table(range(extent.num_tiles))
     assert extent.tiles_per_block == extent.tiles_per_chunk == 1
     numels = set(run.group.spec.keys().channel_numel.tolist())
     assert {1, 27, 252, 256, 257, 320, 1000} <= numels
     for num_shards in (2, 5, 7):
         edges = [extent.tile_range(shard, num_shards).start for shard in range(1, num_shards)]
-        offsets = [(int(extent.tensor_of_tile[edge]), int(extent.index_in_tensor[edge]) * 256) for edge in edges]
+        offsets = [(int(table.tensor_of_tile[edge]), int(table.index_in_tensor[edge]) * 256) for edge in edges]
         channel_numel = run.group.spec.keys().channel_numel
         assert any(offset % channel_numel[tensor] for tensor, offset in offsets), (
             f"no channel is on two of {num_shards}"

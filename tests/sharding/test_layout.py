@@ -37,15 +37,16 @@ def test_layout_gives_every_element_one_place(specs: tuple[ParamSpec, ...], chun
     places = [np.zeros(math.prod(spec.shape), np.int64) for spec in specs]
     for extent in layout.extents:
         assert extent.num_tiles * 256 == extent.padded_numel
-        for param, index, valid in zip(extent.tensor_of_tile, extent.index_in_tensor, extent.valid_numel, strict=True):
+        table = extent.table(range(extent.num_tiles))
+        for param, index, valid in zip(table.tensor_of_tile, table.index_in_tensor, table.valid_numel, strict=True):
             assert 1 <= valid <= 256
             assert specs[param].state_dtype == extent.dtype
             places[param][index * 256 : index * 256 + valid] += 1
-        order = list(zip(extent.tensor_of_tile.tolist(), extent.index_in_tensor.tolist(), strict=True))
+        order = list(zip(table.tensor_of_tile.tolist(), table.index_in_tensor.tolist(), strict=True))
         assert order == sorted(order)
         for position, param in enumerate(extent.params):
             first, stop = extent.first_tile[position : position + 2]
-            assert (extent.tensor_of_tile[first:stop] == param).all()
+            assert (extent.table(range(first, stop)).tensor_of_tile == param).all()
     for place in places:
         assert (place == 1).all()
     assert layout.numel == sum(math.prod(spec.shape) for spec in specs)
@@ -74,7 +75,7 @@ def test_pieces_cover_every_slot_once(
             for piece in extent.pieces(tiles, stride):
                 assert 0 <= piece.offset <= piece.offset + piece.numel <= len(covered[piece.param])
                 assert tiles.start <= piece.first_tile < piece.last_tile <= tiles.stop
-                assert set(extent.tensor_of_tile[piece.first_tile : piece.last_tile]) == {piece.param}
+                assert set(extent.table(range(piece.first_tile, piece.last_tile)).tensor_of_tile) == {piece.param}
                 covered[piece.param][piece.offset : piece.offset + piece.numel] += 1
     for cover in covered:
         assert (cover == 1).all()
@@ -137,3 +138,15 @@ def test_layout_refuses_a_chunk_that_is_no_power_of_two_of_tiles(chunk_numel: in
 def test_dtype_that_cannot_be_kept_is_refused(dtype: str) -> None:
     with pytest.raises(UnsupportedParameterError, match="expected a dtype of float16, bfloat16, float32, float64"):
         dtype_from_name(dtype)
+
+
+def test_layout_of_a_model_beyond_any_memory_is_made_and_a_shard_reads_its_own_tiles() -> None:
+    """What a process keeps of the layout does not grow with the model's elements."""
+    layout = Layout.build([ParamSpec("", (2**44 + 300,), "float32", 0), ParamSpec("", (5,), "float32", 0)])
+    (extent,) = layout.extents
+    tiles = extent.tile_range(2**24 - 1, 2**24)
+    assert tiles.stop == extent.num_tiles == 2**36 + 3
+    table = extent.table(range(extent.num_tiles - 3, extent.num_tiles))
+    assert table.tensor_of_tile.tolist() == [0, 0, 1]
+    assert table.index_in_tensor.tolist() == [2**36, 2**36 + 1, 0]
+    assert table.valid_numel.tolist() == [256, 44, 5]

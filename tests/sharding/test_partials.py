@@ -64,7 +64,9 @@ def test_totals_are_the_sums_over_their_keys(shapes: list[tuple[int]], scope: Sc
     table, values = TileSumTable(layout, scope, num_groups=2), tile_partials(layout)
     terms: dict[int, list[float]] = {}
     for extent, tiles in zip(layout.extents, values, strict=True):
-        for param, value in zip(extent.tensor_of_tile.tolist(), tiles.tolist(), strict=True):
+        for param, value in zip(
+            extent.table(range(extent.num_tiles)).tensor_of_tile.tolist(), tiles.tolist(), strict=True
+        ):
             key = {Scope.MODEL: 0, Scope.GROUP: layout.params[param].group, Scope.TENSOR: param}[scope]
             terms.setdefault(key, []).append(value)
     (totals,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 100)).values()

@@ -1,0 +1,271 @@
+"""The sets of shards of a service in the cluster: placing, starting, finding and ending them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from ..sharding.errors import PlacementError, StepwellError
+from .calls import wait_for
+from .config import NAMESPACE, ServiceConfig
+from .keeper import Keeper
+from .resizing import ShardSet, ShardSets
+from .shard_actor import ShardActor
+
+ACTOR_START_TIMEOUT_S = 120.0
+
+untyped_ray: Any = ray  # some of its functions have no types
+
+
+class SetsInRay(ShardSets):
+    """Those of one service in Ray. Ray is asked on threads, as it may keep one waiting.
+
+    Args:
+        config: The settings that the service was launched with.
+    """
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+
+    def found_now(self) -> list[ShardSet]:
+        """See :meth:`found`; waits for Ray."""
+        return _found(self._config)
+
+    async def found(self) -> list[ShardSet]:
+        """See :class:`ShardSets`."""
+        return await asyncio.to_thread(self.found_now)
+
+    async def start(self, config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
+        """See :class:`ShardSets`."""
+        return await asyncio.to_thread(_start_and_wait, config, avoid)
+
+    async def end(self, config: ServiceConfig) -> None:
+        """See :class:`ShardSets`."""
+        await asyncio.to_thread(end_set, config.set_name)
+
+    async def nodes(self, config: ServiceConfig) -> list[str]:
+        """See :class:`ShardSets`."""
+        return await asyncio.to_thread(nodes_of, config)
+
+    async def drained(self) -> list[str]:
+        """See :class:`ShardSets`."""
+        # As Ray's own libraries ask for it; there is no public function.
+        return list(await asyncio.to_thread(untyped_ray._private.state.state.get_draining_nodes))
+
+
+def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> ShardSet:
+    """Place and start a set's shards, and what keeps their copies; they may not answer yet.
+
+    Args:
+        config: The set's settings.
+        avoid: Ids of nodes that nothing is to be placed on.
+
+    Raises:
+        PlacementError: If the cluster has no room for them.
+    """
+    # Ray warns that removing the places of actors ends these; that is what ending a set does.
+    logging.getLogger("ray.actor").addFilter(_is_news)
+    _require_resources(config)
+    group = _reserve(config, avoid)
+    common = common_options(config)
+    needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
+    try:
+        keepers, shards = _start_keepers(config, group), []
+        for index in range(config.num_shards):
+            options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
+            shards.append(start_actor(ShardActor, config, index, **options))
+    except ValueError:
+        end_set(config.set_name)
+        raise
+    return ShardSet(config, shards, keepers)
+
+
+def _start_keepers(config: ServiceConfig, group: PlacementGroup) -> list[Any]:
+    """One on each node that has shards, and so many at least as each shard wants.
+
+    Each has its place beside a shard, with which it goes to another node if its own is lost.
+    """
+    by_bundle = sorted(placement_group_table(group)["bundles_to_node_id"].items(), reverse=True)
+    first_bundles = sorted({node: bundle for bundle, node in by_bundle}.values())
+    num_keepers = max(len(first_bundles), config.redundancy) if config.redundancy else 0
+    keepers, common = [], common_options(config)
+    for index in range(num_keepers):
+        strategy = _place(group, first_bundles[index % len(first_bundles)])
+        keepers.append(start_actor(Keeper, name=config.keeper_name(index), num_cpus=0, strategy=strategy, **common))
+    return keepers
+
+
+def _place(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+
+
+def _start_and_wait(config: ServiceConfig, avoid: Collection[str]) -> ShardSet:
+    started = start_set(config, avoid)
+    try:
+        calls = [shard.epoch.remote() for shard in started.shards]
+        wait_for(calls, timeout_s=ACTOR_START_TIMEOUT_S, what=f"the {config.num_shards} new shards to start")
+    except StepwellError:
+        end_set(config.set_name)
+        raise
+    return started
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "restartable detached actor with a placement group" not in record.getMessage()
+
+
+def common_options(config: ServiceConfig) -> dict[str, Any]:
+    """What all actors of a service have in common for Ray."""
+    lifetime = "detached" if config.detached else None
+    # What a process that died was at is not for Ray to repeat: who asked for it asks again.
+    return {"namespace": NAMESPACE, "lifetime": lifetime, "max_restarts": -1, "max_task_retries": 0}
+
+
+def start_actor(actor_class: type, *args: Any, strategy: Any, **options: Any) -> Any:
+    """Start an actor under one of Ray's scheduling strategies; its handle."""
+    remote_class: Any = ray.remote(actor_class)
+    return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
+
+
+def beside_the_first(config: ServiceConfig) -> NodeAffinitySchedulingStrategy:
+    """On the node of a set's first shard, while there is that node; in no place of the set's, as sets come and go."""
+    return NodeAffinitySchedulingStrategy(nodes_of(config)[0], soft=True)
+
+
+def nodes_of(config: ServiceConfig) -> list[str]:
+    """Ids of the nodes that a set's shards have their places on, by index; empty for one that has none now."""
+    rows = placement_group_table().values()
+    there = (row for row in rows if row["name"] == config.set_name and row["state"] != "REMOVED")
+    places: dict[int, str] = next((row["bundles_to_node_id"] for row in there), {})
+    return [places.get(index, "") for index in range(config.num_shards)]
+
+
+def _require_resources(config: ServiceConfig) -> None:
+    """Refuse at once what the whole cluster, were it idle, has no room for."""
+    there, num_nodes = untyped_ray.cluster_resources(), len(untyped_ray.nodes())
+    for resource, each in (("GPU", config.num_gpus_per_shard), ("CPU", config.num_cpus_per_shard)):
+        wanted, total = each * config.num_shards, there.get(resource, 0.0)
+        if wanted > total:
+            raise PlacementError(
+                f"{config.num_shards} shards with {each:g} {resource} each need {wanted:g} {resource}s; "
+                f"the cluster has {total:g} on {num_nodes} node(s). "
+                f"Ask for fewer shards, set num_{resource.lower()}s_per_shard lower, or add nodes."
+            )
+
+
+def _reserve(config: ServiceConfig, avoid: Collection[str]) -> PlacementGroup:
+    bundle = {"CPU": config.num_cpus_per_shard, "GPU": config.num_gpus_per_shard}
+    # A bundle must hold something: a byte of memory, so that shards without CPUs have room where all CPUs are taken.
+    bundle = {resource: amount for resource, amount in bundle.items() if amount > 0} or {"memory": 1}
+    elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] * config.num_shards if avoid else None
+    group: PlacementGroup = placement_group(
+        [dict(bundle) for _ in range(config.num_shards)],
+        strategy=config.placement,
+        name=config.set_name,
+        lifetime="detached" if config.detached else None,
+        bundle_label_selector=elsewhere,
+    )
+    try:
+        ray.get(group.ready(), timeout=config.placement_timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        remove_placement_group(group)
+        free = untyped_ray.available_resources()
+        raise PlacementError(
+            f"no room for {config.num_shards} shards of {bundle} ({config.placement}) within "
+            f"{config.placement_timeout_s:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
+            "End another service with `stepwell down`, or ask for fewer shards or less for each."
+        ) from error
+    return group
+
+
+def find_node(text: str) -> str:
+    """The id of a node.
+
+    Args:
+        text: Its id, the beginning of that, its address or the name of its host.
+
+    Raises:
+        PlacementError: If no node of the cluster is meant, or more than one.
+    """
+    there = [node for node in untyped_ray.nodes() if node["Alive"]]
+    meant: list[str] = [
+        node["NodeID"]
+        for node in there
+        if node["NodeID"].startswith(text) or text in (node["NodeManagerAddress"], node["NodeManagerHostname"])
+    ]
+    if len(meant) != 1:
+        ids = ", ".join(f"{node['NodeID']} ({node['NodeManagerAddress']})" for node in there)
+        raise PlacementError(f"expected the id, address or host name of one node, got {text!r}; there are {ids}")
+    return meant[0]
+
+
+def end_set(set_name: str) -> None:
+    """End a set's actors, the first shard before all others; see :meth:`ShardSets.found`."""
+    end_actors([f"{set_name}/shard-0", *actor_names(f"{set_name}/")], set_name)
+
+
+def end_actors(names: Sequence[str], groups: str) -> None:
+    """End actors, then give up their places: the other way about Ray would start them again.
+
+    Args:
+        names: The actors', some of which may have ended.
+        groups: The places' name, or what all their names begin with.
+    """
+    for actor in [find_actor(name) for name in dict.fromkeys(names)]:
+        if actor is not None:
+            ray.kill(actor)
+    for group in groups_of(groups):
+        remove_placement_group(group)
+
+
+def groups_of(name: str) -> list[PlacementGroup]:
+    """The places of a service or a set, from whatever namespace it was launched."""
+    rows: dict[str, dict[str, Any]] = placement_group_table()
+    return [
+        PlacementGroup(untyped_ray.PlacementGroupID.from_hex(group))
+        for group, row in rows.items()
+        if f"{row['name']}/".startswith(f"{name}/") and row["state"] != "REMOVED"
+    ]
+
+
+def find_actor(name: str) -> Any | None:
+    """Handle of a named actor; None if there is none."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def actor_names(prefix: str) -> list[str]:
+    """Names of all actors of ours that begin like this."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)]
+
+
+def _found(config: ServiceConfig) -> list[ShardSet]:
+    actors: dict[tuple[int, int], dict[str, set[int]]] = {}
+    for name in actor_names(f"{config.name}/"):
+        if match := re.fullmatch(r".*/set-(\d+)\.(\d+)/(shard|keeper)-(\d+)", name):
+            kinds = actors.setdefault((int(match[1]), int(match[2])), {"shard": set(), "keeper": set()})
+            kinds[match[3]].add(int(match[4]))
+    sets = []
+    for shard_set, kinds in sorted(actors.items()):
+        num_shards = max(kinds["shard"], default=0) + 1
+        each = dataclasses.replace(config, num_shards=num_shards, shard_set=shard_set)
+        shards = _handles([each.shard_name(index) for index in sorted(kinds["shard"])])
+        keepers = _handles([each.keeper_name(index) for index in sorted(kinds["keeper"])])
+        sets.append(ShardSet(each, shards, keepers, is_whole=0 in kinds["shard"]))
+    return sets
+
+
+def _handles(names: Sequence[str]) -> list[Any]:
+    """Of those actors that are there; some may have ended just now."""
+    return [actor for actor in map(find_actor, names) if actor is not None]
