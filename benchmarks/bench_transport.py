@@ -3,7 +3,8 @@
 The object-store path is timed with SGD, whose kernel costs least, and only by what the service takes beyond the same
 step in process. The raw transfers are Ray calls to two bare actors: each takes its half of the gradient as an argument
 and copies it, and returns its half of the parameters, which the caller copies. Bytes are counted where they are handed
-to Ray; what worker and shards share is written once.
+to Ray; what worker and shards share is written once. Gradients that are sent within backward race with such that are
+sent with their push, in training steps of a perceptron: on one machine both move the same bytes by the same cores.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ NUM_SHARDS = 2
 RAW_TIMEOUT_S = 60.0
 LEAST_BYTES = 8
 """Per parameter: a gradient there, a parameter back."""
+PIECES, WHOLE = "training step, gradients sent within backward", "gradients sent with their push"
+BATCH, WIDTH = 64, 1024
 SERVICE, IN_PROCESS, RAW = "SGD, 2 shards, object store", "SGD, in process", "raw transfers"
 
 
@@ -44,12 +47,14 @@ class RawActor:
 
 
 def rows(quick: bool) -> list[Row]:
-    """Both figures."""
+    """All figures."""
     torch.set_num_threads(cores())
     numel, budget_s = (400_000, 0.5) if quick else (32_000_000, 12.0)
     with ray_of_its_own():
         tell("object store against raw transfers")
         found = object_store(numel, budget_s)
+        tell("gradients sent within backward")
+        found += within_backward(numel, budget_s)
         tell("bytes on the wire")
         return [*found, *wire_bytes(min(numel, 4_000_000))]
 
@@ -89,6 +94,35 @@ def object_store(numel: int, budget_s: float) -> list[Row]:
             key="transport/object store",
         ),
     ]
+
+
+def within_backward(numel: int, budget_s: float) -> list[Row]:
+    """Training steps by the object-store path, with gradients sent ahead of their push and without."""
+    num_layers = max(1, numel // WIDTH**2)
+    with contextlib.ExitStack() as stack:
+        contestants = []
+        for name, overlap in ((PIECES, True), (WHOLE, False)):
+            service = stack.enter_context(service_of(NUM_SHARDS))
+            net = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(num_layers)))
+            with _far_apart():
+                optimizer = stepwell.SGD(net.parameters(), lr=1e-6, service=service, overlap=overlap)
+            stack.callback(optimizer.close)
+            contestants.append(Contestant(name, _training_step(net, optimizer)))
+        found = race(contestants, budget_s=budget_s)
+    scale = 1e9 / (num_layers * WIDTH**2)
+    section = f"transport, {numel / 1e6:g} M, behind a backward"
+    return [found.row(PIECES, WHOLE, scale=scale, section=section, key="transport/within backward")]
+
+
+def _training_step(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    batch = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        net(batch).square().mean().backward()
+        optimizer.step()
+
+    return step
 
 
 @contextlib.contextmanager

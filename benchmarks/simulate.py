@@ -46,6 +46,10 @@ from stepwell.sharding.tables import Tables
 
 NUMEL = 7_000_000_000
 GRID = ((16, 16), (64, 64), (64, 256), (256, 256), (256, 1024), (1024, 1024), (1024, 4096))
+METHOD = """Written by `python -m benchmarks.simulate`: the real coordinator, layout, coverage, messages and inbox, and
+shards that answer without doing anything. Seconds are a processor's, for all shards and workers together in one
+process; where it says "each", for one of them. Calls are the coordinator's to shards, in a step the workers'. What Ray
+takes for a call, some 0.1 ms of the caller's, is not in the seconds."""
 OUT = Path(__file__).parent / "results" / "SIMULATED.md"
 
 
@@ -175,11 +179,7 @@ def _request(spec: JobSpec, rank: int) -> bytes:
 
 def table(costs: dict[tuple[int, int, str], list[Cost]]) -> str:
     """The page: a table for each thing, a line for each size."""
-    lines = [
-        "# A service without tensors",
-        "",
-        f"Written by `python -m benchmarks.simulate`: Prodigy, {NUMEL / 1e9:g} B parameters.",
-    ]
+    lines = ["# A service without tensors", "", f"Prodigy, {NUMEL / 1e9:g} B parameters in bfloat16. {METHOD}", ""]
     names = [cost.what for cost in next(iter(costs.values()))]
     for number, name in enumerate(names):
         lines += [f"## {name[0].upper()}{name[1:]}", "", "| shards | workers | gradients | seconds | calls | |"]

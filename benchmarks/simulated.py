@@ -133,11 +133,7 @@ class SimulatedShard:
         return self._report()
 
     @of_coordinator
-    async def open_store(self, timeout_s: float) -> tuple[str, int]:
-        return "127.0.0.1", 1
-
-    @of_coordinator
-    async def join(self, generation: Generation, store: object, timeout_s: float, shards: Sequence[Any]) -> None:
+    async def join(self, generation: Generation, timeout_s: float, shards: Sequence[Any]) -> None:
         assert len(shards) == self._service.config.num_shards
         self._generation = generation
 

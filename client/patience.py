@@ -13,7 +13,8 @@ logger = logging.getLogger("stepwell")
 
 T = TypeVar("T")
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.2
+"""Between two tries; each is twice the one before. A pause may begin just when the shard is back."""
 
 
 class Patience:

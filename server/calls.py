@@ -17,6 +17,8 @@ RECONNECT_TIMEOUT_S = 120.0
 """How long who calls a coordinator waits for one that is being started again."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 """Between two tries; each is twice the one before."""
+PROBE_S = 0.1
+"""Between two calls to an actor that is being started again."""
 
 
 def wait_for(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
@@ -76,10 +78,48 @@ async def gather(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[An
         raise translate(error, timeout_s=timeout_s, what=what) from None
 
 
-async def until_ended(endless: Any) -> None:
-    """Wait for a call that never returns, until its actor's process has ended."""
+async def until_started(call: Callable[[], Any], *, timeout_s: float, what: str) -> None:
+    """Wait until an actor answers that may be being started again.
+
+    A call to one that is fails a second after it was made, unless the actor is there by then, and is answered at once
+    when it is. So calls are made every now and then, whatever becomes of those before.
+
+    Args:
+        call: Calls the actor.
+        timeout_s: Limit for the first answer.
+        what: Names the wait in messages.
+
+    Raises:
+        ShardLostError: If the actor has ended for good.
+        ServiceTimeoutError: If the limit ran out.
+    """
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def probe() -> None:
+        try:
+            await call()
+        except ActorUnavailableError:
+            return
+        except (RayTaskError, RayActorError) as error:
+            if not ended.done():
+                ended.set_exception(translate(error, timeout_s=timeout_s, what=what))
+        else:
+            if not ended.done():
+                ended.set_result(None)
+
+    probes, deadline = set[asyncio.Task[None]](), asyncio.get_running_loop().time() + timeout_s
+    while not ended.done():
+        if asyncio.get_running_loop().time() > deadline:
+            raise translate(TimeoutError(), timeout_s=timeout_s, what=what)
+        probes.add(asyncio.create_task(probe()))
+        await asyncio.wait([ended], timeout=PROBE_S)
+    await ended
+
+
+async def until_ended(call: Any) -> None:
+    """Wait for a call that may take for ever, or until its actor's process has ended."""
     with contextlib.suppress(RayActorError):
-        await endless
+        await call
 
 
 def ask(coordinator: Any, method: str, *args: Any, timeout_s: float, what: str) -> Any:

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store  # torch.distributed's, with types
 
 from ..sharding.errors import ShardLostError
 from ..sharding.reports import StepResult
 from ..sharding.running import RunningStep
-from .meeting import Meeting
 
 c10d: Any = dist  # torch has no types for its stores and groups
 
-POLL_S = 0.5
+POLL_S = 0.05
 """How soon a wait notices that its group was closed."""
 
 
@@ -63,7 +63,7 @@ class Collective:
         num_shards: int,
         *,
         host: str,
-        meeting: Meeting,
+        meeting: Store,
         forming_timeout_s: float,
         timeout_s: float,
     ) -> None:
@@ -154,7 +154,7 @@ def drive(step: RunningStep, collective: Collective | None) -> StepResult:
     return step.result
 
 
-def _form(meeting: Meeting, shard: int, num_shards: int, host: str, timeout_s: float) -> Any:
+def _form(meeting: Store, shard: int, num_shards: int, host: str, timeout_s: float) -> Any:
     limit = timedelta(seconds=timeout_s)
     options = c10d.ProcessGroupGloo._Options()
     options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]

@@ -122,11 +122,13 @@ def set_ray_defaults() -> None:
     """Settle what Ray would otherwise decide by itself: no token file in the home folder, no usage reports.
 
     And shards that run as the training processes do, which wait for them in every step: Ray gives its actors a niceness
-    of 15, with which anything else that computes on the machine comes first.
+    of 15, with which anything else that computes on the machine comes first. And calls that fail soon when a process
+    has ended: Ray would wait a second or two to be told why it has.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", "100")
 
 
 def _require(condition: bool, what: str, expected: str, got: object) -> None:

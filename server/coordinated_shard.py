@@ -11,7 +11,14 @@ import ray
 import torch
 
 from ..sharding.checkpoint import CheckpointReader
-from ..sharding.compiling import Kernel, compiled_code, resolve_kernel, take_compiled_code
+from ..sharding.compiling import (
+    Kernel,
+    compiled_code,
+    kernel_identity,
+    require_same_kernels,
+    resolve_kernel,
+    take_compiled_code,
+)
 from ..sharding.coverage import Gradients
 from ..sharding.errors import CheckpointRestoreNeededError, IncarnationError, PlacementError
 from ..sharding.folder import Destination
@@ -108,7 +115,8 @@ class CoordinatedShard:
         """Leave the last group and form that of ``generation`` with all ``shards``."""
         peers = [shard for index, shard in enumerate(shards) if index != self._index]
         self._steps.leave_group(generation, peers)
-        self._meetings = {each: meeting for each, meeting in self._meetings.items() if each >= generation}
+        for earlier in [each for each in self._meetings if each < generation]:
+            self._meetings.pop(earlier).end()
         meeting = self._meetings.setdefault(generation, Meeting())
 
         def tell(key: str, value: bytes) -> None:
@@ -150,6 +158,12 @@ class CoordinatedShard:
         """How passes can run here."""
         kernel: Kernel = await self._steps.compute(lambda: resolve_kernel(self._config.kernel, self._device))
         return kernel
+
+    @of_coordinator
+    async def kernel_identity(self, kernel: Kernel) -> str:
+        """What the bits of such kernels depend on here."""
+        identity: str = await self._steps.compute(lambda: kernel_identity(self._device, kernel))
+        return identity
 
     @of_coordinator
     async def compile(self, job: bytes) -> bytes:
@@ -276,8 +290,8 @@ class CoordinatedShard:
     # Coming back; called by the coordinator. See Note: What survives a shard
 
     async def linger(self) -> None:
-        """Never answer: who waits for this is told when the shard's process ends."""
-        await asyncio.Event().wait()
+        """Answer when this shard is cut off from the others; who waits is also told when the shard's process ends."""
+        await self._steps.until_cut_off()
 
     async def node(self) -> str:
         """Ray's id of the node that this shard is on."""
@@ -292,7 +306,11 @@ class CoordinatedShard:
 
     @change_of_coordinator
     async def rebuild(self) -> bool:
-        """Become what the process before this one was; whether any keeper knows."""
+        """Become what the process before this one was; whether any keeper knows.
+
+        Raises:
+            KernelError: If it would go on with other bits, on a machine of another kind.
+        """
         found = await self._redundancy.fetch()
         if not found:
             return False
@@ -301,6 +319,8 @@ class CoordinatedShard:
 
         def rebuild_from() -> Shard:
             shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
+            whose = f"shard {self._index}, started again,"
+            require_same_kernels(kept.status.kernel_identity, shard.status().kernel_identity, whose=whose)
             rebuild(shard, kept, segment)
             return shard
 

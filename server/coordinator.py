@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
-from ..sharding.errors import ServiceTimeoutError
+from ..sharding.errors import ServiceTimeoutError, ShardLostError
 from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
@@ -33,8 +34,10 @@ from .shard_sets import SetsInRay
 from .shards import POLL_S, Shards
 from .takeover import finish_changes
 from .two_phase import change_state
-from .watch import Watch
+from .watch import RETRY_S, Watch
 from .workers import Worker
+
+logger = logging.getLogger("stepwell")
 
 
 def end_process() -> None:
@@ -102,6 +105,17 @@ class Coordinator:
         if task is None or (task.done() and task.exception() is not None):
             self._taking_over = task = asyncio.create_task(self._take_over())
         await asyncio.shield(task)
+
+    async def persist(self) -> None:
+        """Take the shards over, again if one is lost meanwhile; called by the actor itself, as nobody else may call."""
+        while True:
+            try:
+                await self.start()
+            except (ShardLostError, ServiceTimeoutError) as error:
+                logger.warning("service %r: its shards are not taken over: %s", self._config.name, error)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
 
     async def describe(self) -> tuple[ServiceConfig, list[Any]]:
         """The settings and the shards' handles, at once."""
@@ -251,6 +265,7 @@ class Coordinator:
             self._shards.epoch,
             await self._shards.statuses_now(),
             await self._keepers.holdings(),
+            self._watch.recoveries,
         )
 
     async def leave(self, rank: int, incarnation: str) -> None:
@@ -321,4 +336,4 @@ class CoordinatorActor(Coordinator):
         oldest = next(found for found in sets.found_now() if found.is_whole)
         is_first = not context.was_current_actor_reconstructed
         super().__init__(oldest.config, oldest.shards, keepers=oldest.keepers, is_first=is_first, sets=sets)
-        context.current_actor.start.remote()
+        context.current_actor.persist.remote()

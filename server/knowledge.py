@@ -15,6 +15,7 @@ from .changes import NUM_REMEMBERED
 from .collective import NO_GENERATION, Generation
 from .config import ServiceConfig
 from .keeper import Holding
+from .recoveries import Recoveries
 from .shard_saves import SaveUnderWay
 from .workers import Worker
 
@@ -76,6 +77,7 @@ class ServiceStatus:
         epoch: Of the coordinator.
         shards: Every shard's status; None of one without a job.
         holdings: What each keeper that answers has, by keeper and shard.
+        recoveries: Of shards, by this coordinator.
     """
 
     config: ServiceConfig
@@ -84,6 +86,7 @@ class ServiceStatus:
     epoch: int
     shards: Sequence[ShardStatus | None]
     holdings: Mapping[int, Mapping[int, Holding]]
+    recoveries: Recoveries
 
     def redundancy(self) -> list[dict[str, dict[str, Any]]]:
         """For each shard what its keepers hold, by the keepers' numbers, as plain values."""

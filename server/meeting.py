@@ -10,17 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
 
-import torch.distributed as dist
-
-c10d: Any = dist  # torch has no types for its stores
+from torch._C._distributed_c10d import Store  # torch.distributed's, with types
 
 Tell = Callable[[str, bytes], None]
 """Sends a key and its value to all other members."""
 
 
-class Meeting(c10d.Store):  # type: ignore[misc]
+class Meeting(Store):
     """One member's view; called by gloo in the thread that forms the group, while others' values come in by another."""
 
     def __init__(self) -> None:
@@ -28,7 +25,7 @@ class Meeting(c10d.Store):  # type: ignore[misc]
         self._values: dict[str, bytes] = {}
         self._has_changed = threading.Condition()
         self._tell: Tell | None = None
-        self._timeout_s = 0.0
+        self._timeout_s, self._is_over = 0.0, False
 
     def attend(self, tell: Tell, timeout_s: float) -> None:
         """Be a member: tell the others from now on. What they have told before counts.
@@ -43,6 +40,12 @@ class Meeting(c10d.Store):  # type: ignore[misc]
         """Keep what a member has set."""
         with self._has_changed:
             self._values[key] = value
+            self._has_changed.notify_all()
+
+    def end(self) -> None:
+        """Let nobody wait any more: there is a later generation."""
+        with self._has_changed:
+            self._is_over = True
             self._has_changed.notify_all()
 
     def set(self, key: str, value: str | bytes) -> None:
@@ -65,10 +68,12 @@ class Meeting(c10d.Store):  # type: ignore[misc]
         """Wait until all of ``keys`` are set.
 
         Raises:
-            TimeoutError: If one is not in time.
+            TimeoutError: If one is not in time, or the meeting was ended.
         """
-        limit_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        limit_s, wanted = self._timeout_s if timeout is None else timeout.total_seconds(), set(keys)
         with self._has_changed:
-            if not self._has_changed.wait_for(lambda: self._values.keys() >= set(keys), limit_s):
-                missing = sorted(set(keys) - self._values.keys())
-                raise TimeoutError(f"waited {limit_s:g} s for what other shards should have told: {missing}")
+            self._has_changed.wait_for(lambda: self._is_over or self._values.keys() >= wanted, limit_s)
+            missing = sorted(wanted - self._values.keys())
+        if missing:
+            why = "a later generation is being formed" if self._is_over else f"waited {limit_s:g} s"
+            raise TimeoutError(f"{why}; other shards have not told {missing}")

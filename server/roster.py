@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from ..sharding.compiling import Kernel
+from ..sharding.compiling import Kernel, require_same_kernels
 from ..sharding.coverage import require_exact_cover
 from ..sharding.errors import (
     CheckpointRestoreNeededError,
@@ -178,7 +178,14 @@ class Roster:
         return dataclasses.replace(spec, chunk_numel=self._config.chunk_numel, kernel=self.kernel)
 
     async def compile(self, spec: JobSpec) -> bytes:
-        """A job's compiled kernels; empty if they are not compiled."""
+        """A job's compiled kernels; empty if they are not compiled.
+
+        Raises:
+            KernelError: If they cannot be, or the shards are on machines of different kinds.
+        """
+        identities = await self._shards.all("kernel_identity", spec.kernel, what="the shards to tell of their kernels")
+        for shard, identity in enumerate(identities):
+            require_same_kernels(identities[0], identity, whose=f"shard {shard}")
         if spec.kernel != "compiled":
             return b""
         # By one shard: those beside it would do the same at the same time, and a new one finds the code here.

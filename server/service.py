@@ -56,10 +56,11 @@ class Service:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
             ``restarts``; ``elastic``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards``
             what those have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps
-            after it, ``size_bytes``; with a job also ``rule``, ``world_size``, the ``ranks`` that the next step waits
-            for, ``excluded`` (rank to the step from which on the job goes on without it), ``num_params``, ``numel``,
-            ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel`` and ``size_bytes`` per
-            shard.
+            after it, ``size_bytes``; ``recoveries`` of shards since: their ``count``, and of the ``last`` one the
+            ``seconds`` by part, see :class:`stepwell.server.watch.Recovery`; with a job also ``rule``, ``world_size``,
+            the ``ranks`` that the next step waits for, ``excluded`` (rank to the step from which on the job goes on
+            without it), ``num_params``, ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``,
+            ``scalars``, ``kernel`` and ``size_bytes`` per shard.
         """
         found: ServiceStatus = self.ask("status", what="its status")
         config, spec, shards = found.config, found.spec, found.shards
@@ -71,6 +72,7 @@ class Service:
             "restarts": found.epoch - 1,
             "elastic": config.elastic,
             "redundancy": {"wanted": config.redundancy, "shards": found.redundancy()},
+            "recoveries": dataclasses.asdict(found.recoveries),
         }
         if spec is None or shards[0] is None:
             return {**fields, "rule": None, "step": 0}

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..sharding.errors import CheckpointRestoreNeededError, EpochError, ServiceError, ShardLostError
-from ..sharding.recovery import known_sums
+from ..sharding.errors import CheckpointRestoreNeededError, EpochError, ServiceError
+from ..sharding.recovery import Standing, known_sums
 from ..sharding.reports import ShardStatus
-from .calls import gather, until_ended
+from .calls import gather, until_ended, until_started
 from .collective import NO_GENERATION, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .knowledge import ShardReport, common_generation
@@ -154,7 +154,7 @@ class Shards:
         self.generation = generation
 
     async def lost(self, index: int) -> None:
-        """Return when a shard's process has ended."""
+        """Return when a shard's process has ended, or it is cut off from the others in a step."""
         await until_ended(self.handles[index].linger.remote())
 
     async def rebuild(self) -> tuple[list[int], list[int]]:
@@ -163,20 +163,26 @@ class Shards:
         Returns:
             Those that were empty, and which of them are not any more: some keeper had what they had held.
         """
-        await self.await_restarts()
         empty = [index for index, status in enumerate(await self.statuses_now()) if status is None]
         answers = await self.some(empty, "rebuild", what="lost shards to be rebuilt")
         return empty, [index for index, is_back in zip(empty, answers, strict=True) if is_back]
 
-    async def resume(self) -> None:
-        """Form the group anew, and have all finish the step that was under way."""
-        standings = await self.all("rest", what="the shards to come to rest")
+    async def rest(self) -> list[Standing]:
+        """Have all leave the group, in which nothing can be summed up any more; where each of them stands then.
+
+        Raises:
+            CheckpointRestoreNeededError: If they have parted.
+        """
+        standings: list[Standing] = await self.all("rest", what="the shards to come to rest")
         sequences = [standing.sequence for standing in standings]
         if max(sequences) - min(sequences) > 1:
             raise CheckpointRestoreNeededError(
                 f"the shards are at steps {sequences}: what one has lost cannot be brought back"
             )
-        await self.form_group()
+        return standings
+
+    async def resume(self, standings: Sequence[Standing]) -> None:
+        """Have all finish the step that was under way, in the group that was formed since."""
         await self.all("resume", known_sums(standings), what="the shards to go on")
         if any(standing.is_stepping for standing in standings):
             # One that a shard has lost before it was logged is voted down by all.
@@ -205,10 +211,14 @@ class Shards:
         if len(set(sequences)) == 1:
             timeout_s = self.config.worker_timeout_s + COLLECTIVE_MARGIN_S
             await self.all("end_step", timeout_s, what="the shards to end a step")
-        generations = set(await self.all("generation", what="the shards' generation"))
-        if len(set(sequences)) > 1 or len(generations) > 1 or NO_GENERATION in generations:
+        if len(set(sequences)) > 1 or not await self.are_together():
             await self.all("rest", what="the shards to come to rest")
             await self.form_group()
+
+    async def are_together(self) -> bool:
+        """Whether all are in one group, and can use it."""
+        generations = set(await self.all("generation", what="the shards' generation"))
+        return len(generations) == 1 and NO_GENERATION not in generations
 
     async def release(self) -> None:
         """Let all go on with steps, and drop what they have prepared and not taken."""
@@ -218,14 +228,7 @@ class Shards:
         return await self.all("hold", what="the shards to come to rest")
 
     async def await_restarts(self) -> None:
-        """Wait for shards that are being started again; calls to them fail at once."""
-        deadline = asyncio.get_running_loop().time() + RESTART_TIMEOUT_S
-        while True:
-            try:
-                await self.statuses_now()
-            except ShardLostError:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise
-                await asyncio.sleep(POLL_S)
-            else:
-                return
+        """Wait for shards that are being started again."""
+        what = "the shards to be started again"
+        calls = (until_started(each.status.remote, timeout_s=RESTART_TIMEOUT_S, what=what) for each in self.handles)
+        await asyncio.gather(*calls)

@@ -71,6 +71,7 @@ class Steps:
         self._num_votes = 0
         self._attended: tuple[Generation, int] | None = None
         self.newest_generation = NO_GENERATION
+        self._is_cut_off = asyncio.Event()
         self._lost_for_good: CheckpointRestoreNeededError | None = None
 
     @property
@@ -80,8 +81,9 @@ class Steps:
 
     @property
     def usable_generation(self) -> Generation:
-        """As :attr:`generation`, but of a group that was closed :data:`NO_GENERATION` too."""
-        return self.generation if self.collective is not None and self.collective.is_open else NO_GENERATION
+        """As :attr:`generation`, but :data:`NO_GENERATION` too if it was closed, or a step rests until the next one."""
+        is_usable = self.collective is not None and self.collective.is_open and not self._is_cut_off.is_set()
+        return self.generation if is_usable else NO_GENERATION
 
     @property
     def is_stepping(self) -> bool:
@@ -95,7 +97,7 @@ class Steps:
             NotRegisteredError: If it holds no job.
             ShardLostError: If it does not hold it yet, as its process was started again; or never will.
         """
-        if self.shard is None and self._lost_for_good is not None:
+        if self._lost_for_good is not None and (self.shard is None or not self.shard.is_whole):
             raise self._lost_for_good
         if self.shard is None and self._redundancy.may_come_back:
             raise ShardLostError(f"shard {self._index} was lost, and is being brought back")
@@ -135,6 +137,10 @@ class Steps:
             collective.close()
             raise ServiceError(f"generation {collective.generation} was given up for {self.newest_generation}")
         self.collective = collective
+
+    async def until_cut_off(self) -> None:
+        """Wait until a step rests, as the group has broken, whether or not a shard has died: until it goes on."""
+        await self._is_cut_off.wait()
 
     async def compute(self, work: Callable[[], Any]) -> Any:
         """Do something in the thread for arithmetic, after what it is at."""
@@ -274,7 +280,7 @@ class Steps:
 
     async def load(self, load: Callable[[], None]) -> None:
         """Take a state; no step begins before it is there, and one that rests is given up for it."""
-        self._is_loading = True
+        self._is_loading, self._lost_for_good = True, None
         self._give_up_resting()
         try:
             await self.compute(load)
@@ -290,6 +296,7 @@ class Steps:
     def rest_in(self, step: RunningStep) -> None:
         """Have a step under way, which a shard that was rebuilt has taken up to where it does not know the sums."""
         self._running = step
+        self._is_cut_off.set()
 
     async def rest(self) -> None:
         """Leave the group, in which nothing is summed up any more; a step that is under way ends or rests."""
@@ -321,6 +328,7 @@ class Steps:
         self._outcomes.dismiss(why)
 
     def _give_up_resting(self) -> None:
+        self._is_cut_off.clear()
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -362,7 +370,7 @@ class Steps:
     def _start_if_complete(self) -> None:
         shard = self.shard
         if shard is not None and self._is_free(shard):
-            is_complete = shard.is_waiting and not shard.missing_ranks
+            is_complete = shard.is_waiting and shard.is_complete
             if is_complete or self._attended == (self.generation, self._num_votes + 1):
                 self._start(shard)
 
@@ -381,6 +389,7 @@ class Steps:
         self, shard: Shard, sums: Sequence[Tensor] = (), *, before: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         told = self._outcomes.begin()
+        self._is_cut_off.clear()
         self._sequence_of_step = shard.sequence + 1
         self._step = asyncio.get_running_loop().create_task(self._run_step(shard, told, sums, before))
 
@@ -403,6 +412,8 @@ class Steps:
         except ServiceError as error:
             logger.warning("shard %d: step %d was cut off: %s", self._index, self._sequence_of_step, error)
             outcome = error if self._redundancy.is_on else _with_advice(error)
+            if self._running is not None:
+                self._is_cut_off.set()
         finally:
             calling.cancel()
             told.set_result(outcome)

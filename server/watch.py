@@ -8,15 +8,16 @@ from collections.abc import Awaitable, Callable
 
 from ray.exceptions import RayTaskError
 
-from ..sharding.errors import CheckpointRestoreNeededError, ShardLostError, StepwellError
+from ..sharding.errors import CheckpointRestoreNeededError, KernelError, ShardLostError, StepwellError
 from ..sharding.saved import SavedCheckpoint
 from .config import ServiceConfig
 from .keepers import Keepers
+from .recoveries import Parts, Recoveries, Recovery
 from .shards import Shards
 
 logger = logging.getLogger("stepwell")
 
-RETRY_S = 1.0
+RETRY_S = 0.2
 
 
 class Watch:
@@ -29,6 +30,9 @@ class Watch:
         changing: Held by what changes the job or its state.
         what_is_there: Whether a job was registered, and the last checkpoint that was saved of it.
         place_lost: See :meth:`Adoption.place_lost`.
+
+    Attributes:
+        recoveries: Of shards, by this coordinator.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Watch:
         self._config, self._shards, self._keepers, self._changing = config, shards, keepers, changing
         self._what_is_there, self._place_lost = what_is_there, place_lost
         self._tasks: list[asyncio.Task[None]] = []
+        self.recoveries = Recoveries()
 
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
@@ -63,20 +68,33 @@ class Watch:
 
     async def bring_back(self) -> None:
         """Have shards that were started again become what they were, and go on with the step that was under way."""
-        began, name = asyncio.get_running_loop().time(), self._config.name
+        name, parts = self._config.name, Parts()
         await self._place_lost()
         await self._keepers.arrange()
-        empty, rebuilt = await self._shards.rebuild()
+        await self._shards.await_restarts()
+        parts.end("restart")
+        gone: list[int] = []
         try:
-            if gone := sorted(set(empty) - set(rebuilt)):
+            empty, rebuilt = await self._shards.rebuild()
+            parts.end("rebuild")
+            if not empty and await self._shards.are_together():
+                return  # it was brought back with another one
+            gone = sorted(set(empty) - set(rebuilt))
+            if gone:
                 raise CheckpointRestoreNeededError(f"what shards {gone} held is lost, and no keeper has it")
-            await self._shards.resume()
-        except CheckpointRestoreNeededError as error:
+            standings = await self._shards.rest()
+        except (CheckpointRestoreNeededError, KernelError) as error:
             await self._give_up(f"service {name!r}: {error}", is_empty=len(gone) == len(self._shards.handles))
             return
+        parts.end("rest")
+        await self._shards.form_group()
+        parts.end("form")
+        await self._shards.resume(standings)
+        parts.end("resume")
         if empty:
-            took_s = asyncio.get_running_loop().time() - began
-            logger.warning("service %r: shards %s are back after %.1f s", name, empty, took_s)
+            last = Recovery(tuple(empty), parts.seconds)
+            self.recoveries = Recoveries(self.recoveries.count + 1, last)
+            logger.warning("service %r: %s", name, last)
 
     async def _give_up(self, why: str, *, is_empty: bool) -> None:
         """Have all who ask be told that a checkpoint is to be restored; or there never was a job."""
@@ -94,7 +112,7 @@ class Watch:
         async def watch() -> None:
             while True:
                 await lost(index)
-                logger.warning("service %r: %s was lost; bringing it back", self._config.name, who)
+                logger.warning("service %r: %s is lost or cut off; bringing it back", self._config.name, who)
                 while not await self._is_done(bring_back, f"{who} is not back"):
                     await asyncio.sleep(RETRY_S)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from ..optim import Coefficients, Rule
 from .compiling import compile_pass, told_if_slow
@@ -73,6 +72,8 @@ class _CompiledPass:
         return self._run(self._by_signature[signature], operands)
 
     def _compile_for(self, operands: _Operands) -> Pass:
+        from torch._dynamo.exc import TorchDynamoException  # takes longer than all else of a shard's process to start
+
         function, rule, _ = self._fixed
         compiled = compile_pass(_guarded, self._num_threads)
         with told_if_slow(f"{rule.name}'s kernels"):

@@ -67,6 +67,26 @@ def kernel_identity(device: torch.device, kernel: Kernel) -> str:
     return f"torch {torch.__version__}, {how}, {device.type} {model}"
 
 
+def require_same_kernels(expected: str, got: str, *, whose: str) -> None:
+    """See that two kernel identities are the same, where one run is to have the bits of one kind of kernels.
+
+    Args:
+        expected: What the run was computed by so far, see :func:`kernel_identity`.
+        got: What it would go on with.
+        whose: Names the latter in the message.
+
+    Raises:
+        KernelError: Naming what differs.
+    """
+    if expected != got:
+        pairs = zip(expected.split(", "), got.split(", "), strict=False)
+        different = "; ".join(f"expected {there}, got {here}" for there, here in pairs if there != here)
+        raise KernelError(
+            f"{whose} computes other bits than the rest of the run ({different or f'expected {expected}, got {got}'}). "
+            "Place all shards on machines of one kind, with one version of torch"
+        )
+
+
 def compile_pass(function: _Pass, num_threads: int) -> _Pass:
     """Compile a pass; called with tensors of any number of tiles and coefficients of any number of tensors.
 

@@ -127,6 +127,11 @@ class OwnedState:
         return self.world.missing_from(self._inbox.ranks)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every rank has pushed for the next step. Asked at each push, so their number is looked at first."""
+        return len(self._inbox.ranks) >= self.world.size and not self.missing_ranks
+
+    @property
     def is_waiting(self) -> bool:
         """Whether some rank has pushed and the step has not begun."""
         return self._deciding is None and not self._inbox.is_empty

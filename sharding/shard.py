@@ -52,7 +52,7 @@ class Shard(OwnedState):
             return Receipt.WAITING
         self.members.check_content(push, is_heard=self.world.is_heard(header.rank))
         self._inbox.put(push)
-        return Receipt.WAITING if self.missing_ranks else Receipt.COMPLETE
+        return Receipt.COMPLETE if self.is_complete else Receipt.WAITING
 
     def result(self, timeline: int, sequence: int) -> StepResult | None:
         """The result of step ``sequence``, or None while it is not decided; a step that was given up is not.

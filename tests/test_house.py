@@ -36,6 +36,13 @@ def test_layer_imports_without_ray(layer: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_shard_starts_without_the_compiler() -> None:
+    """It takes longer to import than all else; a lost shard is waited for, and may have nothing to compile."""
+    code = "import stepwell.server.shard_actor, sys; sys.exit('torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+
+
 def test_version_is_the_installed_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == importlib.metadata.version("stepwell")

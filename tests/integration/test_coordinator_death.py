@@ -14,7 +14,12 @@ import ray
 import torch
 
 import stepwell
-from stepwell.sharding.errors import IncarnationError, NotRegisteredError, ShardLostError
+from stepwell.sharding.errors import (
+    CheckpointRestoreNeededError,
+    IncarnationError,
+    NotRegisteredError,
+    ShardLostError,
+)
 from tests.integration.conftest import Launch
 from tests.integration.processes import assert_all_end, pid_of
 from tests.integration.training import D0, LIMIT_S, Oracle, Trainer, errors_on_all, make_workers, on_all, small_in_order
@@ -174,7 +179,7 @@ def test_service_whose_processes_all_died_begins_no_new_job_unasked(launch: Laun
     assert_all_end(pids)
     with pytest.raises(ShardLostError, match=r"all processes of service .* were started again.* service.restore"):
         Trainer(small_in_order(), stepwell.Prodigy, d0=D0, shift=9.0, service=service)
-    with pytest.raises(NotRegisteredError):
+    with pytest.raises(CheckpointRestoreNeededError, match="restore"):
         worker.run(4)
     assert service.restore(str(tmp_path)) == 3
     with pytest.raises(IncarnationError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import pytest
 
 import stepwell
 from tests.chaos import run_chaos
+from tests.declared import Declared
+from tests.faults import matrix
 from tests.integration.conftest import Launch
 from tests.integration.training import D0, Oracle, Trainer, assert_same_training, make_workers, on_all
 from tests.integration.victims import Victims
 from tests.zoo import straddling
 
 NUM_STEPS = 24
+NUM_KILLS = 4
+NUM_DECLARED = 5
 OPTIONS: dict[str, dict[str, Any]] = {"Prodigy": {"d0": D0}, "AdamW": {}, "LAMB": {}}
 
 
@@ -53,8 +58,16 @@ def test_pairs_that_die_cost_no_step(launch: Launch, names: Sequence[int | str])
 
 def test_chaos(local_ray: str) -> None:
     """Shards, coordinator and worker are killed at random; ``make chaos`` does it for longer."""
-    took = run_chaos("Prodigy", 3, kills=6, seed=11)
-    assert sum(map(len, took.values())) == 6
+    took = run_chaos("Prodigy", 3, kills=NUM_KILLS, seed=11)
+    assert len(took) == NUM_KILLS
+
+
+def test_declared_faults_end_as_the_table_says(launch: Launch, tmp_path: Path) -> None:
+    """Some of the matrix; ``make chaos ARGS=--matrix`` has all of it, ``tests/server/test_faults.py`` without Ray."""
+    service = launch(3, redundancy=1)
+    declared = Declared(service, trainer_of(service), trainer_of("inprocess"), tmp_path)
+    for faults in random.Random(5).sample(matrix(step=1), NUM_DECLARED):
+        declared.suffer(faults)
 
 
 def test_several_workers_wait_for_a_shard_together(launch: Launch) -> None:

@@ -32,6 +32,14 @@ class Victims:
         self._pids: dict[Name, int] = {}
         self.await_successors()
 
+    def actor(self, name: Name) -> Any:
+        """One's handle."""
+        return self._actors[name]
+
+    def pids(self) -> dict[Name, int]:
+        """Everybody's process, as of when successors were awaited last."""
+        return dict(self._pids)
+
     def kill(self, *names: Name) -> None:
         """Kill some, as they were when their successors were awaited last."""
         for name in names:

@@ -129,7 +129,7 @@ def test_collective_whose_member_never_comes_is_an_error_within_the_limit() -> N
     began = time.monotonic()
     with pytest.raises(
         ShardLostError,
-        match=r"shard 0: the 2 shards of generation 1\.7 did not come together within 1 s: waited 1 s for .*0/1",
+        match=r"shard 0: the 2 shards of generation 1\.7 did not come together within 1 s: waited 1 s; .*0/1",
     ):
         form(meetings(2, 1.0)[0], 0, 2, number=7, timeout_s=1.0)
     assert time.monotonic() - began < 10
@@ -203,3 +203,14 @@ def test_what_members_told_before_one_attends_counts() -> None:
     member.set("b", "2")
     assert (member.get("a"), member.get("b")) == (b"1", b"2")
     assert told == [("b", b"2")]
+
+
+def test_nobody_waits_in_a_meeting_that_is_over() -> None:
+    (member,) = meetings(1)
+    timer = threading.Timer(0.1, member.end)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="a later generation is being formed"):
+        member.get("a")
+    assert time.monotonic() - began < 10, "the limit is 30 s"
+    timer.join()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stepwell.optim import SGDRule
+from stepwell.server import coordinator as coordinator_module
 from stepwell.server.config import ServiceConfig
 from stepwell.server.coordinator import Coordinator
 from stepwell.server.messages import Registration, pack_holdings, pack_job, unpack_job, values_to_wire
@@ -18,7 +19,7 @@ from stepwell.server.rendezvous import Rendezvous
 from stepwell.server.shard_actor import ShardActor
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.coverage import Gradients, Holdings, Range
-from stepwell.sharding.errors import CoverageError, JobMismatchError, ServiceTimeoutError
+from stepwell.sharding.errors import CoverageError, JobMismatchError, ServiceTimeoutError, ShardLostError
 from stepwell.sharding.job import JobSpec
 from stepwell.sharding.layout import ParamSpec
 
@@ -186,3 +187,17 @@ def test_first_try_that_runs_out_does_not_take_back_what_the_second_brought() ->
         assert await second == {0: None, 1: "b"}
 
     asyncio.run(main())
+
+
+def test_take_over_is_tried_again_when_a_shard_is_lost_in_it() -> None:
+    async def test() -> None:
+        coordinator = Service().coordinator
+        take_over = mock.AsyncMock(side_effect=[ShardLostError("gone"), ShardLostError("gone again"), None])
+        with (
+            mock.patch.object(coordinator, "_take_over", take_over),
+            mock.patch.object(coordinator_module, "RETRY_S", 0),
+        ):
+            await asyncio.wait_for(coordinator.persist(), 20.0)
+        assert take_over.await_count == 3
+
+    asyncio.run(test())

@@ -104,6 +104,27 @@ def test_flipped_bit_is_found_wherever_it_is(index: int) -> None:
         assert [damage.file for damage in damages] == [name], position
 
 
+def tiny() -> Files:
+    """A checkpoint of two numbers, which has all that one has."""
+    optimizer = stepwell.SGD(
+        [torch.nn.Parameter(torch.ones(2))], lr=0.1, service=stepwell.InProcessService(num_shards=1, kernel="eager")
+    )
+    optimizer.service.save("memory://damage/tiny")
+    files = fsspec.filesystem("memory")
+    return {path.rsplit("/", 1)[1]: files.cat_file(path) for path in files.ls("/damage/tiny", detail=False)}
+
+
+def test_every_flipped_bit_of_a_tiny_checkpoint_is_found() -> None:
+    files, memory = tiny(), fsspec.filesystem("memory")
+    uri = put(files)
+    for name, data in files.items():
+        for bit in range(8 * len(data)):
+            memory.pipe_file(f"{uri}/{name}", flipped(data, bit))
+            assert [damage.file for damage in find_damages(uri)] == [name], (name, bit)
+        memory.pipe_file(f"{uri}/{name}", data)
+    assert find_damages(uri) == []
+
+
 def test_damage_is_told_by_file_and_tensor_and_all_of_it() -> None:
     first, second = shard_files(saved())
     uri = put({**saved(), first: flipped(saved()[first], 8 * len(saved()[first]) - 1), second: saved()[second][:-1]})
