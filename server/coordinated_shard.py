@@ -64,9 +64,10 @@ class CoordinatedShard:
     Args:
         config: The service's.
         shard: This shard's index.
+        is_successor: Whether another actor was this shard before; one that Ray starts again need not be told.
     """
 
-    def __init__(self, config: ServiceConfig, shard: int) -> None:
+    def __init__(self, config: ServiceConfig, shard: int, is_successor: bool = False) -> None:
         self._config, self._index = config, shard
         self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._device = _device(config)
@@ -75,7 +76,8 @@ class CoordinatedShard:
         self.fence, self._changes = Fence(shard), Changes(shard)
         end_at_sigterm()
         # Not so where a test has an actor in its own process.
-        self._was_restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        is_again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        self._was_restarted = is_successor or is_again
         self._redundancy = Redundancy(
             shard,
             log_steps=config.log_steps,

@@ -20,6 +20,7 @@ from ..sharding.folder import read_complete
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, check_restorable, tell_of_other_kernels
 from ..sharding.saved import SavedCheckpoint
+from .adopting import Adoption
 from .collective import NO_GENERATION
 from .config import ServiceConfig
 from .draining import Draining
@@ -74,8 +75,11 @@ class Coordinator:
         self._roster = Roster(config, self._shards, self._changing, self.load)
         self._saves = Saves(self._shards, self._changing, self._roster.require_spec)
         self._taking_over: asyncio.Task[None] | None = None
-        self._watch = Watch(config, self._shards, self._keepers, self._changing, self._what_is_there)
         sets = sets or OneSet()
+        self._adoption = Adoption(self._shards, self._keepers, sets)
+        self._watch = Watch(
+            config, self._shards, self._keepers, self._changing, self._what_is_there, self._adoption.place_lost
+        )
         self._resizing = Resizing(
             self._shards,
             self._keepers,
@@ -279,6 +283,8 @@ class Coordinator:
         """Learn from the shards where the service stands, and bring to an end what another coordinator began."""
         shards = self._shards
         await self._resizing.decide()
+        if shards.config.redundancy:
+            await self._adoption.place_lost()
         reports = await shards.claim()
         try:
             self._roster.known = Knowledge.of(reports, is_first=self._is_first)

@@ -65,6 +65,14 @@ class Keepers:
         answers = await asyncio.gather(*map(self._holdings, range(len(self))))
         return {index: answer for index, answer in enumerate(answers) if answer is not None}
 
+    async def node_with(self, shard: int) -> str | None:
+        """Id of the node of a keeper that has a shard's copy; None if none that answers has it."""
+        for index, held in (await self.holdings()).items():
+            if shard in held and held[shard].step is not None:
+                place = await self._place(index)
+                return None if place is None else place.node
+        return None
+
     async def _place(self, index: int) -> KeeperPlace | None:
         """Where a keeper is; None if it is not started again in time."""
         deadline, handle = asyncio.get_running_loop().time() + RESTART_TIMEOUT_S, self._handles[index]

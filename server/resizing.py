@@ -9,7 +9,7 @@ import abc
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ..sharding.errors import PlacementError, ServiceError
@@ -69,6 +69,14 @@ class ShardSets(abc.ABC):
     async def drained(self) -> list[str]:
         """Ids of the nodes that are about to go."""
 
+    @abc.abstractmethod
+    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
+        """Which of a set's shards do not run, as they are being started again or have no place."""
+
+    @abc.abstractmethod
+    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
+        """Start a shard on a node, with nothing reserved, in place of one that does not run; its handle."""
+
 
 class OneSet(ShardSets):
     """A set of shards that is the only one and stays."""
@@ -91,6 +99,14 @@ class OneSet(ShardSets):
     async def drained(self) -> list[str]:
         """None."""
         return []
+
+    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
+        """None."""
+        return []
+
+    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
+        """Refused."""
+        raise PlacementError(f"service {config.name!r} has no other place for shard {index}")
 
 
 class Resizing:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import re
+import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -59,6 +60,33 @@ class SetsInRay(ShardSets):
         """See :class:`ShardSets`."""
         # As Ray's own libraries ask for it; there is no public function.
         return list(await asyncio.to_thread(untyped_ray._private.state.state.get_draining_nodes))
+
+    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
+        """See :class:`ShardSets`."""
+        return await asyncio.to_thread(_unplaced, shards)
+
+    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
+        """See :class:`ShardSets`."""
+        return await asyncio.to_thread(_replace, config, index, node)
+
+
+def _unplaced(shards: Sequence[Any]) -> list[int]:
+    states = [untyped_ray._private.state.actors(shard._actor_id.hex()).get("State") for shard in shards]
+    return [index for index, state in enumerate(states) if state != "ALIVE"]
+
+
+def _replace(config: ServiceConfig, index: int, node: str) -> Any:
+    name, deadline = config.shard_name(index), time.monotonic() + ACTOR_START_TIMEOUT_S
+    end_actors([name])
+    options = {**common_options(config), "name": name, "num_cpus": 0}
+    strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+    while True:
+        try:
+            return start_actor(ShardActor, config, index, True, strategy=strategy, **options)
+        except ValueError as error:  # Ray has not yet given up the name
+            if time.monotonic() > deadline:
+                raise PlacementError(f"shard {index} cannot be started on node {node}: {error}") from error
+            time.sleep(0.1)
 
 
 def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> ShardSet:
@@ -209,20 +237,20 @@ def find_node(text: str) -> str:
 
 def end_set(set_name: str) -> None:
     """End a set's actors, the first shard before all others; see :meth:`ShardSets.found`."""
-    end_actors([f"{set_name}/shard-0", *actor_names(f"{set_name}/")], set_name)
+    end_actors([f"{set_name}/shard-0", *actor_names(f"{set_name}/")])
+    give_up_places(set_name)
 
 
-def end_actors(names: Sequence[str], groups: str) -> None:
-    """End actors, then give up their places: the other way about Ray would start them again.
-
-    Args:
-        names: The actors', some of which may have ended.
-        groups: The places' name, or what all their names begin with.
-    """
+def end_actors(names: Sequence[str]) -> None:
+    """End actors, some of which may have ended."""
     for actor in [find_actor(name) for name in dict.fromkeys(names)]:
         if actor is not None:
             ray.kill(actor)
-    for group in groups_of(groups):
+
+
+def give_up_places(name: str) -> None:
+    """Free what a service or a set has reserved, once its actors have ended: else Ray would start them again."""
+    for group in groups_of(name):
         remove_placement_group(group)
 
 

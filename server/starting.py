@@ -15,6 +15,7 @@ from .shard_sets import (
     common_options,
     end_actors,
     find_actor,
+    give_up_places,
     groups_of,
     start_actor,
     start_set,
@@ -58,7 +59,8 @@ def service_names() -> list[str]:
 
 def end_service(name: str) -> None:
     """End all actors of a service, the coordinator before those that it would have brought back."""
-    end_actors([f"{name}/coordinator", *actor_names(f"{name}/")], name)
+    end_actors([f"{name}/coordinator", *actor_names(f"{name}/")])
+    give_up_places(name)
 
 
 def exists(name: str) -> bool:

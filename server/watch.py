@@ -30,6 +30,7 @@ class Watch:
         keepers: The keepers.
         changing: Held by what changes the job or its state.
         what_is_there: Whether a job was registered, and the last checkpoint that was saved of it.
+        place_lost: See :meth:`Adoption.place_lost`.
 
     Attributes:
         recoveries: Of shards, by this coordinator.
@@ -42,9 +43,10 @@ class Watch:
         keepers: Keepers,
         changing: asyncio.Lock,
         what_is_there: Callable[[], tuple[bool, SavedCheckpoint | None]],
+        place_lost: Callable[[], Awaitable[None]],
     ) -> None:
         self._config, self._shards, self._keepers, self._changing = config, shards, keepers, changing
-        self._what_is_there = what_is_there
+        self._what_is_there, self._place_lost = what_is_there, place_lost
         self._tasks: list[asyncio.Task[None]] = []
         self.recoveries = Recoveries()
         self._instruments = Instruments(service=config.name)
@@ -69,6 +71,7 @@ class Watch:
     async def bring_back(self) -> None:
         """Have shards that were started again become what they were, and go on with the step that was under way."""
         name, parts = self._config.name, Parts()
+        await self._place_lost()
         await self._keepers.arrange()
         await self._shards.await_restarts()
         parts.end("restart")

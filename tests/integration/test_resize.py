@@ -87,14 +87,14 @@ def one_step_or_back(trainer: Trainer) -> None:
 @pytest.mark.timeout(600)
 def test_shards_of_other_numbers_and_nodes_take_over_while_training(nodes: Nodes) -> None:
     with launcher() as launch:
-        service = launch(4, redundancy=1, num_cpus_per_shard=0.5)
+        service = launch(4, redundancy=1, num_cpus_per_shard=0.125)
         trainer = trainer_of(service)
         with training(trainer, one_step) as await_steps:
             for num_shards in (7, 2):
                 service.resize(num_shards)
                 await_steps()
                 assert service.status()["num_shards"] == len(service.shards) == num_shards
-            with pytest.raises(PlacementError, match=r"20 shards with 0\.5 CPU each need 10 CPUs; the cluster has 8"):
+            with pytest.raises(PlacementError, match=r"20 shards with 0\.125 CPU each need 2\.5 CPUs; the cluster has 2"):
                 service.resize(20)
             first = node_of(service.shards[0])
             drain_by_command(service.name, first)
@@ -137,5 +137,25 @@ def test_running_job_goes_back_and_on(nodes: Nodes, tmp_path: Path) -> None:
                 service.restore(uri)
                 await_steps()
             os.kill(pid_of(service.shards[1]), signal.SIGTERM)
+        assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
+        trainer.optimizer.close()
+
+
+@pytest.mark.timeout(600)
+def test_shard_that_no_node_has_room_for_goes_on_beside_its_keeper(nodes: Nodes) -> None:
+    """Until there is room again. Its node is lost without warning."""
+    with launcher() as launch:
+        service = launch(2, redundancy=1, num_cpus_per_shard=0.75, placement_timeout_s=5.0)
+        trainer = trainer_of(service).run(5)
+        first, second = map(node_of, service.shards)
+        assert first != second
+        nodes.lose(second)
+        trainer.run(12)
+        service.find_shards()
+        assert list(map(node_of, service.shards)) == [first, first]
+        nodes.add()
+        service.resize(2)
+        assert len(set(map(node_of, service.shards))) == 2
+        trainer.run(18)
         assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
         trainer.optimizer.close()

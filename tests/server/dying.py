@@ -129,6 +129,12 @@ class Sets(ShardSets):
     async def drained(self) -> list[str]:
         return self._service.drained
 
+    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
+        return []
+
+    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
+        raise PlacementError("there is no other place")
+
 
 class Service:
     """Two shards, and one coordinator after the other. The shards' own threads are real.

@@ -1,0 +1,48 @@
+"""Lost shards for which the cluster has no place: they come back beside who holds their copy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from .keepers import Keepers
+from .resizing import ShardSets
+from .shards import POLL_S, Shards
+
+logger = logging.getLogger("stepwell")
+
+
+class Adoption:
+    """Lives on the coordinator's event loop. See *Note: What survives a shard* in docs/design.md.
+
+    Args:
+        shards: The shards.
+        keepers: Their keepers.
+        sets: Knows which shards have no place, and starts others.
+    """
+
+    def __init__(self, shards: Shards, keepers: Keepers, sets: ShardSets) -> None:
+        self._shards, self._keepers, self._sets = shards, keepers, sets
+
+    async def place_lost(self) -> None:
+        """Wait for lost shards to be started; those that are not in time are started on the node of a keeper of theirs.
+
+        They reserve nothing there. Where nobody has their copy, and where they need a GPU, they go on waiting.
+        """
+        config = self._shards.config
+        deadline = asyncio.get_running_loop().time() + config.placement_timeout_s
+        while unplaced := await self._sets.unplaced(config, self._shards.handles):
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(POLL_S)
+        if not config.detached or config.num_gpus_per_shard:
+            return
+        for index in unplaced:
+            node = await self._keepers.node_with(index)
+            if node is not None:
+                self._shards.handles[index] = await self._sets.replace(config, index, node)
+                logger.warning(
+                    "service %r: no place for shard %d within %g s; it goes on beside its keeper on node %s, with "
+                    "nothing reserved. Add nodes, then `stepwell resize %s %d` gives all shards places of their own",
+                    *(config.name, index, config.placement_timeout_s, node, config.name, config.num_shards),
+                )
