@@ -134,14 +134,33 @@ def state_folder() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "stepwell"
 
 
-def set_ray_defaults() -> None:
-    """Settle what Ray would otherwise decide by itself: no token file in the home folder, no usage reports.
+def token_file() -> Path:
+    """The token of the Ray that the command line starts."""
+    return state_folder() / "ray-token"
 
-    And shards that run as the training processes do, which wait for them in every step: Ray gives its actors a niceness
-    of 15, with which anything else that computes on the machine comes first. And calls that fail soon when a process
-    has ended: Ray would wait a second or two to be told why it has.
+
+def ray_auth_mode() -> str | None:
+    """What ``$RAY_AUTH_MODE`` says, if anything: whether Ray asks for a token."""
+    return os.environ.get("RAY_AUTH_MODE") or None
+
+
+def use_token(token: str) -> None:
+    """Have Ray, and the processes that this one starts, ask for a token and show it."""
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+
+
+def use_token_file(path: Path) -> None:
+    """The same with the token in a file."""
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # goes before a file
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path))
+
+
+def set_ray_defaults() -> None:
+    """Settle what Ray would otherwise decide by itself: no usage reports, no niceness for shards, and bad news soon.
+
+    Training processes wait for shards in every step; with the 15 that Ray gives them, anything else that computes on
+    the machine comes first. And when a process has ended Ray would wait a second or two to be told why it has.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", "100")

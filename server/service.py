@@ -13,7 +13,7 @@ from ..sharding.compiling import KernelChoice
 from ..sharding.errors import StepwellError
 from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
-from . import cluster
+from . import access, cluster
 from .calls import ask, wait_for
 from .config import Placement, ServiceConfig, default_kernel, default_log_format
 from .knowledge import ServiceStatus
@@ -366,8 +366,8 @@ def _restore_or_end(service: Service, uri: str) -> None:
 
 
 def describe_for_peers(service: Service) -> dict[str, str]:
-    """What another process of this host needs to find ``service``: the cluster's address and the service's name."""
-    return {"address": cluster.address(), "name": service.name}
+    """What another process of this host needs to find ``service``: the cluster's address and token, and its name."""
+    return {"address": cluster.address(), "token": access.shown_token(), "name": service.name}
 
 
 __all__ = ["Service", "connect", "describe_for_peers", "end", "launch", "service_names"]
