@@ -51,9 +51,12 @@ class Chronicle:
             values: By name; ``step`` is the step's number, greater than any before.
         """
         table = _with_newest_kept(self._table)
-        if any(name not in table.names for name in values):
+        if tuple(values) == table.names:  # as in almost every step
+            newest = [float(value) for value in values.values()]
+        else:
             table = _widened(table, [name for name in values if name not in table.names])
-        self._table = table._replace(newest=[float(values.get(name, math.nan)) for name in table.names])
+            newest = [float(values.get(name, math.nan)) for name in table.names]
+        self._table = table._replace(newest=newest)
 
     def cut(self, step: int) -> None:
         """Forget what came after a step: the run goes on from there."""
@@ -108,6 +111,8 @@ def _thinned(table: _Table) -> _Table:
 
 
 def _widened(table: _Table, names: Sequence[str]) -> _Table:
+    if not names:
+        return table
     rows = table.rows[: table.num_rows]
     rows = np.concatenate((rows, np.full((len(rows), len(names)), math.nan)), axis=1)
     table = table._replace(names=(*table.names, *names), rows=rows)

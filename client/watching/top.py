@@ -40,7 +40,8 @@ def _head(status: Mapping[str, Any]) -> Text:
     text.append(f"  {status['num_shards']} shards")
     if status["rule"] is not None:
         text.append(f"  {status['world_size']} workers  {status['numel']:,} parameters")
-    text.append(f"  generation {status['generation']}, {status['restarts']} coordinators lost")
+    lost = f"{status['recoveries']['count']} recoveries, {status['restarts']} coordinators lost"
+    text.append(f"  generation {status['generation']}, {lost}")
     return text
 
 

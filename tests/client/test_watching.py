@@ -98,6 +98,7 @@ STATUS = {
     "name": "trainer",
     "num_shards": 2,
     "generation": "1.2",
+    "recoveries": {"count": 3, "last": None},
     "restarts": 0,
     "rule": "Prodigy",
     "world_size": 4,
@@ -117,7 +118,7 @@ def text_of(status: dict[str, object], columns: Columns) -> str:
 def test_top_shows_where_a_service_stands() -> None:
     text = text_of(STATUS, history())
     for part in (
-        "trainer Prodigy 2 shards 4 workers 1,234,567 parameters generation 1.2, 0 coordinators lost",
+        "trainer Prodigy 2 shards 4 workers 1,234,567 parameters generation 1.2, 3 recoveries, 0 coordinators lost",
         "gather 8.00 ms",
         "apply 2.00 ms",
         "in all 10.00 ms",
@@ -131,5 +132,5 @@ def test_top_shows_where_a_service_stands() -> None:
 
 
 def test_top_of_a_service_without_a_job_says_so() -> None:
-    status = {"name": "a", "num_shards": 1, "generation": "1.1", "restarts": 0, "rule": None, "step": 0}
-    assert "no worker has registered" in text_of(status, {})
+    status = {name: STATUS[name] for name in ("name", "num_shards", "generation", "recoveries", "restarts")}
+    assert "no worker has registered" in text_of({**status, "rule": None, "step": 0}, {})

@@ -141,5 +141,5 @@ def test_log_lines_say_what_they_are_of(service: stepwell.Service) -> None:
     logs = Path(untyped_ray._private.worker._global_node.get_logs_dir_path())
     lines = [line for path in logs.glob("worker-*.err") for line in path.read_text().splitlines()]
     ours = [json.loads(line) for line in lines if line.startswith("{")]
-    (lost,) = [line for line in ours if line["message"].endswith("shard 0 was lost; bringing it back")]
+    (lost,) = [line for line in ours if "shard 0 is lost" in line["message"]]
     assert (lost["service"], lost["level"], lost["coordinator"]) == (service.name, "WARNING", 1)
