@@ -305,8 +305,8 @@ class Coordinator:
             self._draining.begin()
 
     def _what_is_there(self) -> tuple[bool, SavedCheckpoint | None]:
-        """Whether there is a job, and the last checkpoint that was saved of it."""
-        return self._known.spec is not None, self._saves.saved
+        """Whether there is a job, or was one as far as is known, and the last checkpoint that was saved of it."""
+        return self._known.spec is not None or self._known.is_lost, self._saves.saved
 
     def _spec_of(self, manifest: Manifest, uri: str) -> JobSpec:
         """The job with which a checkpoint is restored, laid out as the checkpoint's was.

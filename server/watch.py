@@ -101,12 +101,12 @@ class Watch:
             self._instruments.observe("stepwell_recovery_seconds", sum(parts.seconds.values()))
 
     async def _give_up(self, why: str, *, is_empty: bool) -> None:
-        """Have all who ask be told that a checkpoint is to be restored; or there never was a job."""
+        """Have all who ask be told that a checkpoint is to be restored, if there was ever a job."""
         has_job, saved = self._what_is_there()
-        needed = CheckpointRestoreNeededError(f"{why}. {_advice(saved)}")
-        if has_job or not is_empty:
+        if has_job:
+            needed = CheckpointRestoreNeededError(f"{why}. {_advice(saved)}")
             logger.error("%s", needed)
-        await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
+            await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
         if is_empty:
             await self._shards.form_group()
 
