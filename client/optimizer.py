@@ -85,7 +85,8 @@ class ServiceOptimizer(AttachedOptimizer):
         state_dict_form: ``"torch"``: ``state_dict()`` holds the whole state. ``"reference"``, for large models: it
             saves a checkpoint through the service and holds where that is.
         checkpoint_uri: A folder, as path or fsspec URI, that workers and shards can reach, for ``"reference"``.
-        overlap: Copy each gradient within backward, as soon as it is complete, instead of in ``step()``; for large
+        overlap: Copy each gradient within backward, as soon as it is complete, instead of in ``step()``, and send it to
+            shards on other nodes there; for large
             parameters whose gradients no other process reduces afterwards, else they are copied in ``step()`` as ever.
             Results are the same to the bit. What changes a gradient after backward is noticed (clipping, a replaced or
             removed ``.grad``, a scaler that also calls ``step()``), unless torch's version counter does not show it:
