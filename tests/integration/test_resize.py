@@ -94,7 +94,9 @@ def test_shards_of_other_numbers_and_nodes_take_over_while_training(nodes: Nodes
                 service.resize(num_shards)
                 await_steps()
                 assert service.status()["num_shards"] == len(service.shards) == num_shards
-            with pytest.raises(PlacementError, match=r"20 shards with 0\.125 CPU each need 2\.5 CPUs; the cluster has 2"):
+            with pytest.raises(
+                PlacementError, match=r"20 shards with 0\.125 CPU each need 2\.5 CPUs; the cluster has 2"
+            ):
                 service.resize(20)
             first = node_of(service.shards[0])
             drain_by_command(service.name, first)
