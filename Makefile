@@ -16,8 +16,8 @@ help: ## list these commands
 demo: $(stamp) ## run the demo; ARGS="--help" shows what it takes
 	@$(bin)/stepwell demo $(ARGS)
 
-test: $(stamp) ## run the tests; ARGS="-k prodigy" picks some
-	@$(bin)/python -m pytest $(ARGS)
+test: $(stamp) ## run the tests, two files at a time; ARGS="-k prodigy" picks some
+	@$(bin)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(stamp) ## format, lint, types, layers and the docs' examples; changes no file
 	@$(bin)/ruff format --check

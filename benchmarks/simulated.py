@@ -22,6 +22,7 @@ from stepwell.server.messages import LoadHeader, unpack_job
 from stepwell.server.shard_saves import SaveUnderWay
 from stepwell.server.workers import Worker
 from stepwell.sharding.buffers import MASTER
+from stepwell.sharding.compiling import Kernel
 from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.folder import Destination, write_manifest
 from stepwell.sharding.job import JobSpec
@@ -144,6 +145,10 @@ class SimulatedShard:
     @of_coordinator
     async def kernel(self) -> str:
         return "eager"
+
+    @of_coordinator
+    async def kernel_identity(self, kernel: Kernel) -> str:
+        return "simulated"
 
     @change_of_coordinator
     async def register(self, job: bytes, code: bytes) -> None:

@@ -12,6 +12,7 @@ from ..sharding.errors import StepwellError
 from . import checkpoint_commands
 from .demo.command import demo
 from .planning.command import plan
+from .watching import commands as watching
 
 app = typer.Typer(
     name="stepwell",
@@ -21,7 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _SERVICE = commands.up, commands.status, commands.save, commands.resize, commands.drain, commands.down
-for command in (demo, plan, *_SERVICE):
+_WATCHING = watching.top, watching.plot, watching.ui
+for command in (demo, plan, *_SERVICE, *_WATCHING):
     app.command()(command)
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 

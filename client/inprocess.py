@@ -18,6 +18,7 @@ from torch import Tensor
 from ..server.config import default_kernel
 from ..server.messages import LoadHeader, Registration, pack_job, source_of
 from ..sharding.checkpoint import CheckpointReader, write_shard
+from ..sharding.chronicle import Columns
 from ..sharding.compiling import KernelChoice, resolve_kernel
 from ..sharding.coverage import Holdings
 from ..sharding.delivery import Sink
@@ -91,6 +92,10 @@ class InProcessService:
             "kernel": first.kernel_identity,
             "size_bytes": [shard.size_bytes for shard in shards],
         }
+
+    def history(self, last: int | None = None) -> Columns:
+        """As :meth:`stepwell.Service.history`."""
+        return self.group.shards[0].history.chronicle.columns(last)
 
     @overload
     def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...

@@ -108,6 +108,7 @@ class ServiceOptimizer(AttachedOptimizer):
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to call ``step()`` whatever the gradients, with the scale as an attribute."""
     _mask: WeightDecayMask | None = None
+    _loss: float | None = None
 
     def __init__(
         self,
@@ -221,12 +222,32 @@ class ServiceOptimizer(AttachedOptimizer):
                 limits=limits if is_heard else None,
                 grad_scale=scale.grad_scale,
                 found_inf=scale.found_inf,
+                loss=self._loss,
             )
+            self._loss = None
             if result.decision is Decision.COMMIT:
                 show_scalars(self.param_groups, worker.scalars)
             else:
                 self._tell_of_skip(result.sequence, is_scaled=scale.grad_scale != 1.0)
         return loss
+
+    def report(self, *, loss: float | torch.Tensor) -> None:
+        """Tell the run's history what the next step's gradients are of; see :meth:`stepwell.Service.history`.
+
+        Called on any rank, or on all of them: the history holds the mean over those that tell. It goes with the next
+        :meth:`step`, and what comes of that does not depend on it.
+
+        Args:
+            loss: One number; a tensor of one element is read here, which on a GPU waits for backward.
+
+        Raises:
+            ValueError: If it is not one number.
+        """
+        if isinstance(loss, torch.Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss: expected one number, got a tensor of shape {list(loss.shape)}")
+            loss = loss.item()
+        self._loss = float(loss)
 
     def refresh(self) -> None:
         """Take over the service's parameters, scalars and step number, after ``service.restore``.

@@ -10,7 +10,7 @@ import msgpack
 import torch
 import torch.distributed as dist
 
-from ..server.config import default_service
+from ..server.config import default_service, use_token
 from ..sharding.compiling import KernelChoice
 from ..sharding.errors import JobMismatchError, ServiceError, ServiceNotFoundError, StepwellError
 from .inprocess import InProcessService, InProcessTransport
@@ -104,6 +104,8 @@ def _embedded(rank: int, world_size: int, num_shards: int, kernel: KernelChoice 
             f"an embedded service serves one host: rank 0 is on {found['host']}, rank {rank} on "
             f"{socket.gethostname()}. Start one for the cluster with `stepwell up NAME` and pass service=NAME"
         )
+    if found["token"]:
+        use_token(found["token"])
     return connect(found["name"], address=found["address"])
 
 

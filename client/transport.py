@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..server.messages import LoadHeader, Registration
+from ..sharding.chronicle import Columns
 from ..sharding.coverage import Holdings
 from ..sharding.folder import Checkpoint
 from ..sharding.job import JobSpec
@@ -40,6 +41,9 @@ class ServiceHandle(Protocol):
 
     def status(self) -> dict[str, Any]:
         """Where the service stands, as plain values."""
+
+    def history(self, last: int | None = None) -> Columns:
+        """What each step brought."""
 
     @overload
     def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...

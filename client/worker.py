@@ -164,6 +164,7 @@ class Worker:
         limits: ClipLimits | None = None,
         grad_scale: float = 1.0,
         found_inf: bool = False,
+        loss: float | None = None,
     ) -> StepResult:
         """Push the gradients, wait for the step and take the parameters over.
 
@@ -178,6 +179,7 @@ class Worker:
             limits: Of such a rank: of the averaged gradient. Else None.
             grad_scale: What this rank's gradients are multiplied by.
             found_inf: Whether this rank wants the step skipped, as its gradients are not finite.
+            loss: What the gradients are of, if the trainer has told.
 
         Returns:
             The result, COMMIT or SKIP.
@@ -187,7 +189,7 @@ class Worker:
         sequence, was_lost = self.sequence, False
         while self.sequence == sequence:
             try:
-                self._try_step(hyper, scalars, limits, grad_scale, found_inf)
+                self._try_step(hyper, scalars, limits, grad_scale, found_inf, loss)
             except ShardsMovedError:
                 patience.go_on_with(self.settle)
             except ShardLostError as error:
@@ -214,6 +216,7 @@ class Worker:
         limits: ClipLimits | None,
         grad_scale: float,
         found_inf: bool,
+        loss: float | None,
     ) -> None:
         gathered = self._buffers.gather_gradients()
         is_finite = math.isfinite(gathered.max_abs)
@@ -231,6 +234,7 @@ class Worker:
             grad_scale=grad_scale,
             found_inf=found_inf or not is_finite,
             max_abs=gathered.max_abs if is_finite else None,
+            loss=loss,
         )
         reloaded = self._buffers.reloaded(leads=self.leads)
         self._is_open, self._is_taking = True, False

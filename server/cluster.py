@@ -19,7 +19,17 @@ from typing import Any
 import ray
 
 from ..sharding.errors import ServiceError, ServiceNotFoundError, ServiceTimeoutError
-from .config import NAMESPACE, ray_address, set_ray_defaults, state_folder
+from . import access
+from .config import (
+    NAMESPACE,
+    ray_address,
+    ray_auth_mode,
+    set_ray_defaults,
+    state_folder,
+    token_file,
+    use_token,
+    use_token_file,
+)
 
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray replaces 127.0.0.1 by the host's outward address; any other loopback address it leaves alone."""
@@ -39,18 +49,27 @@ def attach(address: str | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    wanted = address or ray_address() or _own_address()
+    own = _read_state()
+    wanted = address or ray_address() or (None if own is None else str(own["address"]))
     if wanted is None:
         raise ServiceNotFoundError(
             "there is no Ray cluster here: set RAY_ADDRESS, call ray.init() first, "
             "or start a service with `stepwell up NAME`"
         )
+    if own is not None and wanted == own["address"] and own.get("token"):
+        use_token_file(Path(own["token"]))
     set_ray_defaults()
     _init(wanted)
 
 
 def start_embedded(num_cpus: int) -> None:
-    """Start a Ray of this process's own on loopback; it ends with the process."""
+    """Start a Ray of this process's own; it ends with the process.
+
+    Its processes listen on every interface, whatever address it is given. So it asks for a token, made for it alone,
+    unless ``$RAY_AUTH_MODE`` is "disabled".
+    """
+    if ray_auth_mode() != "disabled":
+        use_token(access.new_token())
     set_ray_defaults()
     _init("local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address=LOOPBACK)
 
@@ -64,12 +83,19 @@ def address() -> str:
 def start_own(num_cpus: int) -> str:
     """Start a Ray on this machine that outlives this process, remember and attach to it; returns its address.
 
+    It asks for this user's token, as that of :func:`start_embedded` does for its own, unless ``$RAY_AUTH_MODE`` says
+    what it is to ask for.
+
     Raises:
+        ServiceError: If the token is not this user's alone, or Ray ends at once.
         ServiceTimeoutError: If it does not come up.
     """
-    set_ray_defaults()
     folder = state_folder()
     folder.mkdir(parents=True, exist_ok=True)
+    token = None if ray_auth_mode() else access.own_token(token_file())
+    if token is not None:
+        use_token_file(token)
+    set_ray_defaults()
     port = _free_port()
     # Of its own, so that it can be removed with the Ray; its path is short, as those of sockets have to be.
     temporary = tempfile.mkdtemp(prefix="stepwell-ray-", dir="/tmp")
@@ -85,7 +111,10 @@ def start_own(num_cpus: int) -> str:
         )
     _await_port(process, port, log_path)
     _init(f"{LOOPBACK}:{port}")
-    _state_file().write_text(json.dumps({"address": address(), "pid": process.pid, "temporary": temporary}))
+    state = {
+        "address": address(), "pid": process.pid, "temporary": temporary, "token": None if token is None else str(token)
+    }  # fmt: skip
+    _state_file().write_text(json.dumps(state))
     return address()
 
 
@@ -109,6 +138,7 @@ def is_own() -> bool:
 
 
 def _init(address: str, **options: Any) -> None:
+    access.settle()
     try:
         ray.init(
             address,
@@ -118,14 +148,12 @@ def _init(address: str, **options: Any) -> None:
             configure_logging=False,
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ServiceError(f"the Ray cluster at {address} does not answer ({reason}); check RAY_ADDRESS") from error
-
-
-def _own_address() -> str | None:
-    state = _read_state()
-    return None if state is None else str(state["address"])
+        raise ServiceError(
+            f"the Ray cluster at {address} does not answer ({reason}); check RAY_ADDRESS and, where the cluster asks "
+            "for a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        ) from error
 
 
 def _state_file() -> Path:

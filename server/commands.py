@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Annotated, Any
 
@@ -12,12 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..sharding.chronicle import last_row, steps_per_second
 from ..sharding.compiling import KERNEL_CHOICES, KernelChoice
 from ..sharding.errors import ServiceNotFoundError, StepwellError
 from ..sharding.folder import Destination
+from ..sharding.stopwatch import PHASES
 from . import cluster
 from .config import Placement
-from .service import connect, end, launch, service_names
+from .service import Service, connect, end, launch, service_names
 
 Name = Annotated[str, typer.Argument(help="The service's name.", show_default=False)]
 Uri = Annotated[str, typer.Argument(help="A path or fsspec URI that every shard can reach.", show_default=False)]
@@ -26,6 +29,9 @@ Address = Annotated[
     typer.Option(help="Ray cluster. Default: $RAY_ADDRESS, else the one that `stepwell up` started on this machine."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+SPEED_ROWS = 32
+"""So many rows of the history the speed is taken from."""
 
 console = Console()
 notes = Console(stderr=True)
@@ -101,7 +107,7 @@ def status(
     """
     cluster.attach(address)
     names = [name] if name is not None else service_names()
-    found = [connect(each).status() for each in names]
+    found = [_status_fields(connect(each)) for each in names]
     if as_json:
         _print_json(found[0] if name is not None else {"services": found})
     elif not found:
@@ -229,13 +235,28 @@ def _kernel(text: str | None) -> KernelChoice | None:
     return by_name[text]
 
 
+def _status_fields(service: Service) -> dict[str, Any]:
+    """Where a service stands, with what its last step brought."""
+    columns = service.history(SPEED_ROWS)
+    row = {name: value for name, value in last_row(columns).items() if math.isfinite(value)}
+    return {**service.status(), "steps_per_s": steps_per_second(columns), "last_step": row}
+
+
 def _status_table(fields: dict[str, Any]) -> Table:
     table = Table(title=escape(f"service {fields['name']}"), show_header=False, title_justify="left")
-    shown = {**fields, **fields.get("scalars", {})}
+    row, speed = fields["last_step"], fields["steps_per_s"]
+    told = {name: f"{row[name]:.6g}" for name in ("loss", "grad_norm", "lr") if name in row}
+    phases = {phase: row[f"{phase}_s"] for phase in PHASES if f"{phase}_s" in row}
+    shown = {**fields, **fields.get("scalars", {}), **told}
+    if speed is not None:
+        shown["steps per second"] = f"{speed:.3g}"
+    if phases:
+        parts = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items())
+        shown["last step"] = f"{1e3 * sum(phases.values()):.1f} ms: {parts}"
     if fields["rule"] is None:
         shown["rule"] = "none yet: no worker has registered"
     for key, value in shown.items():
-        if key not in ("name", "scalars"):
+        if key not in ("name", "scalars", "steps_per_s", "last_step"):
             table.add_row(key, escape(str(value)))
     return table
 

@@ -11,6 +11,8 @@ from ..sharding.compiling import KERNEL_CHOICES, KernelChoice
 
 Placement = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
+LogFormat = Literal["text", "json"]
+
 NAMESPACE = "stepwell"
 COLLECTIVE_MARGIN_S = 30.0
 """How much longer a shard waits for its peers than they wait for a rank."""
@@ -36,6 +38,7 @@ class ServiceConfig:
         elastic: Whether ranks may come and go between steps, and a step goes on without one that does not push in time.
         shard_set: Which set of shards these settings are of: its number, and the epoch of the coordinator that started
             it; see *Note: Another set of shards* in docs/design.md.
+        log_format: Of what its processes log.
 
     Raises:
         ValueError: If a value is out of range; the message holds it.
@@ -55,6 +58,7 @@ class ServiceConfig:
     log_steps: int = 8
     elastic: bool = False
     shard_set: tuple[int, int] = (0, 0)
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", "a name without '/'", self.name)
@@ -66,6 +70,7 @@ class ServiceConfig:
         _require(self.worker_timeout_s > 0, "worker_timeout_s", "more than 0", self.worker_timeout_s)
         _require(self.redundancy in (0, 1, 2), "redundancy", "0, 1 or 2", self.redundancy)
         _require(self.log_steps >= 2, "log_steps", "at least 2", self.log_steps)
+        _require(self.log_format in get_args(LogFormat), "log_format", f"one of {get_args(LogFormat)}", self.log_format)
         _require(self.placement_timeout_s > 0, "placement_timeout_s", "more than 0", self.placement_timeout_s)
 
     @property
@@ -107,6 +112,17 @@ def default_kernel() -> KernelChoice:
     return cast(KernelChoice, wanted)
 
 
+def default_log_format() -> LogFormat:
+    """How a service's processes log: as ``$STEPWELL_LOG`` says, else as text.
+
+    Raises:
+        ValueError: If it names no format.
+    """
+    wanted = os.environ.get("STEPWELL_LOG") or "text"
+    _require(wanted in get_args(LogFormat), "$STEPWELL_LOG", f"one of {get_args(LogFormat)}", wanted)
+    return cast(LogFormat, wanted)
+
+
 def ray_address() -> str | None:
     """The cluster that ``$RAY_ADDRESS`` names, if any."""
     return os.environ.get("RAY_ADDRESS") or None
@@ -118,14 +134,33 @@ def state_folder() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "stepwell"
 
 
-def set_ray_defaults() -> None:
-    """Settle what Ray would otherwise decide by itself: no token file in the home folder, no usage reports.
+def token_file() -> Path:
+    """The token of the Ray that the command line starts."""
+    return state_folder() / "ray-token"
 
-    And shards that run as the training processes do, which wait for them in every step: Ray gives its actors a niceness
-    of 15, with which anything else that computes on the machine comes first. And calls that fail soon when a process
-    has ended: Ray would wait a second or two to be told why it has.
+
+def ray_auth_mode() -> str | None:
+    """What ``$RAY_AUTH_MODE`` says, if anything: whether Ray asks for a token."""
+    return os.environ.get("RAY_AUTH_MODE") or None
+
+
+def use_token(token: str) -> None:
+    """Have Ray, and the processes that this one starts, ask for a token and show it."""
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+
+
+def use_token_file(path: Path) -> None:
+    """The same with the token in a file."""
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # goes before a file
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path))
+
+
+def set_ray_defaults() -> None:
+    """Settle what Ray would otherwise decide by itself: no usage reports, no niceness for shards, and bad news soon.
+
+    Training processes wait for shards in every step; with the 15 that Ray gives them, anything else that computes on
+    the machine comes first. And when a process has ended Ray would wait a second or two to be told why it has.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", "100")

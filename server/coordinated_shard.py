@@ -38,6 +38,7 @@ from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
 from .epochs import Fence, change_of_coordinator, of_coordinator
 from .knowledge import ShardReport
+from .logs import Context, begin_logs
 from .mappings import Mappings
 from .meeting import Meeting
 from .messages import (
@@ -49,6 +50,7 @@ from .messages import (
     unpack_job,
     values_from_wire,
 )
+from .meter import ShardMeter
 from .redundancy import Redundancy, rebuild
 from .shard_saves import ShardSaves
 from .signals import end_at_sigterm
@@ -84,6 +86,10 @@ class CoordinatedShard:
         )
         self._steps = Steps(shard, config.worker_timeout_s, self._redundancy)
         self._saves = ShardSaves(shard, config.num_shards)
+        if ray.is_initialized():
+            steps = self._steps
+            begin_logs(config.log_format, self._log_context)
+            ShardMeter(config.name, shard, steps.tally, lambda: (steps.shard, steps.generation)).begin()
         self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
         self._ahead = Ahead()
         self._is_in_office = False
@@ -185,17 +191,24 @@ class CoordinatedShard:
 
     @change_of_coordinator
     async def admit(self, workers: Mapping[int, Worker], world: World | None = None) -> None:
-        """Let workers' processes push, by rank; all or none.
+        """Let workers' processes push, by rank; all or none. A step that one of them was replaced in ends first.
 
         Args:
             workers: The workers.
             world: Whom steps wait for then, if that changes; the service is held meanwhile.
+
+        Raises:
+            ShardLostError: If that step rests until a lost shard is back.
         """
-        for rank in self._admit(workers):
+        self._steps.require_no_rest()
+        replaced = self._admit(workers)
+        for rank in replaced:
             self._mappings.forget(rank)
             self._ahead.forget(rank)
-            replaced = f"rank {rank}: another process has registered as this rank since; end this one"
-            self._steps.withdraw(rank, IncarnationError(replaced))
+            told = f"rank {rank}: another process has registered as this rank since; end this one"
+            self._steps.withdraw(rank, IncarnationError(told))
+        if replaced:
+            await self._steps.end_for_successor(self._config.worker_timeout_s + COLLECTIVE_MARGIN_S)
         await self._set_world(world)
 
     @change_of_coordinator
@@ -437,6 +450,11 @@ class CoordinatedShard:
             was_restarted=self._was_restarted,
             is_in_office=self._is_in_office,
         )
+
+    def _log_context(self) -> Context:
+        shard = self._steps.shard
+        step, generation = 0 if shard is None else shard.history.num_steps, str(self._steps.generation)
+        return {"service": self._config.name, "shard": self._index, "step": step, "generation": generation}
 
     def _lay_out(self, spec: JobSpec, code: bytes, *, timeline: int) -> None:
         """Make a shard without parameters in place of the one before; in the thread for arithmetic."""

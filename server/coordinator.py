@@ -26,6 +26,7 @@ from .config import ServiceConfig
 from .draining import Draining
 from .keepers import Keepers
 from .knowledge import Knowledge, ServiceStatus
+from .logs import Context, begin_logs
 from .messages import LoadHeader, Registration, pack_job, unpack_job
 from .resizing import OneSet, Resizing, ShardSets
 from .roster import Roster
@@ -304,8 +305,8 @@ class Coordinator:
             self._draining.begin()
 
     def _what_is_there(self) -> tuple[bool, SavedCheckpoint | None]:
-        """Whether there is a job, and the last checkpoint that was saved of it."""
-        return self._known.spec is not None, self._saves.saved
+        """Whether there is a job, or was one as far as is known, and the last checkpoint that was saved of it."""
+        return self._known.spec is not None or self._known.is_lost, self._saves.saved
 
     def _spec_of(self, manifest: Manifest, uri: str) -> JobSpec:
         """The job with which a checkpoint is restored, laid out as the checkpoint's was.
@@ -336,4 +337,9 @@ class CoordinatorActor(Coordinator):
         oldest = next(found for found in sets.found_now() if found.is_whole)
         is_first = not context.was_current_actor_reconstructed
         super().__init__(oldest.config, oldest.shards, keepers=oldest.keepers, is_first=is_first, sets=sets)
+        begin_logs(oldest.config.log_format, self._log_context)
         context.current_actor.persist.remote()
+
+    def _log_context(self) -> Context:
+        epoch, generation = self._shards.epoch, str(self._shards.generation)
+        return {"service": self._config.name, "coordinator": epoch, "generation": generation}

@@ -157,6 +157,7 @@ def unpack_push(data: bytes) -> PushHeader:
         grad_scale=_field(fields, "grad_scale", lambda value: _is_positive(value) and _is_finite(value)),
         found_inf=_field(fields, "found_inf", lambda value: isinstance(value, bool)),
         max_abs=_field(fields, "max_abs", lambda value: value is None or (_is_finite(value) and value >= 0)),
+        loss=_field(fields, "loss", lambda value: value is None or _is_float(value)),
     )
 
 

@@ -8,13 +8,14 @@ from typing import Any, Literal, overload
 
 import ray
 
+from ..sharding.chronicle import Columns
 from ..sharding.compiling import KernelChoice
 from ..sharding.errors import StepwellError
 from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
-from . import cluster
-from .calls import ask
-from .config import Placement, ServiceConfig, default_kernel
+from . import access, cluster
+from .calls import ask, wait_for
+from .config import Placement, ServiceConfig, default_kernel, default_log_format
 from .knowledge import ServiceStatus
 from .shard_sets import find_actor, find_node
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
@@ -93,6 +94,30 @@ class Service:
             "kernel": first.kernel_identity,
             "size_bytes": [0 if shard is None else shard.size_bytes for shard in shards],
         }
+
+    def history(self, last: int | None = None) -> Columns:
+        """What each step brought, from the first on that led to the present state.
+
+        When there are about a thousand rows every second one goes, and so on: the whole run stays, at a coarser grain,
+        and the last step always. Begins with this service: a checkpoint holds none of it.
+
+        Args:
+            last: How many rows, from the end; None for all.
+
+        Returns:
+            A list for each column, NaN where it is not known. ``step``; ``time_s`` (Unix time); ``timeline``,
+            ``sequence`` and ``skipped_steps`` so far; how many ``workers``; ``loss``, if
+            :meth:`stepwell.ServiceOptimizer.report` was told; ``grad_norm``, if a limit is set; ``lr``, and the rule's
+            scalars such as ``d``, with several groups ``lr[0]``, ...; seconds of the first shard by phase:
+            ``gather_s``, ``log_s``, ``vote_s``, ``reduce_s``, ``apply_s``. Empty before the first step.
+
+        Raises:
+            ServiceError: If the first shard does not answer.
+        """
+        _, (first, *_) = self.ask("describe", what="its shards")  # others than before, it may be
+        what = f"service {self.name!r}: its history"
+        columns: Columns = wait_for([first.chronicle.remote(last)], timeout_s=FORMING_TIMEOUT_S, what=what)[0]
+        return columns
 
     @overload
     def save(self, uri: str, *, keep_last: int | None = None, wait: Literal[True] = True) -> int: ...
@@ -279,6 +304,7 @@ def launch(
         placement_timeout_s=placement_timeout_s,
         redundancy=redundancy,
         elastic=elastic,
+        log_format=default_log_format(),
     )
     owns_ray = name is None and not ray.is_initialized()
     if owns_ray:
@@ -340,8 +366,8 @@ def _restore_or_end(service: Service, uri: str) -> None:
 
 
 def describe_for_peers(service: Service) -> dict[str, str]:
-    """What another process of this host needs to find ``service``: the cluster's address and the service's name."""
-    return {"address": cluster.address(), "name": service.name}
+    """What another process of this host needs to find ``service``: the cluster's address and token, and its name."""
+    return {"address": cluster.address(), "token": access.shown_token(), "name": service.name}
 
 
 __all__ = ["Service", "connect", "describe_for_peers", "end", "launch", "service_names"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
+from ..sharding.chronicle import Columns
 from ..sharding.delivery import Sink
 from ..sharding.errors import SegmentError, StepwellError
 from ..sharding.layout import dtype_from_name
@@ -53,6 +54,10 @@ class ShardActor(SucceedingShard):
     async def status(self) -> ShardStatus | None:
         """Where the shard stands; None without a job."""
         return None if self._steps.shard is None else self._steps.shard.status()
+
+    async def chronicle(self, last: int | None) -> Columns:
+        """The last rows of the run's history, None for all; empty without a job."""
+        return {} if self._steps.shard is None else self._steps.shard.history.chronicle.columns(last)
 
     # One step; called by workers
 
@@ -114,6 +119,7 @@ class ShardActor(SucceedingShard):
             parameters = self._parameters(header.rank, exchange.target) if is_wanted else []
             return result, parameters, self._redundancy.kept_from(header.rank, header.sequence)
         except StepwellError as error:
+            self._steps.tally.refuse()
             return error, [], 0
 
     async def decided(self, timeline: int, sequence: int, timeout_s: float) -> Outcome | None:

@@ -30,6 +30,7 @@ from ..sharding.world import World
 from .collective import NO_GENERATION, Collective, Generation, drive
 from .countdown import Countdown
 from .keeper_line import Received
+from .meter import Tally
 from .outcomes import Outcome, Outcomes
 from .redundancy import Moment, Redundancy
 
@@ -51,12 +52,14 @@ class Steps:
         shard: The shard; None without a job.
         collective: The group that it reduces in; None before the first one was formed.
         newest_generation: The last one that it was asked to join.
+        tally: What it has done.
     """
 
     def __init__(self, index: int, timeout_s: float, redundancy: Redundancy) -> None:
         self._index, self._timeout_s, self._redundancy = index, timeout_s, redundancy
         self.shard: Shard | None = None
         self.collective: Collective | None = None
+        self.tally = Tally()
         self._peers: Sequence[Any] = ()
         self._data = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._step: asyncio.Task[None] | None = None
@@ -166,6 +169,7 @@ class Steps:
         """
         header, shard = push.header, self.job()
         receipt = shard.receive(push)
+        self.tally.take(push)
         if receipt is Receipt.DECIDED:
             return await self._taken(push)
         self._redundancy.receive(header, received)
@@ -203,6 +207,30 @@ class Steps:
         self._attended = generation, vote
         self._start_if_complete()
 
+    async def end_for_successor(self, timeout_s: float) -> None:
+        """Wait for the step under way, which was begun with a process that another has replaced since.
+
+        So what the successor is told of the state comes after that step. All shards vote now, as the process may have
+        died before it had reached them all.
+
+        Raises:
+            ServiceTimeoutError: If it does not end in time.
+            ShardLostError: If it rests until a lost shard is back.
+        """
+        if self._step is not None and not self._step.done():
+            self._call_peers(self.generation, self._num_votes)
+            await self._await_step(timeout_s)
+        self.require_no_rest()
+
+    def require_no_rest(self) -> None:
+        """See that no step rests.
+
+        Raises:
+            ShardLostError: If one does, until a lost shard is back.
+        """
+        if self._is_cut_off.is_set():
+            raise ShardLostError(f"shard {self._index}: step {self._sequence_of_step} rests until lost shards are back")
+
     # Rest
 
     def hold(self) -> int:
@@ -238,8 +266,7 @@ class Steps:
         Raises:
             ServiceTimeoutError: If it does not end in time.
         """
-        if self._step is not None and not (await asyncio.wait([self._step], timeout=timeout_s))[0]:
-            raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
+        await self._await_step(timeout_s)
         self._give_up_resting()
 
     def set_world(self, world: World) -> None:
@@ -345,6 +372,10 @@ class Steps:
 
     # Within
 
+    async def _await_step(self, timeout_s: float) -> None:
+        if self._step is not None and not (await asyncio.wait([self._step], timeout=timeout_s))[0]:
+            raise ServiceTimeoutError(f"shard {self._index}: a step did not end within {timeout_s:g} s")
+
     async def _wait(self, outcome: asyncio.Future[Outcome], sequence: int, timeout_s: float) -> StepResult:
         try:
             result = await asyncio.wait_for(asyncio.shield(outcome), timeout_s)
@@ -417,6 +448,7 @@ class Steps:
         finally:
             calling.cancel()
             told.set_result(outcome)
+            self.tally.end(outcome, shard.stopwatch.seconds)
             self._await_rest()
             # The next step's pushes may have come in already.
             loop.call_soon(self._start_if_complete)

@@ -12,6 +12,7 @@ from ..sharding.errors import CheckpointRestoreNeededError, KernelError, ShardLo
 from ..sharding.saved import SavedCheckpoint
 from .config import ServiceConfig
 from .keepers import Keepers
+from .metrics import Instruments
 from .recoveries import Parts, Recoveries, Recovery
 from .shards import Shards
 
@@ -48,6 +49,7 @@ class Watch:
         self._what_is_there, self._place_lost = what_is_there, place_lost
         self._tasks: list[asyncio.Task[None]] = []
         self.recoveries = Recoveries()
+        self._instruments = Instruments(service=config.name)
 
     def begin(self) -> None:
         """Watch from now on, where anything could be brought back."""
@@ -95,14 +97,16 @@ class Watch:
             last = Recovery(tuple(empty), parts.seconds)
             self.recoveries = Recoveries(self.recoveries.count + 1, last)
             logger.warning("service %r: %s", name, last)
+            self._instruments.count({"stepwell_recoveries_total": self.recoveries.count})
+            self._instruments.observe("stepwell_recovery_seconds", sum(parts.seconds.values()))
 
     async def _give_up(self, why: str, *, is_empty: bool) -> None:
-        """Have all who ask be told that a checkpoint is to be restored; or there never was a job."""
+        """Have all who ask be told that a checkpoint is to be restored, if there was ever a job."""
         has_job, saved = self._what_is_there()
-        needed = CheckpointRestoreNeededError(f"{why}. {_advice(saved)}")
-        if has_job or not is_empty:
+        if has_job:
+            needed = CheckpointRestoreNeededError(f"{why}. {_advice(saved)}")
             logger.error("%s", needed)
-        await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
+            await self._shards.all("give_up", needed, what="the shards to give up what a lost one had")
         if is_empty:
             await self._shards.form_group()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +26,7 @@ from .push import Inbox, Push, PushHeader
 from .recovery import Standing
 from .reports import ShardStatus
 from .snapshot import Snapshot
+from .stopwatch import Stopwatch
 from .tables import Tables
 from .world import World
 
@@ -94,6 +94,7 @@ class OwnedState:
         self._deciding: list[Push] | None = None
         self._senders: list[Member] = []
         self._sums: list[Tensor] = []
+        self.stopwatch = Stopwatch()
         self._lost: str | None = f"shard {shard} has no parameters yet"
 
     def _allocate(self, spec: JobSpec, layout: Layout) -> Buffers:
@@ -185,7 +186,7 @@ class OwnedState:
 
     def replicated(self) -> Replicated:
         """What the shard has in common with all others, as it is between two steps."""
-        return Replicated(copy.copy(self.history), self.buffers.key_state.values, self.world)
+        return Replicated(self.history.copied(), self.buffers.key_state.values, self.world)
 
     def standing(self) -> Standing:
         """Where the shard stands, for the others, when some were lost."""
@@ -261,8 +262,7 @@ class OwnedState:
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
         self.step_count = torch.tensor(counts, dtype=torch.float64)
         self.scalars = {**self.spec.rule.initial_scalars(self.spec.num_groups), **source.scalars}
-        self.history.sequence, self.history.num_steps = source.sequence, source.step
-        self.history.num_skipped = source.skipped_steps
+        self.history.go_on_from(source.sequence, source.step, source.skipped_steps)
         self._lost = None
         self._begin(timeline)
 
@@ -275,7 +275,7 @@ class OwnedState:
             workers: Whom it had admitted, by rank.
         """
         self.load(source, timeline=replicated.history.timeline)
-        self.history = copy.copy(replicated.history)
+        self.history = replicated.history.copied()
         self.buffers.key_state.values, self.world = replicated.key_state, replicated.world
         for rank, member in workers.items():
             self.admit(rank, member.incarnation, member.holdings)
@@ -289,7 +289,7 @@ class OwnedState:
         """
         self.step_count = torch.tensor(status.step_counts, dtype=torch.float64)
         self.scalars = status.scalars
-        self.history = copy.copy(replicated.history)
+        self.history = replicated.history.copied()
         self.history.last_sums = ()  # of another group, whose votes were of another length
         self.buffers.key_state.values, self.world = replicated.key_state, replicated.world
         self._inbox = Inbox()

@@ -45,6 +45,7 @@ class PushHeader:
         found_inf: Whether this rank found inf or NaN in its gradient itself; the step is then skipped.
         max_abs: No magnitude in what this rank pushes is above this or above 1, but for a few roundings, as it found
             itself; no tighter than its dtype if that is enough. None: the shards look.
+        loss: What the gradient is of, if the trainer has told; for the run's history alone.
     """
 
     timeline: int
@@ -60,6 +61,7 @@ class PushHeader:
     grad_scale: float = 1.0
     found_inf: bool = False
     max_abs: float | None = None
+    loss: float | None = None
 
     @property
     def key(self) -> PushKey:

@@ -51,6 +51,8 @@ class Shard(OwnedState):
                 )
             return Receipt.WAITING
         self.members.check_content(push, is_heard=self.world.is_heard(header.rank))
+        if self._inbox.is_empty:
+            self.stopwatch.restart()
         self._inbox.put(push)
         return Receipt.COMPLETE if self.is_complete else Receipt.WAITING
 
@@ -93,6 +95,7 @@ class Shard(OwnedState):
 
     def _begin_with(self, pushes: list[Push]) -> None:
         self._deciding, self._sums = pushes, []
+        self.stopwatch.lap("gather")
         # A successor with other holdings may be admitted meanwhile.
         self._senders = [self.members[push.header.rank] for push in pushes]
 
@@ -104,6 +107,7 @@ class Shard(OwnedState):
         """
         if self._deciding is None:
             self.begin()
+        self.stopwatch.lap("log")
         moving = False
         try:
             result, world, gradient, limits = yield from self._decide()
@@ -116,7 +120,8 @@ class Shard(OwnedState):
                 result = dataclasses.replace(result, scalars=scalars)
             if result.decision is not Decision.ABORT:
                 self.world = world
-                self.history.note(result, pushes, self._sums)
+                self.stopwatch.lap("apply")
+                self.history.note(result, pushes, self._sums, self.stopwatch.seconds)
             moving = False
             return result
         finally:
@@ -148,6 +153,7 @@ class Shard(OwnedState):
                 square_sums=square_sums,
             )
             total = yield from self._summed(vote)
+            self.stopwatch.lap("vote")
             votes, sums = open_votes(total, self._num_shards)
             rest = world.without(missing_ranks(votes), step=self.sequence + 1)
             if rest == world:
@@ -232,6 +238,7 @@ class Shard(OwnedState):
             then = self._second_pass(step, unmoved, totals, delivery) if self._is_one_pass else None
             partials = yield from self._summed(self._kernels.local(self.buffers, gradient, c, table, then))
             totals = table.totals(rule.sums, partials)
+            self.stopwatch.lap("reduce")
         combined = rule.combine(step, totals)
         return dataclasses.replace(combined, key_state={**step.key_state, **combined.key_state}), totals
 
@@ -268,6 +275,7 @@ class Shard(OwnedState):
 
         The log has it from a shard that had checked its pushes; their senders may have been replaced since.
         """
+        self.stopwatch.restart()
         self._begin_with([dataclasses.replace(push, sink=None) for push in logged.pushes])
         running = RunningStep(self.step())
         for total in logged.sums:

@@ -144,8 +144,8 @@ def run_matrix(part: int, num_parts: int) -> str:
 
 def run_soak(minutes: float, *, seed: int) -> str:
     """Kill now and then for some minutes; a page of what every process had at the begin and at the end."""
-    chance, deadline = random.Random(seed), time.monotonic() + 60 * minutes
     with _training("Prodigy", 3) as run:
+        chance, deadline = random.Random(seed), time.monotonic() + 60 * minutes
         samples, num_kills = [run.sample()], 0
         while time.monotonic() < deadline:
             run.kill(chance)
@@ -191,14 +191,16 @@ class _Training:
         worker.await_step(begun + 1)
         seconds = worker.time_of(begun + 1) - moment
         kind = " and ".join(sorted({_kind(each) for each in names}))
-        print(f"{self._name}: {names} at step {begun}, {seconds:.2f} s", flush=True)
         worker.await_step(worker.step + STEPS_BETWEEN_KILLS)
         self._victims.await_successors()
         self._victims.await_copies()
         last = self._service.status()["recoveries"]["last"]
         # Else the coordinator that is here now brought back nobody of these.
         is_of_these = last is not None and set(last["shards"]) == {each for each in names if isinstance(each, int)}
-        return Kill(kind, seconds, last["seconds"] if is_of_these else {})
+        parts = last["seconds"] if is_of_these else {}
+        shown = "".join(f", {part} {took:.2f}" for part, took in parts.items())
+        print(f"{self._name}: {names} at step {begun}, {seconds:.2f} s{shown}", flush=True)
+        return Kill(kind, seconds, parts)
 
     def sample(self) -> dict[str, float]:
         """Memory in MiB and open files of every process, and how many actors there are."""

@@ -54,11 +54,11 @@ class Latency:
         keeper_s: Until a keeper has a step's pushes.
     """
 
-    step_s: float = 5.5e-3
+    step_s: float = 8e-3
     shard_s: float = 0.1e-3
     worker_s: float = 0.3e-3
     hop_s: float = 0.1e-3
-    tensor_s: float = 8e-6
+    tensor_s: float = 10e-6
     keeper_s: float = 4.5e-3
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 
+from stepwell.client.planning import measure
 from stepwell.client.planning.deployment import Deployment, model_of
 from stepwell.client.planning.machines import GIB, GPUS, Machine, with_gpu, without_gpu
 from stepwell.client.planning.measure import (
@@ -181,6 +184,24 @@ def test_measured_probes_become_a_machine() -> None:
     tiny = Deployment(spec=spec_of(params=model_of(256, "float32", 1)), num_shards=2, shards_per_node=2)
     assert Plan.of(tiny, machine).step_s == pytest.approx(6e-3, rel=0.01), "what was measured is foretold"
     assert machine_of({**seconds, TWO_SHARDS: 1e-3}).latency.hop_s == 0.0, "noise is not taken for a gain"
+
+
+def test_command_plans_for_the_machine_that_it_measures(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+
+    @contextlib.contextmanager
+    def probes() -> Iterator[dict[str, Callable[[], object]]]:
+        names = (FUSED, COPY, ONE_SHARD, TWO_SHARDS, MANY_TENSORS)
+        yield {name: functools.partial(turns.append, name) for name in names}
+
+    monkeypatch.setattr(measure, "probes", probes)
+    run = cli("plan", "--here", "--params", "8e6", "--shards", "2", "--workers", "3", "--memory-gib", "3", "--json")
+    assert run.code == 0, run.err
+    fields = json.loads(run.out)
+    assert turns[:6] == [FUSED, COPY, ONE_SHARD, TWO_SHARDS, MANY_TENSORS, FUSED], "they take turns"
+    assert (fields["num_nodes"], fields["machine"]["memory_bytes"]) == (1, 3 * GIB)
+    assert fields["machine"]["name"].startswith("this machine")
+    assert fields["machine"]["bytes_per_s"] > 0
 
 
 @pytest.mark.parametrize(("numel", "num_tensors"), [(1, None), (1_000_000, None), (70_000_000_000, None), (10, 3)])

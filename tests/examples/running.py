@@ -16,7 +16,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 MARK = "STEPWELL_TEST_MARK"
 LIMIT_S = 180.0
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
-NOT_PASSED_ON = ("STEPWELL_SERVICE", "RAY_ADDRESS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NOT_PASSED_ON = (
+    "STEPWELL_SERVICE",
+    "RAY_ADDRESS",
+    "RAY_AUTH_MODE",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def run(name: str, *options: str, folder: Path, num_workers: int = 1) -> str:
@@ -31,7 +40,8 @@ def run(name: str, *options: str, folder: Path, num_workers: int = 1) -> str:
     process = subprocess.Popen(
         [sys.executable, *begin, str(EXAMPLES / name), *options],
         cwd=folder,
-        env={**environment, **QUIET, MARK: mark},
+        # A token that is there spares the home folder the one that Ray would write into it.
+        env={**environment, **QUIET, MARK: mark, "RAY_AUTH_TOKEN": uuid.uuid4().hex},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -20,7 +20,7 @@ from tests.zoo import straddling
 
 NUM_STEPS = 24
 NUM_KILLS = 4
-NUM_DECLARED = 5
+NUM_DECLARED = 4
 OPTIONS: dict[str, dict[str, Any]] = {"Prodigy": {"d0": D0}, "AdamW": {}, "LAMB": {}}
 
 

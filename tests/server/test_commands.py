@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(state))
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.delenv("RAY_AUTH_MODE")  # as it is on a machine where nobody has said anything
         patch.setattr(os, "cpu_count", lambda: 2)
         up = cli_process("up", "trainer", "--shards", "2", "--cpus-per-shard", cpus_per_shard(), "--json")
         assert up.code == 0, up.err
@@ -84,6 +86,16 @@ def test_commands_with_a_state_file_of_a_ray_that_ended_say_so(
     cli("status").require_error("there is no Ray cluster here")
 
 
+def test_up_refuses_a_token_that_others_may_read(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    token = tmp_path / "stepwell" / "ray-token"
+    token.parent.mkdir()
+    token.touch(mode=0o644)
+    cli("up", "trainer").require_error(str(token), "only you can read", "got mode 644", "remove it")
+
+
 def test_up_refuses_a_wrong_placement_before_it_starts_anything(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +114,7 @@ def test_up_that_fails_ends_the_ray_that_it_started(tmp_path: Path, monkeypatch:
     assert_all_end(processes_with("XDG_STATE_HOME", str(tmp_path)))
 
 
-@pytest.mark.parametrize("command", ["up", "status", "save", "down"])
+@pytest.mark.parametrize("command", ["up", "status", "save", "down", "top", "plot", "ui"])
 def test_unknown_option_is_named(cli: Cli, command: str) -> None:
     run = cli(command, "--nonsense", "1")
     assert run.code == 2
@@ -111,7 +123,7 @@ def test_unknown_option_is_named(cli: Cli, command: str) -> None:
     assert run.out == ""
 
 
-@pytest.mark.parametrize("command", ["up", "status", "save", "down"])
+@pytest.mark.parametrize("command", ["up", "status", "save", "down", "top", "plot", "ui"])
 def test_help_has_an_example(cli: Cli, command: str) -> None:
     run = cli(command, "--help")
     assert run.code == 0
@@ -127,6 +139,8 @@ def test_status_of_a_new_service_shows_no_job(own_ray: Path, cli: Cli) -> None:
         ["restarts", "0"],
     ]
     cli("save", "trainer", str(own_ray / "nothing")).require_error("service 'trainer' has no job yet")
+    cli("plot", "trainer").require_error("service 'trainer' has taken no step yet")
+    assert "no worker has registered" in cli("top", "trainer", "--once").out
 
 
 def test_save_and_status_json_print_one_object(own_ray: Path, checkpoint: str, cli: Cli) -> None:
@@ -152,6 +166,26 @@ def test_save_and_status_say_it_in_words(own_ray: Path, checkpoint: str, cli: Cl
 
 def test_save_to_an_unwritable_place_names_it(own_ray: Path, checkpoint: str, cli: Cli) -> None:
     cli("save", "trainer", "/proc/nowhere").require_error("/proc/nowhere")
+
+
+def test_up_made_a_token_and_nobody_gets_in_without_it(
+    own_ray: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = own_ray / "stepwell" / "ray-token"
+    assert (stat.S_IMODE(token.stat().st_mode), len(token.read_text())) == (0o600, 64)
+    address = json.loads((own_ray / "stepwell" / "ray.json").read_text())["address"]
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "2")  # Ray tries 20 times, a second each
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # where another user's is
+    for mode in ("disabled", "token"):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "guessed"))
+        (tmp_path / "guessed").write_text("0" * 64)
+        run = cli_process("status", "--address", address)
+        assert (run.code, run.out) == (1, "")
+        assert "InvalidAuthToken" in run.err  # Ray's own lines
+        error = run.err.splitlines()[-1]
+        assert error.startswith(f"error: the Ray cluster at {address} does not answer")
+        assert "RAY_AUTH_TOKEN_PATH" in error
 
 
 @pytest.mark.parametrize("command", [["status"], ["save"], ["down"]])

@@ -201,3 +201,17 @@ def test_take_over_is_tried_again_when_a_shard_is_lost_in_it() -> None:
         assert take_over.await_count == 3
 
     asyncio.run(test())
+
+
+def test_shard_that_is_cut_off_before_there_is_a_job_takes_the_first_one() -> None:
+    """Nothing was lost, so nobody is told to restore a checkpoint."""
+
+    async def test() -> None:
+        service = Service()
+        await service.coordinator.start()
+        await service.coordinator._watch.bring_back()
+        async with asyncio.timeout(LIMIT_S):
+            both = await asyncio.gather(*(service.register(rank, cut) for rank, cut in enumerate(HALVES)))
+        assert all(each.needs_parameters for each in both)
+
+    asyncio.run(test())

@@ -58,6 +58,7 @@ PUSH = PushHeader(
     grad_scale=1024.0,
     found_inf=True,
     max_abs=0.25,
+    loss=2.5,
 )
 JOB = JobSpec(
     ProdigyRule(slice_p=11, betas=(0.8, 0.99)),

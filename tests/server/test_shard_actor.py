@@ -624,8 +624,9 @@ async def test_worker_whose_rank_another_process_takes_is_told_at_once(line: Lin
 async def test_successor_that_comes_while_the_step_is_taken_does_not_take_it_from_its_predecessor(line: Line) -> None:
     async with line.busy():
         replies = [await line.push(rank) for rank in range(2)]
-        await line.actor.admit(EPOCH, {1: Worker("successor", pack_holdings(None))})
+        admitted = line.begin(line.actor.admit(EPOCH, {1: Worker("successor", pack_holdings(None))}))
         await line.settle()
-        assert not any(reply.done() for reply in replies)
+        assert not any(reply.done() for reply in (*replies, admitted)), "it is told of the state after the step"
     for reply in replies:
         assert (await reply).decision is Decision.COMMIT
+    await admitted

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from simulated import SimulatedService
+
+from stepwell.optim import SGDRule
 from stepwell.server.messages import Registration, pack_holdings, pack_job
 from stepwell.server.together import Together
-from stepwell.sharding.errors import JobMismatchError, ServiceError, UnknownRankError
-from tests.server.test_coordinator import LIMIT_S, Service
+from stepwell.sharding.errors import JobMismatchError, MessageError, ServiceError, UnknownRankError
+from stepwell.sharding.job import JobSpec
+from stepwell.sharding.layout import ParamSpec
+
+LIMIT_S = 20.0
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -76,26 +81,29 @@ def test_failure_is_told_to_all_who_were_served_and_to_nobody_after_them() -> No
 
 
 def test_worker_with_another_model_or_rank_is_refused_alone() -> None:
+    def spec_of(num_groups: int) -> JobSpec:
+        params = tuple(ParamSpec(f"p{group}", (600,), "float32", group) for group in range(num_groups))
+        return JobSpec(SGDRule(lr=0.1), params, num_groups, world_size=2)
+
     async def test() -> None:
-        service = Service()
+        service = SimulatedService(num_shards=2)
         await service.coordinator.start()
-        spec = dataclasses.replace(service.spec(), gradients="local")
-        other = dataclasses.replace(service.spec(num_groups=2), gradients="local")
+        job, other = pack_job(spec_of(1)), pack_job(spec_of(2))
 
         async def register(job: bytes, rank: int) -> Registration:
-            return await service.coordinator.register(job, rank, f"{rank}", pack_holdings(None))
+            return await service.coordinator.register(job, rank, f"process-{rank}", pack_holdings(None))
 
-        asked = [(pack_job(spec), 0), (pack_job(other), 1), (b"nonsense", 1), (pack_job(spec), 2), (pack_job(spec), 1)]
+        asked = [(job, 0), (other, 1), (b"nonsense", 1), (job, 2), (job, 1)]
         told = await asyncio.gather(*(register(*each) for each in asked), return_exceptions=True)
-        assert isinstance(told[1], JobMismatchError)
-        assert isinstance(told[2], Exception)
-        assert isinstance(told[3], UnknownRankError)
-        assert isinstance(told[0], Registration)
+        kinds = [Registration, JobMismatchError, MessageError, UnknownRankError, Registration]
+        assert [type(each) for each in told] == kinds
         assert told[0] == told[4]
-        (status,) = await service.coordinator._shards.statuses()
-        assert status.timeline == 0
-        shard = service.actor._steps.shard
-        assert shard is not None
-        assert {rank: member.incarnation for rank, member in shard.members.by_rank.items()} == {0: "0", 1: "1"}
+        reports = await service.coordinator._shards.all("report", what="the test")
+        for report in reports:
+            assert {rank: worker.incarnation for rank, worker in report.workers.items()} == {
+                0: "process-0",
+                1: "process-1",
+            }
+        assert service.traffic.calls["admit"] == 2, "those with the job are admitted at once"
 
     run(test)

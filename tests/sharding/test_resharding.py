@@ -75,3 +75,14 @@ def test_shards_that_take_over_know_of_the_last_step() -> None:
         assert result.sequence == 3
         here = shard.status()
         assert here == dataclasses.replace(expected, shard=here.shard, size_bytes=here.size_bytes)
+
+
+def test_shards_that_take_over_go_on_with_the_history() -> None:
+    run = Run(small(), EVERY_RULE["AdamW"], num_shards=2).steps(3)
+    expected = run.group.shards[0].history.chronicle.columns()
+    reshard(run, 3)
+    run.steps(4)
+    for shard in run.group.shards:
+        columns = shard.history.chronicle.columns()
+        assert columns["step"] == [1, 2, 3, 4]
+        assert {name: values[:3] for name, values in columns.items()} == expected

@@ -1,0 +1,1 @@
+"""Watching a service: its history as a table, a picture, a live view in the terminal and a web page."""
