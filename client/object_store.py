@@ -329,7 +329,7 @@ class ObjectStoreTransport(Transport):
         Else they may come back on another node.
         """
         found = self.service.find_shards()
-        if [shard._actor_id for shard in found] == [shard._actor_id for shard in self._shards]:
+        if found == self._shards:
             self._may_have_moved = True
             return False
         self._take_up(found)

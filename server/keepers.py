@@ -10,7 +10,7 @@ from ..sharding.errors import ServiceTimeoutError, ShardLostError
 from .arrangement import KeeperPlace, arrange
 from .calls import gather, until_ended
 from .keeper import Holding
-from .shards import FORMING_TIMEOUT_S, POLL_S, RESTART_TIMEOUT_S, Shards
+from .shards import FORMING_TIMEOUT_S, POLL_S, Shards
 
 HOLDINGS_TIMEOUT_S = 5.0
 
@@ -74,8 +74,9 @@ class Keepers:
         return None
 
     async def _place(self, index: int) -> KeeperPlace | None:
-        """Where a keeper is; None if it is not started again in time."""
-        deadline, handle = asyncio.get_running_loop().time() + RESTART_TIMEOUT_S, self._handles[index]
+        """Where a keeper is; None if it is not started again within ``placement_timeout_s``."""
+        limit_s, handle = self._shards.config.placement_timeout_s, self._handles[index]
+        deadline = asyncio.get_running_loop().time() + limit_s
         while True:
             try:
                 what = f"keeper {index} to tell where it is"

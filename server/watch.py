@@ -57,10 +57,7 @@ class Watch:
             shards, keepers = range(len(self._shards.handles)), range(len(self._keepers))
             self._tasks = [
                 *(self._watch(f"shard {index}", self._shards.lost, index, self.bring_back) for index in shards),
-                *(
-                    self._watch(f"keeper {index}", self._keepers.lost, index, self._keepers.arrange)
-                    for index in keepers
-                ),
+                *(self._watch(f"keeper {index}", self._keepers.lost, index, self._arrange) for index in keepers),
             ]
 
     def end(self) -> None:
@@ -71,8 +68,7 @@ class Watch:
     async def bring_back(self) -> None:
         """Have shards that were started again become what they were, and go on with the step that was under way."""
         name, parts = self._config.name, Parts()
-        await self._place_lost()
-        await self._keepers.arrange()
+        await self._arrange()
         await self._shards.await_restarts()
         parts.end("restart")
         gone: list[int] = []
@@ -99,6 +95,11 @@ class Watch:
             logger.warning("service %r: %s", name, last)
             self._instruments.count({"stepwell_recoveries_total": self.recoveries.count})
             self._instruments.observe("stepwell_recovery_seconds", sum(parts.seconds.values()))
+
+    async def _arrange(self) -> None:
+        """Decide who keeps whom, once all shards are started again."""
+        await self._place_lost()
+        await self._keepers.arrange()
 
     async def _give_up(self, why: str, *, is_empty: bool) -> None:
         """Have all who ask be told that a checkpoint is to be restored, if there was ever a job."""

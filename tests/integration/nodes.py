@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from typing import Any
 
@@ -35,7 +36,8 @@ class Nodes:
     def __init__(self, num_nodes: int) -> None:
         set_ray_defaults()
         common = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-        head = {**common, "num_cpus": 0, "_system_config": HEALTH}
+        # Of its own: where another Ray has the usual port, Ray complains, and leaves a socket open.
+        head = {**common, "num_cpus": 0, "_system_config": HEALTH, "dashboard_port": _free_port()}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
         for _ in range(num_nodes):
@@ -62,6 +64,13 @@ class Nodes:
         ray.shutdown()
         untyped_cluster: Any = self._cluster
         untyped_cluster.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def node_of(actor: Any) -> str:

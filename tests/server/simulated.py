@@ -65,6 +65,13 @@ class Handle:
             raise AttributeError(method)
         return SimpleNamespace(remote=functools.partial(self._process.call, self._life, method))
 
+    def __eq__(self, other: object) -> bool:
+        """Of the same process, as Ray compares handles."""
+        return isinstance(other, Handle) and self._process is other._process
+
+    def __hash__(self) -> int:
+        return hash(self._process)
+
     def __deepcopy__(self, memo: dict[Any, Any]) -> Handle:
         """In a process that it is handed to, it is that process's."""
         return Handle(self._process, memo.get(HOLDER, self._life))
