@@ -60,6 +60,11 @@ class Handle:
     def __init__(self, process: Process, life: Life | None) -> None:
         self._process, self._life = process, life
 
+    @property
+    def _actor_id(self) -> int | str:
+        """Ray's name for it."""
+        return self._process.name
+
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             raise AttributeError(method)
@@ -365,6 +370,7 @@ def simulated(num_shards: int, faults: Sequence[Fault] = (), **config: Any) -> I
         mock.patch("ray.get_runtime_context", return_value=context),
         mock.patch("ray.util.get_node_ip_address", return_value="127.0.0.1"),
         mock.patch("stepwell.server.coordinated_shard.Collective", functools.partial(Collective, cluster.groups)),
+        mock.patch("stepwell.server.coordinated_shard.begin_logs"),  # one process has one log
         mock.patch("stepwell.server.shards.FORMING_TIMEOUT_S", FORMING_TIMEOUT_S),
         mock.patch("stepwell.client.patience.LONGEST_PAUSE_S", 0.02),
         mock.patch("stepwell.client.patience.FIRST_PAUSE_S", 0.005),
