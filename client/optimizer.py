@@ -86,8 +86,8 @@ class ServiceOptimizer(AttachedOptimizer):
             saves a checkpoint through the service and holds where that is.
         checkpoint_uri: A folder, as path or fsspec URI, that workers and shards can reach, for ``"reference"``.
         overlap: Copy each gradient within backward, as soon as it is complete, instead of in ``step()``, and send it to
-            shards on other nodes there; for large
-            parameters whose gradients no other process reduces afterwards, else they are copied in ``step()`` as ever.
+            shards on other nodes there; for large parameters whose gradients no other process reduces afterwards, else
+            they are copied in ``step()`` as ever.
             Results are the same to the bit. What changes a gradient after backward is noticed (clipping, a replaced or
             removed ``.grad``, a scaler that also calls ``step()``), unless torch's version counter does not show it:
             then, as with ``.grad.data`` or NumPy, it would be lost, which is why this is off by default.
