@@ -268,7 +268,9 @@ class Cluster:
     """
 
     def __init__(self, num_shards: int, faults: Sequence[Fault] = (), **config: Any) -> None:
-        self.config = ServiceConfig("test", num_shards=num_shards, kernel="eager", worker_timeout_s=LIMIT_S, **config)
+        self.config = ServiceConfig(
+            "test", num_shards=num_shards, kernel="eager", **{"worker_timeout_s": LIMIT_S, **config}
+        )
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(lambda *_: None)  # who waits for a call that fails may be dead, as with Ray
         self.to_come, self.happened = list(faults), list[Fault]()

@@ -212,7 +212,7 @@ def lossy(seed: int) -> Disturb:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_lossy_network_costs_no_step_and_takes_none_twice(seed: int) -> None:
-    with simulated(NUM_SHARDS, log_steps=LOG_STEPS) as cluster:
+    with simulated(NUM_SHARDS, log_steps=LOG_STEPS, worker_timeout_s=0.3) as cluster:
         trainer = begin(cluster)
         cluster.disturb = lossy(seed)
         require_same(trainer)
@@ -224,7 +224,7 @@ def test_partition_between_a_worker_and_a_shard_is_waited_for() -> None:
     def partition(caller: int | str, callee: int | str, method: str) -> str:
         return "drop call" if caller == "worker" and callee == 1 and next(num_left) > 0 else ""
 
-    with simulated(NUM_SHARDS) as cluster:
+    with simulated(NUM_SHARDS, worker_timeout_s=0.3) as cluster:
         trainer = begin(cluster).run(2)
         cluster.disturb = partition
         require_same(trainer)
