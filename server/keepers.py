@@ -80,7 +80,7 @@ class Keepers:
         while True:
             try:
                 what = f"keeper {index} to tell where it is"
-                ((node, incarnation),) = await gather([handle.who.remote()], timeout_s=FORMING_TIMEOUT_S, what=what)
+                ((node, incarnation),) = await gather([handle.who.remote()], timeout_s=limit_s, what=what)
             except (ShardLostError, ServiceTimeoutError):
                 if asyncio.get_running_loop().time() > deadline:
                     return None
