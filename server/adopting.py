@@ -35,7 +35,7 @@ class Adoption:
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(POLL_S)
-        if not config.detached or config.num_gpus_per_shard:
+        if not unplaced or not config.detached or config.num_gpus_per_shard:
             return
         for index in unplaced:
             node = await self._keepers.node_with(index)
@@ -46,3 +46,4 @@ class Adoption:
                     "nothing reserved. Add nodes, then `stepwell resize %s %d` gives all shards places of their own",
                     *(config.name, index, config.placement_timeout_s, node, config.name, config.num_shards),
                 )
+        await self._shards.await_restarts()  # or those that are just starting would be replaced the next time

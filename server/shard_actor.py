@@ -96,6 +96,7 @@ class ShardActor(SucceedingShard):
         """
         try:
             exchange = unpack_exchange(request)
+            await self._steps.await_load(exchange.timeout_s)
             header, shard = unpack_push(exchange.push), self._steps.job()
             shard.require_sender(header)  # before anything is mapped for it
             gradient = self._ahead.merge(header.rank, exchange.ahead, gradient)
@@ -117,6 +118,7 @@ class ShardActor(SucceedingShard):
     async def decided(self, timeline: int, sequence: int, timeout_s: float) -> Outcome | None:
         """See :meth:`Steps.decided`; an error as a value, as in :meth:`exchange`."""
         try:
+            await self._steps.await_load(timeout_s)
             return await self._steps.decided(timeline, sequence, timeout_s)
         except StepwellError as error:
             return error

@@ -65,7 +65,8 @@ class Steps:
         self._step: asyncio.Task[None] | None = None
         self._running: RunningStep | None = None
         self._sequence_of_step = 0
-        self._is_loading = self._is_noting = False
+        self._is_noting, self._is_loaded = False, asyncio.Event()
+        self._is_loaded.set()
         self._idle: asyncio.TimerHandle | None = None
         self._resting: asyncio.Task[None] | None = None
         self._outcomes = Outcomes()
@@ -305,15 +306,29 @@ class Steps:
             self._is_noting = False
             self._start_if_complete()
 
+    async def await_load(self, timeout_s: float) -> None:
+        """Wait for a load that is under way: what the shard answered meanwhile would be of neither state.
+
+        Raises:
+            ServiceTimeoutError: If it does not end in time.
+        """
+        try:
+            await asyncio.wait_for(self._is_loaded.wait(), timeout_s)
+        except TimeoutError:
+            raise ServiceTimeoutError(
+                f"shard {self._index}: a load or restore did not end within {timeout_s:g} s"
+            ) from None
+
     async def load(self, load: Callable[[], None]) -> None:
         """Take a state; no step begins before it is there, and one that rests is given up for it."""
-        self._is_loading, self._lost_for_good = True, None
+        self._is_loaded.clear()
+        self._lost_for_good = None
         self._give_up_resting()
         try:
             await self.compute(load)
             self._lost_for_good = None
         finally:
-            self._is_loading = False
+            self._is_loaded.set()
             if self.shard is None or not self.shard.is_waiting:
                 self.dismiss_pushes()
             self._start_if_complete()
@@ -407,7 +422,7 @@ class Steps:
 
     def _is_free(self, shard: Shard, *, though_held: bool = False) -> bool:
         is_held = self._held_after is not None and shard.sequence >= self._held_after
-        is_busy = self.is_stepping or self._is_loading or self._is_noting
+        is_busy = self.is_stepping or self._is_noting or not self._is_loaded.is_set()
         return not is_busy and (though_held or not is_held)
 
     def _start(self, shard: Shard) -> None:

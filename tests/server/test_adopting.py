@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 
@@ -19,6 +20,17 @@ CONFIG = ServiceConfig("test", num_shards=3, placement_timeout_s=0.02)
 KEPT_ON = {0: "node-a", 1: "node-b", 2: None}
 
 
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """Of a shard that answers."""
+
+    what: str
+
+    @property
+    def status(self) -> Any:
+        return mock.Mock(remote=mock.AsyncMock(return_value=None))
+
+
 class Sets(OneSet):
     """Shards that do not run, for so many questions."""
 
@@ -30,7 +42,7 @@ class Sets(OneSet):
         return self._unplaced if self._num_left >= 0 else []
 
     async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
-        return f"shard {index} on {node}"
+        return Handle(f"shard {index} on {node}")
 
 
 class KeepersOf:
@@ -55,7 +67,7 @@ def test_shard_goes_on_beside_its_keeper_if_there_is_no_place_in_time(
 ) -> None:
     """Shard 1 runs, and nobody has a copy of shard 2."""
     config = dataclasses.replace(CONFIG, **changes)
-    shards = Shards(config, ["as it was"] * 3, resign=lambda: None)
+    shards = Shards(config, [Handle("as it was")] * 3, resign=lambda: None)
     adoption = Adoption(shards, cast(Keepers, KeepersOf()), Sets([0, 2], num_questions))
     asyncio.run(asyncio.wait_for(adoption.place_lost(), 10.0))
-    assert shards.handles == expected
+    assert [shard.what for shard in shards.handles] == expected

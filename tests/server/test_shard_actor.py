@@ -550,6 +550,27 @@ async def test_no_step_begins_while_a_load_waits_for_its_turn(line: Line) -> Non
     assert_same_tensors(line.run.params(), checkpoint)
 
 
+@run_test
+async def test_push_and_question_that_come_within_a_load_are_told_of_the_new_timeline(line: Line) -> None:
+    begun, goes_on, load = threading.Event(), threading.Event(), line.shard.buffers.load
+
+    def slow(source: StateSource) -> None:
+        begun.set()
+        assert goes_on.wait(LIMIT_S)
+        load(source)
+
+    with mock.patch.object(line.shard.buffers, "load", slow):
+        loaded = line.begin(line.steps.load(lambda: line.run.group.load(state_of(line), timeline=2)))
+        await asyncio.to_thread(begun.wait, LIMIT_S)
+        reply, question = await line.push(0), line.begin(line.actor.decided(1, 1, LIMIT_S))
+        await line.settle()
+        assert not reply.done()
+        goes_on.set()
+        await loaded
+    assert isinstance(await error_of(reply), TimelineError)
+    assert isinstance(await question, TimelineError)
+
+
 def state_of(line: Line) -> StateSource:
     values = {(index, "master_param"): value for index, value in enumerate(line.run.params())}
     return state_source(values, sequence=1, step=1)
