@@ -27,19 +27,16 @@ from ..server.messages import (
     PieceHeader,
     Registration,
     Target,
-    WireTensor,
-    from_wire,
     pack_exchange,
     pack_holdings,
     pack_job,
     pack_piece,
     pack_push,
     pack_target,
-    to_wire,
-    values_to_wire,
 )
 from ..server.service import Service
 from ..server.shards import STATE_TIMEOUT_S
+from ..server.wire import WireTensor, from_wire, to_wire, values_to_wire
 from ..sharding.coverage import Holdings
 from ..sharding.errors import SegmentError, ServiceError, ShardLostError, ShardsMovedError, StepwellError
 from ..sharding.job import JobSpec

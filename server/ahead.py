@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..sharding.errors import MessageError, ShapeMismatchError, ShardLostError
 from ..sharding.members import Members
 from ..sharding.push import piece_numels
-from .messages import PieceHeader, WireTensor, from_wire
+from .messages import PieceHeader
+from .wire import WireTensor, from_wire
 
 
 class Ahead:

@@ -41,20 +41,13 @@ from .knowledge import ShardReport
 from .logs import Context, begin_logs
 from .mappings import Mappings
 from .meeting import Meeting
-from .messages import (
-    LoadHeader,
-    WireValues,
-    pack_holdings,
-    source_of,
-    unpack_holdings,
-    unpack_job,
-    values_from_wire,
-)
+from .messages import LoadHeader, pack_holdings, source_of, unpack_holdings, unpack_job
 from .meter import ShardMeter
 from .redundancy import Redundancy, rebuild
 from .shard_saves import ShardSaves
 from .signals import end_at_sigterm
 from .steps import Steps
+from .wire import WireValues, values_from_wire
 from .workers import Worker
 
 

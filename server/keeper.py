@@ -24,7 +24,7 @@ from ..sharding.errors import SegmentError
 from ..sharding.owned_state import Replicated
 from ..sharding.reports import ShardStatus
 from ..sharding.segments import ALIGNMENT, Address, Placement, hold_segment, make_memory
-from .messages import WireTensor
+from .wire import WireTensor
 from .workers import Worker
 
 

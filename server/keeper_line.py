@@ -25,7 +25,7 @@ from ..sharding.segments import (
 from .arrangement import KeeperPlace
 from .calls import gather
 from .keeper import Copy, LogEntry, LoggedPush
-from .messages import WireTensor
+from .wire import WireTensor
 from .workers import Worker
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Messages between workers, coordinator and shards: small parts in msgpack, tensors as flat numpy arrays.
+"""Messages between workers, coordinator and shards: the small parts, in msgpack; tensors stand in :mod:`.wire`.
 
 A message is a map with a version and a kind. It is checked field by field before anything looks at its meaning; what a
 push means (rank, step, lengths) is checked by the shard that receives it.
@@ -8,40 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import msgpack
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ..sharding.buffers import StateSource
 from ..sharding.coverage import Holdings, Part
 from ..sharding.errors import (
-    DTypeMismatchError,
     MessageError,
     TruncatedMessageError,
     UnknownVersionError,
-    UnsupportedParameterError,
 )
 from ..sharding.job import JobSpec
 from ..sharding.layout import DTYPE_NAMES, ParamSpec, dtype_from_name, dtype_name
 from ..sharding.pieces import HeldPieces, PieceValues
 from ..sharding.push import PushHeader
 from ..sharding.segments import TOKEN_BYTES, Address, Placement, Span
+from .wire import describe
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 2**28
-
-WireTensor = tuple[str, NDArray[Any]]
-"""A dtype's name and the flat array; bfloat16, which numpy lacks, travels as int16."""
-
-WireValues = Mapping[tuple[int, str, int], WireTensor]
-"""Pieces of state as they travel, see :data:`stepwell.sharding.pieces.PieceValues`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -238,46 +225,6 @@ def unpack_holdings(data: bytes, params: Sequence[ParamSpec]) -> Holdings | None
     return None if ranges is None else Holdings.from_lists(ranges, params)
 
 
-def to_wire(tensor: Tensor) -> WireTensor:
-    """A tensor as a flat array; on the CPU it shares memory."""
-    flat = tensor.detach().reshape(-1).cpu()
-    name = dtype_name(flat.dtype)
-    return name, (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
-
-
-def from_wire(wire: WireTensor) -> Tensor:
-    """The tensor of a flat array; it shares the array's memory and must not be written.
-
-    Raises:
-        MessageError: If it is not a dtype's name and an array.
-        DTypeMismatchError: If the array is not of the dtype that it is said to be.
-    """
-    if not isinstance(wire, tuple) or len(wire) != 2 or not isinstance(wire[0], str):
-        raise MessageError(f"expected a dtype's name and a flat array, got {_describe(wire)}")
-    name, array = wire
-    try:
-        dtype = dtype_from_name(name)
-    except UnsupportedParameterError as error:
-        raise DTypeMismatchError(str(error)) from error
-    carried = np.dtype(np.int16) if dtype == torch.bfloat16 else np.dtype(name)
-    if not isinstance(array, np.ndarray) or array.dtype != carried or array.ndim != 1 or not array.flags.c_contiguous:
-        raise DTypeMismatchError(f"expected a flat {carried} array for {name}, got {_describe(array)}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensor = torch.from_numpy(array)
-    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
-
-
-def values_to_wire(values: PieceValues) -> WireValues:
-    """Pieces of state, to be put into the object store."""
-    return {key: to_wire(tensor) for key, tensor in values.items()}
-
-
-def values_from_wire(values: WireValues) -> PieceValues:
-    """The reverse of :func:`values_to_wire`; raises as :func:`from_wire`."""
-    return {key: from_wire(wire) for key, wire in values.items()}
-
-
 def source_of(header: LoadHeader, parts: Iterable[PieceValues]) -> StateSource:
     """The state that ranks hold in parts."""
     pieces = HeldPieces(parts)
@@ -292,7 +239,7 @@ def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
 
 def _unpack(kind: str, data: bytes) -> dict[str, Any]:
     if not isinstance(data, bytes) or len(data) > MAX_MESSAGE_BYTES:
-        raise MessageError(f"expected at most {MAX_MESSAGE_BYTES} bytes, got {_describe(data)}")
+        raise MessageError(f"expected at most {MAX_MESSAGE_BYTES} bytes, got {describe(data)}")
     try:
         fields = msgpack.unpackb(data)
     except (msgpack.StackError, msgpack.ExtraData, msgpack.FormatError, UnicodeDecodeError) as error:
@@ -307,11 +254,11 @@ def _unpack(kind: str, data: bytes) -> dict[str, Any]:
         raise MessageError(f"expected a {kind} message, got something else in msgpack")
     if fields["version"] != PROTOCOL_VERSION:
         raise UnknownVersionError(
-            f"expected protocol version {PROTOCOL_VERSION}, got {_describe(fields['version'])}; "
+            f"expected protocol version {PROTOCOL_VERSION}, got {describe(fields['version'])}; "
             "run the same Stepwell release on workers and service"
         )
     if fields.get("kind") != kind:
-        raise MessageError(f"expected a {kind} message, got kind {_describe(fields.get('kind'))}")
+        raise MessageError(f"expected a {kind} message, got kind {describe(fields.get('kind'))}")
     return fields
 
 
@@ -319,7 +266,7 @@ def _field(fields: Mapping[str, Any], name: str, is_valid: Callable[[Any], bool]
     if name not in fields:
         raise MessageError(f"the message has no field {name!r}")
     if not is_valid(fields[name]):
-        raise MessageError(f"field {name!r}: got {_describe(fields[name])}, which it cannot be")
+        raise MessageError(f"field {name!r}: got {describe(fields[name])}, which it cannot be")
     return fields[name]
 
 
@@ -418,10 +365,3 @@ def _are_ranges(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(each, list) and len(each) == 2 and all(map(_is_count, each)) for each in value
     )
-
-
-def _describe(value: object) -> str:
-    """Type and a short form of a value, which may be huge."""
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    return f"{type(value).__name__} {reprlib.repr(value)}"

@@ -23,7 +23,8 @@ from ..sharding.snapshot import Snapshot
 from .arrangement import Arrangement
 from .keeper import Copy, LoggedPush
 from .keeper_line import Found, KeeperLine, Received
-from .messages import from_wire, pack_holdings, pack_job, unpack_exchange, unpack_holdings, unpack_push
+from .messages import pack_holdings, pack_job, unpack_exchange, unpack_holdings, unpack_push
+from .wire import from_wire
 from .workers import Worker
 
 logger = logging.getLogger("stepwell")

@@ -16,18 +16,10 @@ from ..sharding.segments import open_segment
 from ..sharding.vote import Decision
 from .collective import Generation
 from .keeper_line import Received
-from .messages import (
-    Target,
-    WireTensor,
-    from_wire,
-    to_wire,
-    unpack_exchange,
-    unpack_piece,
-    unpack_push,
-    unpack_target,
-)
+from .messages import Target, unpack_exchange, unpack_piece, unpack_push, unpack_target
 from .outcomes import Outcome
 from .succeeding_shard import SucceedingShard
+from .wire import WireTensor, from_wire, to_wire
 
 
 class ShardActor(SucceedingShard):

@@ -20,7 +20,8 @@ from ..sharding.saved import SavedCheckpoint
 from .calls import gather
 from .coordinated_shard import CoordinatedShard
 from .epochs import change_of_coordinator, of_coordinator
-from .messages import WireTensor, from_wire, pack_job, to_wire, unpack_job
+from .messages import pack_job, unpack_job
+from .wire import WireTensor, from_wire, to_wire
 from .workers import Worker
 
 RUN_TIMEOUT_S = 60.0

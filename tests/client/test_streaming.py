@@ -15,7 +15,8 @@ from stepwell.client.flat import FlatBuffer
 from stepwell.client.inprocess import InProcessService, InProcessTransport
 from stepwell.client.streaming import PieceStream
 from stepwell.server.ahead import Ahead
-from stepwell.server.messages import PieceHeader, Registration, from_wire, to_wire
+from stepwell.server.messages import PieceHeader, Registration
+from stepwell.server.wire import from_wire, to_wire
 from stepwell.sharding import push as push_module
 from stepwell.sharding.delivery import Sink
 from stepwell.sharding.errors import (

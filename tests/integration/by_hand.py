@@ -16,13 +16,12 @@ from stepwell.server.messages import (
     LoadHeader,
     Registration,
     Target,
-    from_wire,
     pack_exchange,
     pack_holdings,
     pack_job,
     pack_push,
-    to_wire,
 )
+from stepwell.server.wire import from_wire, to_wire
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.push import Push
 from stepwell.sharding.reports import StepResult

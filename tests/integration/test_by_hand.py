@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from stepwell.optim import ProdigyRule
-from stepwell.server.messages import pack_push, to_wire
+from stepwell.server.messages import pack_push
+from stepwell.server.wire import to_wire
 from stepwell.sharding.errors import (
     AttemptError,
     DTypeMismatchError,

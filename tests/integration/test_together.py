@@ -12,7 +12,8 @@ import torch
 
 import stepwell
 from stepwell.optim import AdamWRule
-from stepwell.server.messages import pack_holdings, pack_job, to_wire
+from stepwell.server.messages import pack_holdings, pack_job
+from stepwell.server.wire import to_wire
 from stepwell.sharding.coverage import Holdings, Range
 from stepwell.sharding.errors import CoverageError, JobMismatchError, ServiceTimeoutError, StepwellError
 from stepwell.sharding.job import JobSpec

@@ -16,9 +16,10 @@ from stepwell.server.config import ServiceConfig
 from stepwell.server.coordinator import Coordinator
 from stepwell.server.knowledge import ShardReport
 from stepwell.server.meeting import Meeting
-from stepwell.server.messages import from_wire, pack_holdings, pack_job, values_to_wire
+from stepwell.server.messages import pack_holdings, pack_job
 from stepwell.server.resizing import ShardSet, ShardSets
 from stepwell.server.shard_actor import ShardActor
+from stepwell.server.wire import from_wire, values_to_wire
 from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.errors import PlacementError, ShardLostError
 from stepwell.sharding.job import JobSpec

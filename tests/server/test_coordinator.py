@@ -14,9 +14,10 @@ from stepwell.optim import SGDRule
 from stepwell.server import coordinator as coordinator_module
 from stepwell.server.config import ServiceConfig
 from stepwell.server.coordinator import Coordinator
-from stepwell.server.messages import Registration, pack_holdings, pack_job, unpack_job, values_to_wire
+from stepwell.server.messages import Registration, pack_holdings, pack_job, unpack_job
 from stepwell.server.rendezvous import Rendezvous
 from stepwell.server.shard_actor import ShardActor
+from stepwell.server.wire import values_to_wire
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.coverage import Gradients, Holdings, Range
 from stepwell.sharding.errors import CoverageError, JobMismatchError, ServiceTimeoutError, ShardLostError

@@ -17,7 +17,8 @@ import torch
 
 from stepwell.server.coordinator import Coordinator
 from stepwell.server.knowledge import Knowledge
-from stepwell.server.messages import LoadHeader, values_to_wire
+from stepwell.server.messages import LoadHeader
+from stepwell.server.wire import values_to_wire
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.checkpoint import CheckpointReader
 from stepwell.sharding.errors import CheckpointError, EpochError

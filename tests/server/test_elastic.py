@@ -18,15 +18,13 @@ from stepwell.server.messages import (
     LoadHeader,
     Registration,
     Target,
-    from_wire,
     pack_exchange,
     pack_holdings,
     pack_job,
     pack_push,
-    to_wire,
-    values_to_wire,
 )
 from stepwell.server.shard_actor import ShardActor
+from stepwell.server.wire import from_wire, to_wire, values_to_wire
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.errors import (

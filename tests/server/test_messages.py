@@ -19,19 +19,18 @@ from stepwell.server.messages import (
     Exchange,
     PieceHeader,
     Target,
-    from_wire,
     pack_exchange,
     pack_job,
     pack_piece,
     pack_push,
     pack_target,
-    to_wire,
     unpack_exchange,
     unpack_job,
     unpack_piece,
     unpack_push,
     unpack_target,
 )
+from stepwell.server.wire import from_wire, to_wire
 from stepwell.sharding.errors import (
     DTypeMismatchError,
     MessageError,

@@ -13,7 +13,8 @@ import fsspec
 import pytest
 import torch
 
-from stepwell.server.messages import LoadHeader, values_to_wire
+from stepwell.server.messages import LoadHeader
+from stepwell.server.wire import values_to_wire
 from stepwell.sharding.buffers import MASTER
 from stepwell.sharding.checkpoint import CheckpointReader, write_shard
 from stepwell.sharding.errors import CheckpointError, NotRegisteredError

@@ -30,16 +30,15 @@ from stepwell.server.messages import (
     Exchange,
     PieceHeader,
     Target,
-    from_wire,
     pack_exchange,
     pack_holdings,
     pack_job,
     pack_piece,
     pack_push,
     pack_target,
-    to_wire,
 )
 from stepwell.server.shard_actor import ShardActor
+from stepwell.server.wire import from_wire, to_wire
 from stepwell.server.workers import Worker
 from stepwell.sharding.buffers import StateSource
 from stepwell.sharding.errors import (
