@@ -373,6 +373,7 @@ def simulated(num_shards: int, faults: Sequence[Fault] = (), **config: Any) -> I
         mock.patch("ray.util.get_node_ip_address", return_value="127.0.0.1"),
         mock.patch("stepwell.server.coordinated_shard.Collective", functools.partial(Collective, cluster.groups)),
         mock.patch("stepwell.server.coordinated_shard.begin_logs"),  # one process has one log
+        mock.patch("stepwell.server.coordinated_shard.ShardMeter.begin"),  # its thread would keep every shard alive
         mock.patch("stepwell.server.shards.FORMING_TIMEOUT_S", FORMING_TIMEOUT_S),
         mock.patch("stepwell.client.patience.LONGEST_PAUSE_S", 0.02),
         mock.patch("stepwell.client.patience.FIRST_PAUSE_S", 0.005),
