@@ -183,9 +183,11 @@ class Shards:
 
     async def resume(self, standings: Sequence[Standing]) -> None:
         """Have all finish the step that was under way, in the group that was formed since."""
-        await self.all("resume", known_sums(standings), what="the shards to go on")
-        if any(standing.is_stepping for standing in standings):
-            # One that a shard has lost before it was logged is voted down by all.
+        known = known_sums(standings)
+        await self.all("resume", known, what="the shards to go on")
+        if any(standing.is_stepping and not known.get(standing.sequence + 1) for standing in standings):
+            # One that a shard has lost before it was logged is voted down by all. If it was voted on there is no vote
+            # to come, and who attended one would begin the next step with nobody.
             for shard in self.handles:
                 shard.attend.remote(self.generation, 1)
 

@@ -114,6 +114,7 @@ def tiny() -> Files:
     return {path.rsplit("/", 1)[1]: files.cat_file(path) for path in files.ls("/damage/tiny", detail=False)}
 
 
+@pytest.mark.timeout(400)
 def test_every_flipped_bit_of_a_tiny_checkpoint_is_found() -> None:
     files, memory = tiny(), fsspec.filesystem("memory")
     uri = put(files)
