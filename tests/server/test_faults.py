@@ -37,7 +37,7 @@ from tests.integration.training import D0, Trainer, assert_same_training
 from tests.server.simulated import Cluster, Disturb, simulated
 from tests.zoo import small
 
-# Processes die here with tasks under way; what is left of them goes whenever Python collects it, with no loop to run on.
+# Processes die here with tasks under way; what is left of them goes when Python collects it, with no loop to run on.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 NUM_SHARDS = 3
