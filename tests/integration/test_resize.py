@@ -141,20 +141,3 @@ def test_running_job_goes_back_and_on(nodes: Nodes, tmp_path: Path) -> None:
             os.kill(pid_of(service.shards[1]), signal.SIGTERM)
         assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
         trainer.optimizer.close()
-
-
-@pytest.mark.timeout(600)
-def test_shard_that_no_node_has_room_for_goes_on_beside_its_keeper(nodes: Nodes) -> None:
-    """Its node is lost without warning."""
-    with launcher() as launch:
-        service = launch(2, redundancy=1, num_cpus_per_shard=0.75, placement_timeout_s=5.0)
-        trainer = trainer_of(service).run(5)
-        first, second = map(node_of, service.shards)
-        assert first != second
-        nodes.lose(second)
-        trainer.run(12)
-        service.find_shards()
-        assert second not in map(node_of, service.shards)
-        trainer.run(18)
-        assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
-        trainer.optimizer.close()
