@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..server.config import default_kernel
-from ..server.messages import LoadHeader, Registration, pack_job, source_of
+from ..server.messages import LoadHeader, Registration, source_of
 from ..sharding.checkpoint import CheckpointReader, write_shard
 from ..sharding.chronicle import Columns
 from ..sharding.compiling import KernelChoice, resolve_kernel
@@ -286,17 +286,8 @@ class InProcessTransport(Transport):
         self.service.group.extend(spec, source_of(LoadHeader(), parts), holdings)
 
     def _registration(self, *, needs_parameters: bool = False) -> Registration:
-        status = self.service.group.shards[0].status()
-        return Registration(
-            spec=pack_job(self.service.group.spec),
-            timeline=status.timeline,
-            sequence=status.sequence,
-            step=status.step,
-            skipped_steps=status.skipped_steps,
-            scalars=status.scalars,
-            ranks=status.world.ranks,
-            needs_parameters=needs_parameters,
-        )
+        group = self.service.group
+        return Registration.of(group.spec, group.shards[0].status(), needs_parameters=needs_parameters)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,24 +14,20 @@ from ..sharding.compiling import (
     Kernel,
     compiled_code,
     kernel_identity,
-    require_same_kernels,
     resolve_kernel,
     take_compiled_code,
 )
 from ..sharding.coverage import Gradients
-from ..sharding.errors import CheckpointRestoreNeededError, IncarnationError, PlacementError
+from ..sharding.errors import IncarnationError, PlacementError
 from ..sharding.folder import Destination
 from ..sharding.job import JobSpec
 from ..sharding.manifest import Manifest, ShardFile
-from ..sharding.recovery import Standing, Sums
-from ..sharding.reports import ShardStatus
 from ..sharding.saved import SavedCheckpoint
 from ..sharding.shard import Shard
 from ..sharding.snapshot import Snapshot
 from ..sharding.warm_up import warm_up
 from ..sharding.world import World
 from .ahead import Ahead
-from .arrangement import Arrangement
 from .changes import Change, Changes
 from .collective import Collective, Generation
 from .config import COLLECTIVE_MARGIN_S, ServiceConfig
@@ -41,14 +36,14 @@ from .knowledge import ShardReport
 from .logs import Context, begin_logs
 from .mappings import Mappings
 from .meeting import Meeting
-from .messages import LoadHeader, pack_holdings, source_of, unpack_holdings, unpack_job
+from .messages import LoadHeader, source_of, unpack_holdings, unpack_job
 from .meter import ShardMeter
-from .redundancy import Redundancy, rebuild
+from .redundancy import Redundancy
 from .shard_saves import ShardSaves
 from .signals import end_at_sigterm
 from .steps import Steps
 from .wire import WireValues, values_from_wire
-from .workers import Worker
+from .workers import Worker, workers_of
 
 
 class CoordinatedShard:
@@ -293,90 +288,6 @@ class CoordinatedShard:
         self._changes.note(change)
         await self._copy()
 
-    # Coming back; called by the coordinator. See Note: What survives a shard
-
-    async def linger(self) -> None:
-        """Answer when this shard is cut off from the others; who waits is also told when the shard's process ends."""
-        await self._steps.until_cut_off()
-
-    async def node(self) -> str:
-        """Ray's id of the node that this shard is on."""
-        node: str = ray.get_runtime_context().get_node_id()
-        return node
-
-    @change_of_coordinator
-    async def keep_with(self, arrangement: Arrangement) -> None:
-        """Be told which keepers are to keep this shard; those that have no copy of it get one."""
-        self._redundancy.arrange(arrangement)
-        await self._steps.copy_at_rest()
-
-    @change_of_coordinator
-    async def rebuild(self) -> bool:
-        """Become what the process before this one was; whether any keeper knows.
-
-        Raises:
-            KernelError: If it would go on with other bits, on a machine of another kind.
-        """
-        found = await self._redundancy.fetch()
-        if not found:
-            return False
-        line, most = found[0]
-        kept, segment = most.copy, await line.segment(most.copy.memory)
-
-        def rebuild_from() -> Shard:
-            shard = self._laid_out(unpack_job(kept.job), kept.code, timeline=kept.status.timeline - 1)
-            whose = f"shard {self._index}, started again,"
-            require_same_kernels(kept.status.kernel_identity, shard.status().kernel_identity, whose=whose)
-            rebuild(shard, kept, segment)
-            return shard
-
-        shard, running = await self._steps.compute(rebuild_from), None
-        async for logged in self._redundancy.steps(line, most):
-            running = await self._steps.compute(functools.partial(shard.replay, logged))
-        self._steps.shard = shard
-        self._changes.recall(kept.requests)
-        if running is not None and running.result is None:
-            self._steps.rest_in(running)
-        self._redundancy.come_back(found)
-        return True
-
-    @of_coordinator
-    async def rest(self) -> Standing | None:
-        """See :meth:`Steps.rest`; where the shard stands then, if it has a job."""
-        await self._steps.rest()
-        return None if self._steps.shard is None else self._steps.shard.standing()
-
-    @of_coordinator
-    async def give_up(self, why: CheckpointRestoreNeededError) -> None:
-        """See :meth:`Steps.give_up`."""
-        self._steps.give_up(why)
-
-    @of_coordinator
-    async def resume(self, known: Sums) -> None:
-        """See :meth:`Steps.resume`."""
-        self._steps.resume(known)
-
-    @of_coordinator
-    async def hold(self) -> int:
-        """See :meth:`Steps.hold`."""
-        return self._steps.hold()
-
-    @of_coordinator
-    async def settle(self, sequence: int, timeout_s: float) -> ShardStatus:
-        """See :meth:`Steps.settle`."""
-        return await self._steps.settle(sequence, timeout_s)
-
-    @of_coordinator
-    async def end_step(self, timeout_s: float) -> None:
-        """See :meth:`Steps.end_step`."""
-        await self._steps.end_step(timeout_s)
-
-    @of_coordinator
-    async def release(self) -> None:
-        """Go on with steps, see :meth:`Steps.release`; what was prepared and not taken is dropped."""
-        self._changes.drop()
-        self._steps.release()
-
     # Saves; called by the coordinator. See ShardSaves
 
     @change_of_coordinator
@@ -429,12 +340,12 @@ class CoordinatedShard:
 
     def _report(self) -> ShardReport:
         shard = self._steps.shard
-        members = {} if shard is None else shard.members.by_rank
+        workers, left = ({}, frozenset[int]()) if shard is None else workers_of(shard)
         return ShardReport(
             job=None if shard is None else shard.spec,
             status=None if shard is None else shard.status(),
-            workers={rank: Worker(each.incarnation, pack_holdings(each.holdings)) for rank, each in members.items()},
-            left=frozenset(rank for rank, each in members.items() if each.has_left),
+            workers=workers,
+            left=left,
             generation=self._steps.usable_generation,
             prepared=self._changes.prepared,
             requests=self._changes.taken,

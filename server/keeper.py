@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ..sharding.copies import CopiedPiece
 from ..sharding.errors import SegmentError
-from ..sharding.owned_state import Replicated
-from ..sharding.reports import ShardStatus
 from ..sharding.segments import ALIGNMENT, Address, Placement, hold_segment, make_memory
+from .estate import Estate
 from .wire import WireTensor
 from .workers import Worker
 
@@ -65,27 +64,14 @@ class LogEntry:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(Estate):
     """A shard as it was between two steps.
 
     Attributes:
-        job: Its job, packed.
-        code: The job's compiled kernels.
-        status, replicated: Where it stood.
-        workers: Whom it had admitted, by rank.
-        left: Which of them had said goodbye.
-        requests: The changes that it had taken.
         pieces: Where its slots lie in the memory.
         memory: Where that is.
     """
 
-    job: bytes
-    code: bytes
-    status: ShardStatus
-    replicated: Replicated
-    workers: Mapping[int, Worker]
-    left: frozenset[int]
-    requests: tuple[str, ...]
     pieces: tuple[CopiedPiece, ...]
     memory: Address
 

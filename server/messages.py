@@ -24,6 +24,7 @@ from ..sharding.job import JobSpec
 from ..sharding.layout import DTYPE_NAMES, ParamSpec, dtype_from_name, dtype_name
 from ..sharding.pieces import HeldPieces, PieceValues
 from ..sharding.push import PushHeader
+from ..sharding.reports import ShardStatus
 from ..sharding.segments import TOKEN_BYTES, Address, Placement, Span
 from .wire import describe
 
@@ -51,6 +52,20 @@ class Registration:
     scalars: Mapping[str, float]
     ranks: tuple[int, ...]
     needs_parameters: bool
+
+    @classmethod
+    def of(cls, spec: JobSpec, status: ShardStatus, *, needs_parameters: bool) -> Registration:
+        """What a worker is told of a job whose shards stand at ``status``."""
+        return cls(
+            spec=pack_job(spec),
+            timeline=status.timeline,
+            sequence=status.sequence,
+            step=status.step,
+            skipped_steps=status.skipped_steps,
+            scalars=status.scalars,
+            ranks=status.world.ranks,
+            needs_parameters=needs_parameters,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

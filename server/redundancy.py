@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -23,9 +23,9 @@ from ..sharding.snapshot import Snapshot
 from .arrangement import Arrangement
 from .keeper import Copy, LoggedPush
 from .keeper_line import Found, KeeperLine, Received
-from .messages import pack_holdings, pack_job, unpack_exchange, unpack_holdings, unpack_push
+from .messages import pack_job, unpack_exchange, unpack_holdings, unpack_push
 from .wire import from_wire
-from .workers import Worker
+from .workers import workers_of
 
 logger = logging.getLogger("stepwell")
 
@@ -178,7 +178,7 @@ class Redundancy:
 
     async def admit(self, shard: Shard) -> None:
         """Tell the keepers whom the shard has admitted."""
-        admitted = _workers_of(shard)
+        admitted = workers_of(shard)
         await asyncio.gather(*(self._or_lose(line, line.admit(*admitted)) for line in self._logging))
 
     def _begin_logs(self, moment: Moment) -> None:
@@ -207,7 +207,7 @@ class Redundancy:
             return
         segment, memory = await loop.run_in_executor(self._threads, self._memory, size_of(moment.pieces))
         await loop.run_in_executor(self._threads, write_copy, moment.snapshot, memory)
-        workers, left = _workers_of(shard)
+        workers, left = workers_of(shard)
         kept = Copy(
             pack_job(shard.spec),
             self.code,
@@ -291,9 +291,3 @@ async def _push_of(line: KeeperLine, logged: LoggedPush) -> Push:
     gradient = tuple(map(segment.tensor, logged.gradient.spans))
     header = unpack_push(unpack_exchange(logged.request).push)
     return Push(header, gradient, {index: from_wire(wire) for index, wire in logged.reloaded.items()})
-
-
-def _workers_of(shard: Shard) -> tuple[Mapping[int, Worker], frozenset[int]]:
-    members = shard.members.by_rank
-    workers = {rank: Worker(each.incarnation, pack_holdings(each.holdings)) for rank, each in members.items()}
-    return workers, frozenset(rank for rank, each in members.items() if each.has_left)

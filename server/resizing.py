@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ..sharding.errors import PlacementError, ServiceError
+from ..sharding.saved import SavedCheckpoint
 from .config import ServiceConfig
+from .estate import Estate
 from .keepers import Keepers
 from .knowledge import Knowledge
 from .saves import Saves
 from .shards import FORMING_TIMEOUT_S, Shards
-from .succeeding_shard import Estate
 from .watch import Watch
 
 logger = logging.getLogger("stepwell")
@@ -211,17 +212,22 @@ class Resizing:
         await successors.begin_epoch()
         await keepers.arrange()
         if self._known().spec is not None:
-            estate: Estate = await self._shards.first("estate", what="shard 0 to tell what it knows")
+            estate, _ = await self._estate()
             await successors.all("register", estate.job, estate.code, what="the new shards to allocate their buffers")
         await successors.form_group()
+
+    async def _estate(self) -> tuple[Estate, SavedCheckpoint | None]:
+        found: tuple[Estate, SavedCheckpoint | None] = await self._shards.first(
+            "estate", what="shard 0 to tell what it knows"
+        )
+        return found
 
     async def _hand_over(self, successors: Shards, request: str) -> None:
         """Have the new shards inherit the state between two steps, and take office."""
         try:
             if self._known().spec is not None:
                 await self._shards.settle()
-                estate = await self._shards.first("estate", what="shard 0 to tell what it knows")
-                args = estate, request, self._shards.handles
+                args = *await self._estate(), request, self._shards.handles
                 await successors.all("inherit", *args, what="the new shards to take over the state")
         except BaseException:
             await self._shards.release()

@@ -152,16 +152,7 @@ class Roster:
     async def registration(self) -> Registration:
         """Where the service stands, as a worker is told."""
         spec, status = self.require_spec(), (await self._shards.statuses())[0]
-        return Registration(
-            spec=pack_job(spec),
-            timeline=status.timeline,
-            sequence=status.sequence,
-            step=status.step,
-            skipped_steps=status.skipped_steps,
-            scalars=status.scalars,
-            ranks=status.world.ranks,
-            needs_parameters=not self.known.is_loaded,
-        )
+        return Registration.of(spec, status, needs_parameters=not self.known.is_loaded)
 
     def require_spec(self) -> JobSpec:
         """The job.

@@ -7,74 +7,41 @@ to own, and then take office. Both kinds of shards are of this class, as each se
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..sharding.buffers import Buffers
-from ..sharding.owned_state import Replicated
-from ..sharding.reports import ShardStatus
 from ..sharding.resharding import TileRun, rows_of, runs_in_common
 from ..sharding.saved import SavedCheckpoint
 from .calls import gather
-from .coordinated_shard import CoordinatedShard
 from .epochs import change_of_coordinator, of_coordinator
+from .estate import Estate
 from .messages import pack_job, unpack_job
+from .resting_shard import RestingShard
 from .wire import WireTensor, from_wire, to_wire
-from .workers import Worker
+from .workers import workers_of
 
 RUN_TIMEOUT_S = 60.0
 """Limit for one run of tiles on its way."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Estate:
-    """What all shards of a set have in common between two steps.
-
-    Attributes:
-        job: The job, packed.
-        code: The job's compiled kernels.
-        status, replicated: Where they stand.
-        workers: Whom they have admitted, by rank.
-        left: Which of them have said goodbye.
-        requests: The changes that they have taken.
-        saved: The checkpoint that was completed last, if the shard that is asked knows.
-    """
-
-    job: bytes
-    code: bytes
-    status: ShardStatus
-    replicated: Replicated
-    workers: Mapping[int, Worker]
-    left: frozenset[int]
-    requests: tuple[str, ...]
-    saved: SavedCheckpoint | None
-
-
-class SucceedingShard(CoordinatedShard):
+class SucceedingShard(RestingShard):
     """A coordinated shard with what a change of the set takes; see :class:`CoordinatedShard` for its arguments."""
 
     # Of the old set
 
     @of_coordinator
-    async def estate(self) -> Estate:
-        """What this shard has in common with the others; called on shard 0 alone.
+    async def estate(self) -> tuple[Estate, SavedCheckpoint | None]:
+        """What this shard has in common with the others, and the last checkpoint; called on shard 0 alone.
 
         Raises:
             NotRegisteredError: If there is no whole state.
         """
-        shard, report = self._steps.whole_job(), self._report()
-        return Estate(
-            job=pack_job(shard.spec),
-            code=self._redundancy.code,
-            status=shard.status(),
-            replicated=shard.replicated(),
-            workers=report.workers,
-            left=report.left,
-            requests=report.requests,
-            saved=report.saved,
-        )
+        shard = self._steps.whole_job()
+        workers, left = workers_of(shard)
+        job, code, requests = pack_job(shard.spec), self._redundancy.code, self._changes.taken
+        return Estate(job, code, shard.status(), shard.replicated(), workers, left, requests), self._saves.saved
 
     async def rows(self, run: TileRun) -> WireTensor:
         """Some of the owned tiles, flat; called by shards of the new set while the service is held."""
@@ -83,11 +50,14 @@ class SucceedingShard(CoordinatedShard):
     # Of the new set
 
     @change_of_coordinator
-    async def inherit(self, estate: Estate, request: str, predecessors: Sequence[Any]) -> None:
+    async def inherit(
+        self, estate: Estate, saved: SavedCheckpoint | None, request: str, predecessors: Sequence[Any]
+    ) -> None:
         """Become a shard of the same job, in the same state; the old set is held meanwhile.
 
         Args:
             estate: What its shards have in common.
+            saved: The checkpoint that was completed last, if they know of one.
             request: Names what was asked for.
             predecessors: Handles of its shards, by index.
         """
@@ -107,7 +77,7 @@ class SucceedingShard(CoordinatedShard):
         for rank in estate.left:
             shard.members.leave(rank)
         self._changes.recall((*estate.requests, request))
-        self._saves.saved = estate.saved
+        self._saves.saved = saved
         await self._copy()
 
     @change_of_coordinator

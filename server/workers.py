@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..sharding.coverage import Holdings
 from ..sharding.errors import MessageError
 from ..sharding.job import JobSpec
-from .messages import unpack_holdings
+from ..sharding.shard import Shard
+from .messages import pack_holdings, unpack_holdings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,3 +39,10 @@ class Asked:
     spec: JobSpec
     holdings: bytes
     values: Sequence[Any]
+
+
+def workers_of(shard: Shard) -> tuple[Mapping[int, Worker], frozenset[int]]:
+    """Whom a shard has admitted, by rank, and which of them have said goodbye."""
+    members = shard.members.by_rank
+    workers = {rank: Worker(each.incarnation, pack_holdings(each.holdings)) for rank, each in members.items()}
+    return workers, frozenset(rank for rank, each in members.items() if each.has_left)

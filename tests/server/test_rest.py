@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from stepwell.server import steps
+from stepwell.server import stepping
 from stepwell.server.arrangement import Arrangement, KeeperPlace
 from stepwell.server.keeper import Keeper
 from stepwell.sharding.errors import CheckpointRestoreNeededError
@@ -48,7 +48,7 @@ async def test_shard_at_rest_is_copied_when_it_is_told_of_its_keepers(line: Line
 @run_test
 async def test_gradients_are_let_go_when_no_step_comes(line: Line) -> None:
     keeper = await keep(line)
-    with mock.patch.object(steps, "IDLE_S", 0.05):
+    with mock.patch.object(stepping, "IDLE_S", 0.05):
         await step(line)
         await until_logged(keeper, 0)
     assert (await keeper.holdings())[0].step == 2
