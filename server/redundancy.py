@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..sharding.copies import CopiedPiece, pieces_of, read_copy, size_of, write_copy
-from ..sharding.errors import ServiceTimeoutError, StepwellError
+from ..sharding.errors import ServiceTimeoutError, ShardLostError, StepwellError
 from ..sharding.owned_state import Replicated
 from ..sharding.push import Push, PushHeader, PushKey
 from ..sharding.recovery import LoggedStep
@@ -219,8 +219,10 @@ class Redundancy:
             moment.pieces,
             segment.address,
         )
-        self._memories.append((segment, memory))
-        await asyncio.gather(*(self._or_lose(line, line.keep(kept, memory), status.sequence) for line in self._logging))
+        asked = self._logging
+        await asyncio.gather(*(self._or_lose(line, line.keep(kept, memory), status.sequence) for line in asked))
+        # Who has not said that it has this copy may have it or the one before: then neither is written over.
+        self._memories = [*self._memories, (segment, memory)] if self._logging == asked else []
         if any(line.is_chosen for line in self._logging):
             self._was_told = False
             for line in self._logging:
@@ -258,7 +260,13 @@ class Redundancy:
     # Coming back
 
     async def fetch(self) -> list[tuple[KeeperLine, Found]]:
-        """What keepers have of this shard, the most first."""
+        """What keepers have of this shard, the most first.
+
+        Raises:
+            ShardLostError: If it has not been told yet who they are, as it was started again since the others were.
+        """
+        if self.may_come_back and not self.is_on:
+            raise ShardLostError(f"shard {self._index} was started again, and does not know its keepers yet")
         fetched = [(line, await line.fetch()) for line in self._lines.values()]
         found = [(line, each) for line, each in fetched if each is not None]
         return sorted(found, key=lambda of: of[1].reach, reverse=True)

@@ -33,14 +33,18 @@ class ShardActor(SucceedingShard):
         self._ahead.forget(rank)
 
     async def export(self) -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
-        """Every owned piece as (param, slot, offset, values), and where the shard stands."""
+        """Every owned piece as (param, slot, offset, values), and where the shard stands.
+
+        Raises:
+            ShardLostError: If a step rests, until lost shards are back.
+        """
 
         def export() -> tuple[list[tuple[int, str, int, WireTensor]], ShardStatus]:
             shard = self._steps.whole_job()
             pieces = [(piece.param, slot, piece.offset, to_wire(v)) for slot, piece, v in shard.buffers.export()]
             return pieces, shard.status()
 
-        exported: tuple[list[tuple[int, str, int, WireTensor]], ShardStatus] = await self._steps.compute(export)
+        exported: tuple[list[tuple[int, str, int, WireTensor]], ShardStatus] = await self._steps.read(export)
         return exported
 
     async def status(self) -> ShardStatus | None:
@@ -98,6 +102,7 @@ class ShardActor(SucceedingShard):
             exchange = unpack_exchange(request)
             await self._steps.await_load(exchange.timeout_s)
             header, shard = unpack_push(exchange.push), self._steps.job()
+            self._steps.require_reached(header.sequence)
             shard.require_sender(header)  # before anything is mapped for it
             gradient = self._ahead.merge(header.rank, exchange.ahead, gradient)
             parts = tuple(map(from_wire, gradient))
@@ -127,6 +132,9 @@ class ShardActor(SucceedingShard):
         """A rank's part of the owned parameters, flat, per extent; empty if they went to mapped memory.
 
         They are as of after a step or load that is under way.
+
+        Raises:
+            ShardLostError: If a step rests, until lost shards are back.
         """
         wanted, shard = unpack_target(target), self._steps.job()
         shard.world.require(rank)
@@ -138,7 +146,7 @@ class ShardActor(SucceedingShard):
             self._steps.whole_job().deliver(rank, sink)
             return []
 
-        parts: list[WireTensor] = await self._steps.compute(parameters)
+        parts: list[WireTensor] = await self._steps.read(parameters)
         return parts
 
     async def attend(self, generation: Generation, vote: int) -> None:

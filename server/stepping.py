@@ -146,6 +146,33 @@ class Stepping:
         """Do something in the thread for arithmetic, after what it is at."""
         return await asyncio.get_running_loop().run_in_executor(self._data, work)
 
+    async def read(self, work: Callable[[], Any]) -> Any:
+        """Read slots in the thread for arithmetic, after what it is at.
+
+        Raises:
+            ShardLostError: If a step rests: they are as of before it, and somebody may know already that it was taken.
+        """
+
+        def read() -> Any:
+            if self._running is not None:
+                raise self._rests()
+            return work()
+
+        return await self.compute(read)
+
+    def require_reached(self, sequence: int) -> None:
+        """See that this shard is not behind who speaks of step ``sequence``, as it has come back and rests.
+
+        Raises:
+            ShardLostError: If it is.
+        """
+        if self._is_cut_off.is_set() and sequence > self.job().sequence + 1:
+            raise self._rests()
+
+    def _rests(self) -> ShardLostError:
+        step = self.job().sequence + 1
+        return ShardLostError(f"shard {self._index}: step {step} rests until lost shards are back")
+
     # One step
 
     async def take(self, push: Push, received: Received, timeout_s: float) -> StepResult:

@@ -9,7 +9,6 @@ from ..sharding.errors import (
     CheckpointRestoreNeededError,
     ServiceError,
     ServiceTimeoutError,
-    ShardLostError,
     TimelineError,
     UnknownRankError,
 )
@@ -180,7 +179,7 @@ class Steps(Stepping):
             ShardLostError: If one does, until a lost shard is back.
         """
         if self._is_cut_off.is_set():
-            raise ShardLostError(f"shard {self._index}: step {self._sequence_of_step} rests until lost shards are back")
+            raise self._rests()
 
     # Within
 

@@ -21,21 +21,12 @@ settings.load_profile("stepwell")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--fast-paths``: what is exact with eager kernels and copies in ``step()`` is so on the fast paths, too."""
-    parser.addoption("--matrix", action="store_true", help="also pairs of faults at every two phases, by the hundred")
     parser.addoption("--fast-paths", action="store_true", help="compiled kernels, gradients copied within backward")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Kernels are compiled where a test asks for it, since for each rule it takes a second or two; or everywhere."""
     os.environ["STEPWELL_KERNEL"] = "compiled" if config.getoption("--fast-paths") else "eager"
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the matrix out where it is not asked for."""
-    if not config.getoption("--matrix"):
-        matrix = [item for item in items if item.get_closest_marker("matrix")]
-        config.hook.pytest_deselected(items=matrix)
-        items[:] = [item for item in items if item not in matrix]
 
 
 @pytest.fixture(autouse=True)

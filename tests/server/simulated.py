@@ -137,8 +137,8 @@ class Process:
 
     def die(self) -> None:
         """Die within what it is at, in whichever thread."""
+        self.life.is_over = True  # first: the loop may be done with all of it before this thread goes on
         self._cluster.loop.call_soon_threadsafe(self.kill)
-        self.life.is_over = True
         raise Killed
 
     def kill(self) -> None:

@@ -9,11 +9,15 @@ import pytest
 
 from stepwell.server import stepping
 from stepwell.server.arrangement import Arrangement, KeeperPlace
+from stepwell.server.config import ServiceConfig
 from stepwell.server.keeper import Keeper
-from stepwell.sharding.errors import CheckpointRestoreNeededError
+from stepwell.server.keeper_line import KeeperLine
+from stepwell.server.messages import pack_target
+from stepwell.server.shard_actor import ShardActor
+from stepwell.sharding.errors import CheckpointRestoreNeededError, ServiceError, ShardLostError
 from stepwell.sharding.vote import Decision
 from tests.server.test_keeper_line import Handle
-from tests.server.test_shard_actor import EPOCH, Line, run_test
+from tests.server.test_shard_actor import EPOCH, RETURNED, Line, error_of, run_test
 
 
 async def keep(line: Line) -> Keeper:
@@ -32,6 +36,13 @@ async def until_logged(keeper: Keeper, num_logged: int) -> None:
         if held is not None and held.step is not None and held.num_logged == num_logged:
             return
         await asyncio.sleep(0.005)
+
+
+async def copied(line: Line) -> None:
+    """Wait until a copy has been made, or could not be."""
+    copying = line.actor._redundancy._copying
+    assert copying is not None
+    await asyncio.wait([copying])
 
 
 async def step(line: Line) -> None:
@@ -89,3 +100,41 @@ async def test_shard_that_is_lost_for_good_says_what_to_restore(line: Line) -> N
     line.steps.shard = None
     with pytest.raises(CheckpointRestoreNeededError, match="restore /x"):
         line.steps.job()
+
+
+@run_test
+async def test_memory_of_a_copy_that_may_not_have_been_kept_is_not_written_again(line: Line) -> None:
+    """Nor is that of the copy before, which the keeper may still have."""
+    await keep(line)
+    redundancy = line.actor._redundancy
+    await copied(line)
+    await step(line)
+    await line.steps.copy_at_rest()
+    await copied(line)
+    assert len(redundancy._memories) == 2
+    await step(line)
+    with mock.patch.object(KeeperLine, "keep", side_effect=ServiceError("no answer")):
+        await line.steps.copy_at_rest()
+        await copied(line)
+    assert redundancy._memories == []
+
+
+@run_test
+async def test_shard_whose_step_rests_tells_nothing_that_may_be_old(line: Line) -> None:
+    await keep(line)
+    line.steps.collective = mock.Mock(all_reduce=mock.Mock(side_effect=ShardLostError("a peer is lost")))
+    for reply in [await line.push(rank) for rank in range(2)]:
+        assert isinstance(await error_of(reply), ShardLostError)
+    with pytest.raises(ShardLostError, match="shard 0: step 2 rests until lost shards are back"):
+        await line.actor.parameters(0, pack_target(RETURNED))
+    with pytest.raises(ShardLostError, match="step 2 rests"):
+        await line.actor.export()
+    # Of a worker that knows from another shard that step 2 was taken.
+    assert isinstance(await error_of(await line.push(0, sequence=3)), ShardLostError)
+
+
+@run_test
+async def test_shard_that_was_not_told_its_keepers_is_not_given_up(line: Line) -> None:
+    again = ShardActor(ServiceConfig("test", redundancy=1), 0, is_successor=True)
+    with pytest.raises(ShardLostError, match="shard 0 was started again, and does not know its keepers yet"):
+        await again.rebuild(EPOCH)
