@@ -45,6 +45,15 @@ async def copied(line: Line) -> None:
     await asyncio.wait([copying])
 
 
+async def copy_after_step(line: Line) -> None:
+    """Take a step, and make a copy after it."""
+    await step(line)
+    assert line.steps._step is not None
+    await asyncio.wait([line.steps._step])
+    await line.steps.copy_at_rest()
+    await copied(line)
+
+
 async def step(line: Line) -> None:
     for reply in [await line.push(rank) for rank in range(2)]:
         assert (await reply).decision is Decision.COMMIT
@@ -108,14 +117,10 @@ async def test_memory_of_a_copy_that_may_not_have_been_kept_is_not_written_again
     await keep(line)
     redundancy = line.actor._redundancy
     await copied(line)
-    await step(line)
-    await line.steps.copy_at_rest()
-    await copied(line)
+    await copy_after_step(line)
     assert len(redundancy._memories) == 2
-    await step(line)
     with mock.patch.object(KeeperLine, "keep", side_effect=ServiceError("no answer")):
-        await line.steps.copy_at_rest()
-        await copied(line)
+        await copy_after_step(line)
     assert redundancy._memories == []
 
 
