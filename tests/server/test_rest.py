@@ -20,10 +20,10 @@ from tests.server.test_keeper_line import Handle
 from tests.server.test_shard_actor import EPOCH, RETURNED, Line, error_of, run_test
 
 
-async def keep(line: Line) -> Keeper:
-    """Have the line's actor kept by a keeper on another node; returns when there is a copy."""
+async def keep(line: Line, node: str = "elsewhere") -> Keeper:
+    """Have the line's actor, which is "here", kept by a keeper on some node; returns when there is a copy."""
     keeper = Keeper()
-    place = KeeperPlace(0, Handle(keeper), "elsewhere", "only")
+    place = KeeperPlace(0, Handle(keeper), node, "only")
     await line.actor.keep_with(EPOCH, Arrangement("here", (place,), frozenset((0,))))
     await until_logged(keeper, 0)
     return keeper
@@ -114,7 +114,7 @@ async def test_shard_that_is_lost_for_good_says_what_to_restore(line: Line) -> N
 @run_test
 async def test_memory_of_a_copy_that_may_not_have_been_kept_is_not_written_again(line: Line) -> None:
     """Nor is that of the copy before, which the keeper may still have."""
-    await keep(line)
+    await keep(line, "here")
     redundancy = line.actor._redundancy
     await copied(line)
     await copy_after_step(line)
