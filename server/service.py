@@ -17,6 +17,7 @@ from . import access, cluster
 from .calls import ask, wait_for
 from .config import Placement, ServiceConfig, default_kernel, default_log_format
 from .knowledge import ServiceStatus
+from .resizing import ShardSet
 from .shard_sets import find_actor, find_node
 from .shards import FORMING_TIMEOUT_S, STATE_TIMEOUT_S
 from .starting import cut_short, end_service, exists, not_found, service_names, start_actors
@@ -31,10 +32,20 @@ class Service:
         shards: Handles of its shard actors.
     """
 
-    def __init__(self, config: ServiceConfig, coordinator: Any, shards: list[Any], *, owns_ray: bool = False) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        coordinator: Any,
+        shards: list[Any],
+        *,
+        owns_ray: bool = False,
+        started: ShardSet | None = None,
+    ) -> None:
         self.config, self.coordinator, self.shards = config, coordinator, shards
         self._owns_ray = owns_ray
         self._pending: PendingSave | None = None
+        # Only held: without a name the actors end when the handles are gone with which they were started.
+        self._started = started
 
     def __enter__(self) -> Service:
         return self
@@ -312,7 +323,8 @@ def launch(
     else:
         cluster.attach()
     try:
-        service = Service(config, *start_actors(config), owns_ray=owns_ray)
+        coordinator, started = start_actors(config)
+        service = Service(config, coordinator, started.shards, owns_ray=owns_ray, started=started)
         if restore is not None:
             _restore_or_end(service, restore)
     except StepwellError:

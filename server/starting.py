@@ -8,6 +8,7 @@ from ..sharding.errors import ServiceExistsError, ServiceNotFoundError, Stepwell
 from .calls import ask
 from .config import ServiceConfig
 from .coordinator import CoordinatorActor
+from .resizing import ShardSet
 from .shard_sets import (
     ACTOR_START_TIMEOUT_S,
     actor_names,
@@ -22,11 +23,11 @@ from .shard_sets import (
 )
 
 
-def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
+def start_actors(config: ServiceConfig) -> tuple[Any, ShardSet]:
     """Start a service's actors; returns when its coordinator has taken the shards over.
 
     Returns:
-        Handles of the coordinator and of the shards, by index.
+        Handle of the coordinator, and the shards and keepers. Without a name they end when these handles are gone.
 
     Raises:
         ServiceExistsError: If there is a service of this name, or something of one.
@@ -39,7 +40,7 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
         )
     if exists(config.name):
         raise cut_short(config.name)
-    shards = start_set(config).shards
+    started = start_set(config)
     try:
         options = {**common_options(config), "name": config.coordinator_name, "num_cpus": 0}
         coordinator = start_actor(CoordinatorActor, config, strategy=beside_the_first(config), **options)
@@ -48,7 +49,7 @@ def start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
     except (StepwellError, ValueError):
         end_service(config.name)
         raise
-    return coordinator, shards
+    return coordinator, started
 
 
 def service_names() -> list[str]:
