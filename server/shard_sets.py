@@ -83,11 +83,10 @@ def _unplaced(shards: Sequence[Any]) -> list[int]:
 def _replace(config: ServiceConfig, index: int, node: str) -> Any:
     name, deadline = config.shard_name(index), time.monotonic() + ACTOR_START_TIMEOUT_S
     end_actors([name])
-    options = {**common_options(config), "name": name, "num_cpus": 0}
-    strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+    options = {**common_options(config), **on_node(node), "name": name}
     while True:
         try:
-            return start_actor(ShardActor, config, index, True, strategy=strategy, **options)
+            return start_actor(ShardActor, config, index, True, **options)
         except ValueError as error:  # Ray has not yet given up the name
             if time.monotonic() > deadline:
                 raise PlacementError(f"shard {index} cannot be started on node {node}: {error}") from error
@@ -168,9 +167,12 @@ def start_actor(actor_class: type, *args: Any, strategy: Any, **options: Any) ->
     return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
 
 
-def beside_the_first(config: ServiceConfig) -> NodeAffinitySchedulingStrategy:
-    """On the node of a set's first shard, while there is that node; in no place of the set's, as sets come and go."""
-    return NodeAffinitySchedulingStrategy(nodes_of(config)[0], soft=True)
+def on_node(node: str) -> dict[str, Any]:
+    """Options of an actor that is to be on a node while there is that node, and reserves nothing to speak of.
+
+    It needs a byte of memory, as Ray starts an actor anywhere that needs nothing.
+    """
+    return {"num_cpus": 0, "memory": 1, "strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
 
 
 def nodes_of(config: ServiceConfig) -> list[str]:
