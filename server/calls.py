@@ -104,9 +104,9 @@ async def until_started(actor: Any, *, timeout_s: float, what: str) -> None:
         except ActorUnavailableError:
             return
         except (RayTaskError, ActorDiedError) as error:
-            if isinstance(error, RayTaskError) or await asyncio.to_thread(has_ended, actor):
-                if not ended.done():
-                    ended.set_exception(translate(error, timeout_s=timeout_s, what=what))
+            is_over = isinstance(error, RayTaskError) or await asyncio.to_thread(has_ended, actor)
+            if is_over and not ended.done():
+                ended.set_exception(translate(error, timeout_s=timeout_s, what=what))
         else:
             if not ended.done():
                 ended.set_result(None)

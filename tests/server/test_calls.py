@@ -44,7 +44,7 @@ class Coordinator:
             mock.patch("ray.get", self.get),
             mock.patch("time.monotonic", self.monotonic),
             mock.patch("time.sleep", self.sleep),
-            mock.patch("stepwell.server.calls.has_ended", lambda _: self.has_ended),
+            mock.patch("stepwell.server.calls.has_ended", return_value=self.has_ended),
         ):
             return calls.ask(self, "save", *args, timeout_s=600.0, what="service 'trainer': a checkpoint")
 
