@@ -19,6 +19,7 @@ from tests.integration.rank import Rank, rank_on
 NAME = "over-hosts"
 LIMIT_S = 240.0
 WITH_SHARDS = 2
+TOLD = "told: "
 
 
 def main(address: str) -> None:
@@ -33,16 +34,20 @@ def main(address: str) -> None:
     there, here = rank_on(second, NAME, 0), Rank(NAME, 1)
     run(there, here, 10)
     assert (ask(there, "is_near"), here.is_near()) == ([False, True], [False, False])
-    print(host_of(first), flush=True)
+    tell(host_of(first))
     run(there, here, 200)
     assert set(map(node_of, service.find_shards())) == {second}
-    print("recovered", flush=True)
+    tell("recovered")
     sys.stdin.readline()
     run(there, here, 230)
     assert (ask(there, "is_near"), here.is_near()) == ([True, True], [False, False])
     ask(there, "require_same")
     here.require_same()
-    print("same", flush=True)
+    tell("same")
+
+
+def tell(what: str) -> None:
+    print(f"{TOLD}{what}", flush=True)
 
 
 def await_nodes(number: int) -> None:
