@@ -79,7 +79,7 @@ def _run_all(topics: Sequence[str], quick: bool, out: Path) -> bool:
 def _run(topic: str, quick: bool) -> report.Run:
     """Run one topic; what it found, or why it failed."""
     print(f"== {topic}", file=sys.stderr, flush=True)
-    begun, load_before, rows, failure = time.monotonic(), os.getloadavg()[0], (), ""
+    begun, load_before, rows, failure = time.monotonic(), os.getloadavg()[0], tuple[Row, ...](), ""
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     try:
         rows = tuple(_sectioned(row, topic) for row in _rows_of(topic, quick))
