@@ -299,6 +299,10 @@ class OwnedState:
         """Change what the workers are, between two jobs' workers; those admitted so far are forgotten."""
         self.spec = dataclasses.replace(self.spec, world_size=world_size, gradients=gradients)
         self.world = self.world.of_size(world_size)
+        self.forget_workers()
+
+    def forget_workers(self) -> None:
+        """Let none of those admitted so far push any more, and drop what they have pushed."""
         self.members, self._inbox = Members(self.spec, self.layout, self.buffers), Inbox()
 
     def set_world(self, world: World) -> None:
