@@ -275,7 +275,7 @@ class Coordinator:
         await self._roster.leave(rank, incarnation)
 
     async def dismiss(self) -> None:
-        """Forget the workers, who are gone without a goodbye; others, of any number, may register then.
+        """Note that all workers are gone, without a goodbye; others, of any number, may register then.
 
         Raises:
             NotRegisteredError: If there is no job yet.

@@ -102,7 +102,7 @@ class RestingShard(CoordinatedShard):
 
     @change_of_coordinator
     async def dismiss(self) -> None:
-        """Forget all workers, who are gone without a goodbye. A step that they had begun ends first.
+        """Note that all workers are gone, without a goodbye. A step that they had begun ends first.
 
         Raises:
             ShardLostError: As :meth:`require_whole`.
@@ -112,7 +112,8 @@ class RestingShard(CoordinatedShard):
             self._mappings.forget(rank)
             self._ahead.forget(rank)
         await self._steps.end_for_successor(self._config.worker_timeout_s + COLLECTIVE_MARGIN_S)
-        await self._copy()
+        await self._redundancy.admit(self._steps.job())
+        await self._steps.copy_at_rest()
 
     # Between two steps; called by the coordinator
 

@@ -140,8 +140,8 @@ class Roster:
                     await self._shards.all("require_whole", what="the shards to tell whether they have a state")
                 except NotRegisteredError as error:
                     raise CheckpointRestoreNeededError(f"service {self._config.name!r}: {error}") from error
-            await self._shards.in_turn("dismiss", what="the shards to forget the workers")
-            self.known.workers, self.known.left = {}, set()
+            await self._shards.in_turn("dismiss", what="the shards to dismiss the workers")
+            self.known.left.update(self.known.workers)
             for rendezvous in (self._covering, self._starting, self._extending):
                 rendezvous.forget_all()
 

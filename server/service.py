@@ -200,7 +200,7 @@ class Service:
             CheckpointRestoreNeededError: If the service has lost its state; restore a checkpoint, then call this.
             ShardLostError: If a shard is being brought back; call this again.
         """
-        self.ask("dismiss", what="the workers to be forgotten")
+        self.ask("dismiss", what="the workers to be dismissed")
 
     def resize(self, num_shards: int) -> None:
         """Go on with another number of shards, between two steps: parameters and state are the same to the bit.

@@ -164,7 +164,7 @@ class Steps(Stepping):
         ranks = list(shard.members.by_rank)
         for rank in ranks:
             self.withdraw(rank, IncarnationError(f"rank {rank}: the job's workers were dismissed; end this process"))
-        shard.forget_workers()
+        shard.dismiss_workers()
         self._patience.stop()
         return ranks
 

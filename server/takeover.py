@@ -40,8 +40,6 @@ async def _align_workers(shards: Shards, reports: Sequence[ShardReport], first: 
         is_of_others = (report.job.world_size, report.job.gradients) != kind
         if is_of_others:
             await shards.some([index], "set_workers", *kind, what="a shard to take the workers")
-        elif report.workers.keys() - first.workers.keys():
-            await shards.some([index], "dismiss", what="a shard to forget the workers")
         # A step that is not yet taken here may bring the world that the first one has.
         world = first.world if report.step == first.step else report.world
         if is_of_others or (report.workers, report.world) != (first.workers, world):

@@ -299,11 +299,13 @@ class OwnedState:
         """Change what the workers are, between two jobs' workers; those admitted so far are forgotten."""
         self.spec = dataclasses.replace(self.spec, world_size=world_size, gradients=gradients)
         self.world = self.world.of_size(world_size)
-        self.forget_workers()
-
-    def forget_workers(self) -> None:
-        """Let none of those admitted so far push any more, and drop what they have pushed."""
         self.members, self._inbox = Members(self.spec, self.layout, self.buffers), Inbox()
+
+    def dismiss_workers(self) -> None:
+        """Let none of those admitted so far push any more, as if all had said goodbye; what they pushed is dropped."""
+        for rank in self.members.by_rank:
+            self.members.leave(rank)
+        self._inbox = Inbox()
 
     def set_world(self, world: World) -> None:
         """Have the next step wait for other ranks; what those that it does not wait for have pushed is dropped."""

@@ -55,7 +55,7 @@ def test_others_take_the_place_of_workers_that_are_dismissed(world_size: int, el
         await job.coordinator.dismiss()
         with pytest.raises(IncarnationError, match="rank 0: the job's workers were dismissed; end this process"):
             await waiting
-        with pytest.raises(IncarnationError, match="no worker has registered as this rank since"):
+        with pytest.raises(IncarnationError, match="rank 0: process 0-a has left, or was dismissed; end it"):
             await job.push(0)
         await begin_again(job, world_size)
         with pytest.raises((IncarnationError, UnknownRankError)):
