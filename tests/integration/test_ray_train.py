@@ -14,8 +14,11 @@ from ray.train.torch import TorchTrainer
 
 import stepwell
 from stepwell.server.service import end
-from tests.integration.nodes import LIMIT_S, Nodes
-from tests.integration.train_loop import SAVE_EVERY, Plan, train
+from tests.integration.nodes import Nodes
+from tests.integration.train_loop import LIMIT_S, SAVE_EVERY, Plan, train
+
+# Ray warns of defaults of its own, when a trainer is made.
+pytestmark = pytest.mark.filterwarnings("ignore:::ray.data.context")
 
 NUM_STEPS = 9
 ROOM = "room_for_worker"
