@@ -181,6 +181,14 @@ class ServiceOptimizer(AttachedOptimizer):
         return result is not None and result.decision is Decision.SKIP
 
     @property
+    def num_steps(self) -> int:
+        """Steps that the job has taken so far, skipped ones included; of a service that was restored, those of then.
+
+        A loop that may be resumed begins here: ``for step in range(optimizer.num_steps, NUM_STEPS)``.
+        """
+        return self._registered.num_steps
+
+    @property
     def num_skipped_steps(self) -> int:
         """Steps that the job has skipped so far, before a restart or restore too."""
         return self._registered.num_skipped_steps
