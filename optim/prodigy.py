@@ -71,6 +71,7 @@ class ProdigyRule(ReducingRule):
             p   = p - dlr * weight_decay * p - dlr * m / (sqrt(v) + eps)         dlr = d * lr * bc with the new d
 
         beta3, d_coef and safeguard_warmup have no part in it, and d_numerator stays 0.
+
     * ``d_scope="group"`` keeps one d, d_max, d_numerator and k for each group, from the group's own sums and
       hyperparameters.
     * ``freeze_d`` leaves d and d_max as they are while the statistics go on; ``max_d`` caps d. Both may change at any

@@ -12,16 +12,27 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FENCE = re.compile(
-    r'^```(?P<language>\w*)(?: title="(?P<title>[^"\n]*)")?\n(?P<text>.*?)^```$', flags=re.MULTILINE | re.DOTALL
+    r"^(?:<!-- not run: (?P<reason>[^\n]*) -->\n)?"
+    r'```(?P<language>\w*)(?: title="(?P<title>[^"\n]*)")?\n(?P<text>.*?)^```$',
+    flags=re.MULTILINE | re.DOTALL,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block: its tag, its title or "", what it holds, and the line of the page on which that begins."""
+    """A fenced block.
+
+    Attributes:
+        language: Its tag.
+        title: The name of the file that it is to be saved as, or "".
+        reason: Why it is not run, or "".
+        text: What it holds.
+        line: The line of the page on which that begins.
+    """
 
     language: str
     title: str
+    reason: str
     text: str
     line: int
 
@@ -30,7 +41,7 @@ def blocks_of(page: Path) -> list[Block]:
     """Every fenced block of a page, in order."""
     text = page.read_text(encoding="utf-8")
     return [
-        Block(found["language"], found["title"] or "", found["text"], text.count("\n", 0, found.start("text")) + 1)
+        Block(**found.groupdict(default=""), line=text.count("\n", 0, found.start("text")) + 1)
         for found in FENCE.finditer(text)
     ]
 

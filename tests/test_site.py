@@ -67,4 +67,4 @@ def test_page_lists_and_tables_are_shown_as_such(site: Path) -> None:
     """Where pages are read in other places a list may follow a paragraph at once; here it needs an empty line."""
     for page in site.rglob("*.html"):
         for paragraph in re.findall(r"<p>(.*?)</p>", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-            assert re.findall(r"^(?:- |\d+\. |\|)", paragraph, flags=re.MULTILINE) == [], (page.name, paragraph)
+            assert re.findall(r"^(?:[-*] |\d+\. |\|)", paragraph, flags=re.MULTILINE) == [], (page.name, paragraph)
