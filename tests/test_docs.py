@@ -34,16 +34,22 @@ def test_page_python_blocks_run_in_order(page: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=name_of)
-def test_page_block_that_is_not_run_here_is_run_elsewhere_or_says_why(page: Path) -> None:
-    tests_of_examples = "".join(test.read_text() for test in (ROOT / "tests" / "examples").glob("test_*.py"))
+def test_page_block_that_is_not_run_says_why(page: Path) -> None:
     for block in blocks_of(page):
         where = f"{name_of(page)}, line {block.line}"
-        if included := re.fullmatch(r'--8<-- "examples/(.*)"\n', block.text):
-            assert f'"{included[1]}"' in tests_of_examples, f"{where}: no test runs {included[1]}"
-        elif block.language in NOT_RUN:
+        if block.language in NOT_RUN:
             assert block.reason, f"{where}: tag it {IS_RUN}, or say why on the line before it: <!-- not run: ... -->"
         elif block.title:
             assert name_of(page) == "docs/start.md", f"{where}: nothing runs {block.title}"
+
+
+def test_script_that_a_page_shows_is_run_by_a_test() -> None:
+    shown = {
+        name for page in PAGES for name in re.findall(r"^Script: \[[^]]*\]\(.*examples/(.*)\)", page.read_text(), re.M)
+    }
+    assert shown == {example.name for example in (ROOT / "examples").glob("*.py")}
+    tests_of_examples = "".join(test.read_text() for test in (ROOT / "tests" / "examples").glob("test_*.py"))
+    assert [name for name in sorted(shown) if f'"{name}"' not in tests_of_examples] == []
 
 
 def commands_on(page: Path) -> list[list[str]]:
@@ -68,7 +74,8 @@ def test_pages_links_lead_somewhere() -> None:
 
 
 def test_rules_page_has_every_rule_with_its_sums_and_memory() -> None:
-    shown = re.findall(r"^\| `(\w+)` \| .* \| ([\w-]+) \| (\d+) \|$", (ROOT / "docs/rules.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "rules.md").read_text()
+    shown = re.findall(r"^\| `(\w+)` \| .* \| ([\w-]+) \| (\d+) \|$", page, flags=re.MULTILINE)
     rules = [RULES.build(name, {}) for name in RULES.names()]
     expected = [
         (

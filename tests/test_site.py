@@ -45,13 +45,20 @@ def test_reference_is_all_markdown(site: Path) -> None:
     assert 'href="services.html#stepwell.launch"' in optimizers, "a role has become a link"
 
 
+def text_of(page: Path) -> str:
+    return html.unescape(re.sub("<[^>]*>", "", page.read_text(encoding="utf-8")))
+
+
 def test_file_that_a_page_links_to_is_a_page(site: Path) -> None:
-    errors = (site / "errors.html").read_text(encoding="utf-8")
-    assert 'href="sharding/errors.py.html"' in errors
-    listing = html.unescape(re.sub("<[^>]*>", "", (site / "sharding" / "errors.py.html").read_text(encoding="utf-8")))
-    assert "class StepwellError(Exception):" in listing
+    assert 'href="sharding/errors.py.html"' in (site / "errors.html").read_text(encoding="utf-8")
+    for source in (ROOT / "sharding" / "errors.py", ROOT / "examples" / "plain_loop.py"):
+        assert source.read_text() in text_of(site / source.relative_to(ROOT).with_suffix(".py.html"))
     assert (site / "deploy" / "index.html").exists()
     assert (site / "benchmarks" / "results" / "results.png").exists()
+
+
+def test_trainer_page_shows_its_script(site: Path) -> None:
+    assert (ROOT / "examples" / "ray_train.py").read_text() in text_of(site / "trainers" / "ray-train.html")
 
 
 def test_site_fetches_nothing_from_elsewhere(site: Path) -> None:
