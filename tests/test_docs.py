@@ -86,3 +86,11 @@ def test_rules_page_has_every_rule_with_its_sums_and_memory() -> None:
         for rule in rules
     ]
     assert sorted(shown) == sorted(expected)
+
+
+def test_readme_quotes_the_goals_as_they_were_measured() -> None:
+    pages = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "results" / "TABLE.md").read_text()
+    quoted, measured = (re.search(r"\| figure \| goal \|.*?\n\n", page, flags=re.DOTALL) for page in pages)
+    assert quoted is not None
+    assert measured is not None
+    assert quoted[0] == measured[0]
