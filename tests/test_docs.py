@@ -33,7 +33,7 @@ def test_page_python_blocks_run_in_order(page: Path, monkeypatch: pytest.MonkeyP
         exec(compile(at_its_line, name_of(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_page_block_that_is_not_run_says_why(page: Path) -> None:
     for block in blocks_of(page):
         where = f"{name_of(page)}, line {block.line}"
