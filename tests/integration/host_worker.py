@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import ray
 import torch
@@ -20,6 +21,8 @@ NAME = "over-hosts"
 LIMIT_S = 240.0
 WITH_SHARDS = 2
 TOLD = "told: "
+
+untyped_ray: Any = ray  # some of its functions have no types
 
 
 def main(address: str) -> None:
@@ -52,24 +55,24 @@ def tell(what: str) -> None:
 
 def await_nodes(number: int) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while sum(node["Alive"] for node in ray.nodes()) < number:
-        assert time.monotonic() < deadline, f"expected {number} nodes within {LIMIT_S:g} s, got {ray.nodes()}"
+    while sum(node["Alive"] for node in untyped_ray.nodes()) < number:
+        assert time.monotonic() < deadline, f"expected {number} nodes within {LIMIT_S:g} s, got {untyped_ray.nodes()}"
         time.sleep(0.1)
 
 
 def host_of(node: str) -> str:
-    (name,) = (each["NodeManagerHostname"] for each in ray.nodes() if each["NodeID"] == node)
+    (name,) = (each["NodeManagerHostname"] for each in untyped_ray.nodes() if each["NodeID"] == node)
     return str(name)
 
 
-def run(there: object, here: Rank, stop: int) -> None:
+def run(there: Any, here: Rank, stop: int) -> None:
     """Have both take steps until there were ``stop``."""
-    running = there.run.remote(stop)  # type: ignore[attr-defined]
+    running = there.run.remote(stop)
     here.run(stop)
     ray.get(running, timeout=LIMIT_S)
 
 
-def ask(there: object, method: str) -> object:
+def ask(there: Any, method: str) -> object:
     return ray.get(getattr(there, method).remote(), timeout=LIMIT_S)
 
 
