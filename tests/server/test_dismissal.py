@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,5 +147,6 @@ def test_worker_that_died_within_its_step_is_dismissed(fault: Fault | None, poin
         trainer = begin(cluster).run(FAILING - 1)
         with killed_at(point), pytest.raises(WorkerKilled):
             trainer.run(FAILING)
-        Patience(LIMIT_S, "the test").go_on_with(trainer.optimizer.service.dismiss_workers)
+        service: Any = trainer.optimizer.service
+        Patience(LIMIT_S, "the test").go_on_with(service.dismiss_workers)
         require_same(successor_of(trainer))
