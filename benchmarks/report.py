@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import itertools
 import json
 import platform
@@ -20,30 +19,84 @@ QUIET = 1.5
 """Upper over lower quartile of a yardstick's turns over the turns before them: above it a run says so."""
 
 
-def write(
-    folder: Path, rows: Sequence[Row], failures: Sequence[str], *, quick: bool, taken_s: float, load_before: float
-) -> None:
-    """Write ``TABLE.md``, ``results.json`` and ``results.png``.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """What one topic's run found.
 
-    Args:
-        folder: Where to.
-        rows: All rows, those of a section one after the other.
-        failures: What went wrong, a sentence each.
-        quick: Whether these are no figures.
-        taken_s: Seconds that all of it took.
-        load_before: The machine's load average before the run: what others were doing.
+    Attributes:
+        topic: Such as "step".
+        date: When it began, UTC.
+        taken_s: Seconds that it took.
+        load_before: The machine's load average before it: what others were doing; None if nobody has noted it.
+        rows: What it found, those of a section one after the other.
+        failure: Why it found nothing, a sentence; empty if it went well.
     """
+
+    topic: str
+    date: str
+    taken_s: float
+    load_before: float | None
+    rows: tuple[Row, ...]
+    failure: str = ""
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Run:
+        """What :func:`dataclasses.asdict` made of one."""
+        return cls(**{**fields, "rows": tuple(map(Row.from_dict, fields["rows"]))})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """All results.
+
+    Attributes:
+        machine: What they were measured on.
+        quick: Whether these are no figures.
+        runs: One of each topic.
+    """
+
+    machine: dict[str, Any]
+    quick: bool
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those of all topics."""
+        return [row for run in self.runs for row in run.rows]
+
+    def runs_but(self, topics: Sequence[str]) -> list[Run]:
+        """Those of other topics."""
+        return [run for run in self.runs if run.topic not in topics]
+
+    def with_runs(self, runs: Sequence[Run]) -> Page:
+        """The same page with other runs."""
+        return dataclasses.replace(self, runs=tuple(runs))
+
+
+def read(folder: Path, *, quick: bool) -> Page:
+    """The page in a folder, if it is of such a machine and such a run; else an empty one."""
+    empty, path = Page(_machine(), quick), folder / "results.json"
+    if not path.exists():
+        return empty
+    before = json.loads(path.read_text())
+    if (before["machine"], before["quick"]) != (empty.machine, quick):
+        return empty
+    return empty.with_runs([Run.from_dict(run) for run in before["runs"]])
+
+
+def write(folder: Path, page: Page) -> None:
+    """Write ``TABLE.md``, ``results.json`` and ``results.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    verdicts, about = judge(rows), {**_about(), "quick": quick, "taken_s": taken_s, "load_before": load_before}
-    (folder / "TABLE.md").write_text(_page(rows, verdicts, failures, about))
+    verdicts = judge(page.rows)
+    (folder / "TABLE.md").write_text(_markdown(page, verdicts))
     results = {
-        "about": about,
+        "machine": page.machine,
+        "quick": page.quick,
         "goals": [_verdict_fields(verdict) for verdict in verdicts],
-        "failures": list(failures),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "runs": [dataclasses.asdict(run) for run in page.runs],
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(rows, verdicts, folder / "results.png")
+    draw(page.rows, verdicts, folder / "results.png")
 
 
 def goals_table(verdicts: Sequence[Verdict]) -> str:
@@ -67,27 +120,37 @@ def _judgement(verdict: Verdict) -> str:
     return "met" if verdict.shortfall is None else f"missed by a factor of {_number(verdict.shortfall)}"
 
 
-def _page(rows: Sequence[Row], verdicts: Sequence[Verdict], failures: Sequence[str], about: dict[str, Any]) -> str:
+def _markdown(page: Page, verdicts: Sequence[Verdict]) -> str:
+    machine = page.machine
     parts = [
         "# Benchmarks",
-        f"Written by `make bench` on {about['date']}: {about['cores']} cores ({about['cpu']}), "
-        f"torch {about['torch']}, {about['taken_s']:.0f} s in all, load {about['load_before']:.1f} before.\n",
-        *(["**With --quick: these are no figures.**\n"] if about["quick"] else []),
-        f"Who steps in one process has {about['cores']} threads; a service's shards have as many together, one at "
+        f"Written by `make bench`: {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}.\n",
+        *(["**With --quick: these are no figures.**\n"] if page.quick else []),
+        f"Who steps in one process has {machine['cores']} threads; a service's shards have as many together, one at "
         "least each; of several ranks each has its share.\n",
         "Contestants took turns, finely interleaved in one run. A ratio is the median over rounds of our time over "
         "theirs in the same round, with its quartiles; below 1 we are faster. GB/s are the bytes that must move over "
         "the median time; the last column sets them against those of torch's fused AdamW right before, in the same "
         "rounds. A yardstick's ratio to its own turn before is the noise.\n",
-        *_warnings(rows),
+        *_warnings(page.rows),
         "![The figures at a glance](results.png)\n",
         "## Goals\n",
         goals_table(verdicts),
-        *(f"\n**{failure}**" for failure in failures),
+        "\n## Runs\n",
+        _runs_table(page.runs),
+        *(f"\n**{run.failure}**" for run in page.runs if run.failure),
     ]
-    for section, lines in itertools.groupby(rows, key=lambda row: row.section):
+    for section, lines in itertools.groupby(page.rows, key=lambda row: row.section):
         parts += [f"\n## {section[:1].upper()}{section[1:]}\n", _rows_table(list(lines))]
     return "\n".join(parts) + "\n"
+
+
+def _runs_table(runs: Sequence[Run]) -> str:
+    lines = ["| topic | begun | took | load before |", "|---|---|---:|---:|"]
+    for run in runs:
+        load = "" if run.load_before is None else f"{run.load_before:.1f}"
+        lines.append(f"| {run.topic} | {run.date} | {run.taken_s:.0f} s | {load} |")
+    return "\n".join(lines)
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
@@ -136,10 +199,9 @@ def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _about() -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cores": cores(),
         "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
         "torch": torch.__version__,

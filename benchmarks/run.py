@@ -1,13 +1,15 @@
 """All benchmarks: runs every benchmarks/bench_*.py that offers rows(quick), one after the other.
 
-Writes a page, JSON and a picture. Each benchmark has a process of its own and a time limit; one that fails is named in
-the page, and the others go on. Ctrl-C ends the one that runs and all that it has started.
+Writes a page, JSON and a picture; topics that were not named keep what was found before on such a machine. Each
+benchmark has a process of its own and a time limit; one that fails is named in the page, and the others go on. Ctrl-C
+ends the one that runs and all that it has started.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import importlib
 import json
 import os
@@ -19,6 +21,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import report
+from goals import judge
 from harness import Row, tell
 
 FOLDER = Path(__file__).parent
@@ -63,28 +67,35 @@ def _place(topic: str) -> tuple[int, str]:
 
 def _run_all(topics: Sequence[str], quick: bool, out: Path) -> bool:
     """Run topics and write what they found; whether all went well."""
-    rows, failures, begin, load_before = list[Row](), list[str](), time.monotonic(), os.getloadavg()[0]
-    for topic in topics:
-        begun = time.monotonic()
-        print(f"== {topic}", file=sys.stderr, flush=True)
-        try:
-            found = _run(topic, quick)
-        except (subprocess.SubprocessError, OSError) as error:
-            failures.append(f"bench_{topic}.py failed: {error}")
-            print(failures[-1], file=sys.stderr, flush=True)
-        else:
-            rows += [row if row.section else dataclasses.replace(row, section=topic) for row in found]
-        tell(f"{time.monotonic() - begun:.0f} s")
-    from goals import judge
-    from report import goals_table, write
-
-    write(out, rows, failures, quick=quick, taken_s=time.monotonic() - begin, load_before=load_before)
-    print(goals_table(judge(rows)))
-    print(f"\n{len(rows)} rows in {out / 'TABLE.md'}")
-    return not failures
+    runs = [_run(topic, quick) for topic in topics]
+    page = report.read(out, quick=quick)
+    page = page.with_runs(sorted([*page.runs_but(topics), *runs], key=lambda run: _place(run.topic)))
+    report.write(out, page)
+    print(report.goals_table(judge(page.rows)))
+    print(f"\n{len(page.rows)} rows in {out / 'TABLE.md'}")
+    return not any(run.failure for run in runs)
 
 
-def _run(topic: str, quick: bool) -> list[Row]:
+def _run(topic: str, quick: bool) -> report.Run:
+    """Run one topic; what it found, or why it failed."""
+    print(f"== {topic}", file=sys.stderr, flush=True)
+    begun, load_before, rows, failure = time.monotonic(), os.getloadavg()[0], tuple[Row, ...](), ""
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    try:
+        rows = tuple(_sectioned(row, topic) for row in _rows_of(topic, quick))
+    except (subprocess.SubprocessError, OSError) as error:
+        failure = f"bench_{topic}.py failed: {error}"
+        print(failure, file=sys.stderr, flush=True)
+    taken_s = time.monotonic() - begun
+    tell(f"{taken_s:.0f} s")
+    return report.Run(topic, date, taken_s, load_before, rows, failure)
+
+
+def _sectioned(row: Row, topic: str) -> Row:
+    return row if row.section else dataclasses.replace(row, section=topic)
+
+
+def _rows_of(topic: str, quick: bool) -> list[Row]:
     """Run one topic in a process of its own.
 
     Raises:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from contestants import Workload, layered, lora
 from goals import Goal, judge
 from harness import Contestant, Race, Row, available_bytes, left_out, race
-from report import write
+from report import Run, read, write
 
 
 class Machine:
@@ -103,16 +102,24 @@ def test_left_out_says_what_memory_lacks() -> None:
 
 
 def test_report_writes_page_json_and_picture(tmp_path: Path) -> None:
-    rows = [
+    rows = (
         Row(name="4 M", ours=2.0, theirs=1.0, ratio=2.0, section="growth with shards", key="growth/shards/a", x=1.0),
         Row(name="latency", ours=3.0, unit="ms", section="step", key="step/1 M/latency"),
-    ]
-    write(tmp_path, rows, ["bench_x.py failed"], quick=True, taken_s=1.0, load_before=0.0)
+    )
+    runs = Run("step", "today", 1.0, 0.0, rows), Run("x", "today", 1.0, 0.0, (), "bench_x.py failed")
+    write(tmp_path, read(tmp_path, quick=True).with_runs(runs))
     page = (tmp_path / "TABLE.md").read_text()
     assert "| at most 2 ms | 3.00 ms | missed by a factor of 1.50 |" in page
     assert "bench_x.py failed" in page
-    assert [row["name"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == ["4 M", "latency"]
     assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_report_keeps_other_topics_of_the_same_kind_of_run(tmp_path: Path) -> None:
+    runs = Run("step", "today", 1.0, 0.0, (Row(name="latency", ours=3.0),)), Run("rules", "today", 1.0, 0.0, ())
+    write(tmp_path, read(tmp_path, quick=False).with_runs(runs))
+    assert read(tmp_path, quick=False).runs == runs
+    assert read(tmp_path, quick=False).runs_but(["step"]) == [runs[1]]
+    assert read(tmp_path, quick=True).runs == ()
 
 
 @pytest.mark.parametrize("numel", [1_000, 1_000_000, 17_000_000])
