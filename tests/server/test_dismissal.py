@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from stepwell.client.patience import Patience
 from stepwell.sharding.errors import (
     CheckpointRestoreNeededError,
     IncarnationError,
@@ -16,22 +14,8 @@ from stepwell.sharding.errors import (
     NotRegisteredError,
     UnknownRankError,
 )
-from tests.faults import Fault, shard_faults
 from tests.server import test_coordinator as coordinated
-from tests.server.simulated import LIMIT_S, simulated
 from tests.server.test_elastic import Job, gradient, run_test
-from tests.server.test_faults import (
-    FAILING,
-    LOG_STEPS,
-    WORKER_POINTS,
-    WorkerKilled,
-    begin,
-    killed_at,
-    require_same,
-    successor_of,
-)
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 async def begin_again(job: Job, world_size: int) -> None:
@@ -137,16 +121,3 @@ async def test_rank_that_waited_for_others_when_it_was_dismissed_is_not_counted(
     assert (await first).ranks == told.ranks == (0, 1)
     assert not dismissed.done()
     dismissed.cancel()
-
-
-@pytest.mark.parametrize("point", WORKER_POINTS)
-@pytest.mark.parametrize("fault", [None, *shard_faults(1, FAILING)], ids=str)
-def test_worker_that_died_within_its_step_is_dismissed(fault: Fault | None, point: str) -> None:
-    """Whatever shards have its push, and though one is lost: the step is taken by all or by none."""
-    with simulated(2, [fault] if fault else [], log_steps=LOG_STEPS) as cluster:
-        trainer = begin(cluster).run(FAILING - 1)
-        with killed_at(point), pytest.raises(WorkerKilled):
-            trainer.run(FAILING)
-        service: Any = trainer.optimizer.service
-        Patience(LIMIT_S, "the test").go_on_with(service.dismiss_workers)
-        require_same(successor_of(trainer))
