@@ -14,7 +14,6 @@ from stepwell.sharding.errors import (
     NotRegisteredError,
     UnknownRankError,
 )
-from tests.server import test_coordinator as coordinated
 from tests.server.test_elastic import Job, gradient, run_test
 
 
@@ -104,20 +103,3 @@ def test_service_that_has_lost_its_state_says_so_and_takes_others_after_a_restor
         await begin_again(job, 1)
 
     test()
-
-
-@coordinated.run_test
-async def test_rank_that_waited_for_others_when_it_was_dismissed_is_not_counted(service: coordinated.Service) -> None:
-    await service.coordinator.dismiss()
-    dismissed = asyncio.ensure_future(service.register(1, coordinated.HALVES[1], incarnation="b"))
-    for _ in range(20):
-        await asyncio.sleep(0)
-    await service.coordinator.dismiss()
-    first = asyncio.ensure_future(service.register(0, coordinated.HALVES[0], incarnation="c"))
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert not first.done()
-    told = await service.register(1, coordinated.HALVES[1], incarnation="c")
-    assert (await first).ranks == told.ranks == (0, 1)
-    assert not dismissed.done()
-    dismissed.cancel()
