@@ -71,6 +71,10 @@ class ShardSets(abc.ABC):
         """Ids of the nodes that are about to go."""
 
     @abc.abstractmethod
+    def here(self) -> str:
+        """Id of the node that this coordinator is on."""
+
+    @abc.abstractmethod
     async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
         """Which of a set's shards do not run, as they are being started again or have no place."""
 
@@ -100,6 +104,10 @@ class OneSet(ShardSets):
     async def drained(self) -> list[str]:
         """None."""
         return []
+
+    def here(self) -> str:
+        """Nowhere that could be named."""
+        return ""
 
     async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
         """None."""
@@ -206,6 +214,11 @@ class Resizing:
             return False
         await self.to(config.num_shards, request, nodes)
         return True
+
+    async def go(self) -> None:
+        """End this coordinator between two changes, for Ray to start the next one on another node."""
+        async with self._resizing, self._saves.at_rest(), self._changing:
+            self._resign()
 
     async def _prepare(self, successors: Shards, keepers: Keepers) -> None:
         """Do what takes long, while steps go on."""

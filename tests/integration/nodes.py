@@ -62,6 +62,12 @@ class Nodes:
         for root in roots:
             root.wait(LIMIT_S)
 
+    def await_end(self, node: str) -> None:
+        """Wait until Ray has ended a node by itself, and end what it leaves."""
+        (raylet,) = self._nodes[node].all_processes["raylet"]
+        raylet.process.wait(LIMIT_S)
+        self.lose(node)
+
     def close(self) -> None:
         """End them all."""
         ray.shutdown()

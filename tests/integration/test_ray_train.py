@@ -54,7 +54,7 @@ def begin(plan: Plan, num_workers: Any, pool: ThreadPoolExecutor) -> Future[ray.
     return pool.submit(trainer.fit)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_worker_that_is_killed_takes_all_back_to_the_last_checkpoint_with_the_service_or_without(
     nodes: Nodes, tmp_path: Path
 ) -> None:
@@ -78,7 +78,7 @@ def test_worker_that_is_killed_takes_all_back_to_the_last_checkpoint_with_the_se
     nodes.lose(second)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_run_that_does_not_roll_back_goes_on_where_the_service_is_and_with_fewer_workers_when_a_node_is_lost(
     nodes: Nodes, tmp_path: Path
 ) -> None:
