@@ -118,8 +118,8 @@ async def until_started(call: Callable[[], Any], *, timeout_s: float, what: str)
 
 
 async def until_ended(call: Any) -> None:
-    """Wait for a call that may take for ever, or until its actor's process has ended."""
-    with contextlib.suppress(RayActorError):
+    """Wait for a call that may take for ever, or until its actor's process has ended, or has by now."""
+    with contextlib.suppress(RayActorError, ShardLostError):
         await call
 
 

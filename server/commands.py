@@ -51,6 +51,7 @@ def up(
     redundancy: Annotated[
         int, typer.Option(min=0, max=2, help="Keepers of each shard's state; 0: its checkpoint alone survives it.")
     ] = 1,
+    standby: Annotated[int, typer.Option(min=0, help="Spare processes that take a lost shard's place at once.")] = 0,
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Workers may join and leave; steps go on without one that is missing.")
     ] = False,
@@ -79,6 +80,7 @@ def up(
                 placement=strategy,
                 kernel=_kernel(kernel),
                 redundancy=redundancy,
+                standby=standby,
                 elastic=elastic,
                 worker_timeout_s=worker_timeout_s,
                 restore=restore,
