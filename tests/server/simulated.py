@@ -45,9 +45,17 @@ class Killed(BaseException):
 
 
 class Ref(concurrent.futures.Future[Any]):
-    """An answer that is to come, for threads and for event loops."""
+    """An answer that is to come, for threads and for event loops.
+
+    Args:
+        caller: The life that asks; None for a worker's.
+    """
 
     __hash__ = object.__hash__
+
+    def __init__(self, caller: Life | None) -> None:
+        super().__init__()
+        self.caller = caller
 
     def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.shield(asyncio.wrap_future(self)).__await__()
@@ -132,7 +140,7 @@ class Process:
 
     def call(self, caller: Life | None, method: str, *args: Any) -> Ref:
         """Call the actor; who has died calls nobody any more, and is told nothing."""
-        ref = Ref()
+        ref = Ref(caller)
         if caller is None or not caller.is_over:
             what = self._cluster.disturb("worker" if caller is None else caller.name, self.name, method)
             self._cluster.loop.call_soon_threadsafe(self._carry, what, ref, method, copy.deepcopy(args))
@@ -166,7 +174,7 @@ class Process:
         if what in ("drop call", "drop reply"):
             self._cluster.loop.call_soon(_answer_lost, ref)
         if what == "double":
-            self._deliver(Ref(), method, copy.deepcopy(args))
+            self._deliver(Ref(ref.caller), method, copy.deepcopy(args))
         if what == "delay":
             self._cluster.loop.call_later(DELAY_S, self._deliver, ref, method, args)
         elif what != "drop call":
@@ -185,7 +193,7 @@ class Process:
         error = None if task.cancelled() else task.exception()  # looked at, or asyncio would tell of it
         if not life.is_over and not task.cancelled() and not isinstance(error, Killed):
             self._unanswered.discard(ref)
-            _answer(ref, error=error) if error else _answer(ref, copy.deepcopy(task.result()))
+            _answer(ref, error=error) if error else _answer(ref, copy.deepcopy(task.result(), {HOLDER: ref.caller}))
 
 
 def _unavailable() -> ActorUnavailableError:
