@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import uuid
 
 import ray
@@ -18,7 +17,6 @@ from ..sharding.compiling import take_compiled_code
 from ..sharding.errors import ShardLostError
 from ..sharding.warm_up import warm_up
 from .config import ServiceConfig
-from .epochs import of_coordinator
 from .messages import unpack_job
 from .shard_actor import ShardActor
 from .signals import end_at_sigterm
@@ -73,8 +71,10 @@ class Seat(ShardActor):
         """Load a job's kernels, which are compiled already as ``code``, and all that they need."""
 
         def warm() -> None:
+            spec, device = unpack_job(job), torch.device("cpu")
             take_compiled_code(code)
-            warm_up(unpack_job(job), torch.device("cpu"))
+            warm_up(spec, device)
+            warm_up(spec, device, is_delivered=False)  # the steps of a log
 
         await asyncio.get_running_loop().run_in_executor(None, warm)
         self._is_warm = True
@@ -89,11 +89,6 @@ class Seat(ShardActor):
             self._sit_down(shard, is_successor=True)
         if self._shard != shard:
             raise ShardLostError(f"expected a spare for shard {shard}, got one that is shard {self._shard} by now")
-
-    @of_coordinator
-    async def retire(self) -> None:
-        """End this process, as another one is this shard; Ray starts it again as a spare."""
-        os._exit(1)
 
     def _sit_down(self, shard: int, is_successor: bool) -> None:
         super().__init__(self._settings, shard, is_successor)
