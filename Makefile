@@ -5,10 +5,10 @@ ARGS ?=
 
 bin := .venv/bin
 stamp := .venv/.stamp
-docs := $(wildcard README.md docs/*.md)
+pages := $(wildcard README.md docs/*.md docs/*/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check chaos bench optimizers clean
+.PHONY: help demo test check chaos bench optimizers docs serve clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,9 +24,7 @@ check: $(stamp) ## format, lint, types, layers and the docs' examples; changes n
 	@$(bin)/ruff check
 	@$(bin)/mypy
 	@$(bin)/lint-imports --no-logo
-ifneq ($(docs),)
-	@$(bin)/python -m pytest -q --doctest-glob='*.md' $(docs) || test $$? -eq 5 # 5: no page holds an example
-endif
+	@$(bin)/python -m pytest -q --doctest-glob='*.md' $(pages) || test $$? -eq 5 # 5: no page holds an example
 
 chaos: $(stamp) ## train while processes are killed at random; ARGS="--kills 100 --seed 0"
 	@$(bin)/python -m tests.chaos $(ARGS)
@@ -37,8 +35,14 @@ bench: $(stamp) ## run the benchmarks, about 20 minutes, into benchmarks/results
 optimizers: $(stamp) ## write client/optimizers anew, after a rule or a field of one has changed
 	@$(bin)/python .ci/write_optimizers.py
 
-clean: ## remove builds, caches and the demo's output; .venv stays
-	@rm -rf build dist stepwell-demo .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+docs: $(stamp) ## build the documentation's site into site/: open site/index.html
+	@$(bin)/python -m mkdocs build --strict
+
+serve: $(stamp) ## show the site on 127.0.0.1:8000, built anew as pages change
+	@$(bin)/python -m mkdocs serve --livereload --dev-addr 127.0.0.1:8000
+
+clean: ## remove builds, the site, caches and the demo's output; .venv stays
+	@rm -rf build dist site stepwell-demo .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is the last thing a set-up writes and the first that the next one removes. Without it the last set-up did

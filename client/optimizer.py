@@ -64,8 +64,9 @@ class ServiceOptimizer(AttachedOptimizer):
         service: A service's name or handle; ``"inprocess"`` for shards in this process (one worker only);
             ``"embedded"`` for shards in a Ray of rank 0's own. None takes ``$STEPWELL_SERVICE``, else ``"inprocess"``
             for one worker and ``"embedded"`` for several.
-        rank, world_size: This worker and how many there are; None takes torch.distributed's if it is initialised. A
-            worker with a new rank joins the job of an elastic service at the next step, see :func:`stepwell.launch`.
+        rank: This worker's; None takes torch.distributed's if that is initialised. A worker with a new rank joins the
+            job of an elastic service at the next step, see :func:`stepwell.launch`.
+        world_size: How many workers there are; None as for ``rank``.
         num_shards: Shards of an in-process (default 1) or embedded service (default one per worker).
         kernel: How kernels of an in-process or embedded service run: ``"compiled"``, ``"eager"`` or ``"auto"``, see
             :func:`stepwell.launch`. None: ``$STEPWELL_KERNEL``, else ``"auto"``.
@@ -179,6 +180,14 @@ class ServiceOptimizer(AttachedOptimizer):
         """Whether the last step was skipped, on all ranks, as its gradient held inf or NaN."""
         result = self._registered.last_result
         return result is not None and result.decision is Decision.SKIP
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the job has taken so far, skipped ones included; of a service that was restored, those of then.
+
+        A loop that may be resumed begins here: ``for step in range(optimizer.num_steps, NUM_STEPS)``.
+        """
+        return self._registered.num_steps
 
     @property
     def num_skipped_steps(self) -> int:

@@ -65,12 +65,13 @@ class ProdigyRule(ReducingRule):
       with ||s||_1 = 0 too, which leaves d as it is.
     * ``estimator="inner_product"`` estimates d from the plain sum of the gradients, with no p0::
 
-        s   = s + g
-        d   = d + |lr * <g, s>| / (d * max(||s||_2^2, 1e-30)),  at most growth_rate * d and max_d
-        m   = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
-        p   = p - dlr * weight_decay * p - dlr * m / (sqrt(v) + eps)             dlr = d * lr * bc with the new d
+            s   = s + g
+            d   = d + |lr * <g, s>| / (d * max(||s||_2^2, 1e-30)),  at most growth_rate * d and max_d
+            m   = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
+            p   = p - dlr * weight_decay * p - dlr * m / (sqrt(v) + eps)         dlr = d * lr * bc with the new d
 
-      beta3, d_coef and safeguard_warmup have no part in it, and d_numerator stays 0.
+        beta3, d_coef and safeguard_warmup have no part in it, and d_numerator stays 0.
+
     * ``d_scope="group"`` keeps one d, d_max, d_numerator and k for each group, from the group's own sums and
       hyperparameters.
     * ``freeze_d`` leaves d and d_max as they are while the statistics go on; ``max_d`` caps d. Both may change at any

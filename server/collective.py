@@ -47,7 +47,7 @@ class Collective:
         generation: Of the group; each has its own keys.
         shard: This shard's index.
         num_shards: How many shards there are.
-        host: This shard's own address.
+        host: This shard's own address, at which it listens; whatever ``$GLOO_SOCKET_IFNAME`` says.
         meeting: Where the members find each other, of this generation alone; see :class:`Meeting`.
         forming_timeout_s: Limit for all shards to come together.
         timeout_s: Limit of one all-reduce, the wait for the slowest shard included.
@@ -79,7 +79,9 @@ class Collective:
             except (RuntimeError, TimeoutError) as error:
                 raise ShardLostError(
                     f"shard {shard}: the {num_shards} shards of generation {generation} did not come together within "
-                    f"{forming_timeout_s:g} s: {_first_line(error)}"
+                    f"{forming_timeout_s:g} s: {_first_line(error)}. This one is to be reached at {host}, its node's "
+                    "address in Ray, at any port: see that the nodes reach each other there, or start Ray on another "
+                    "network with --node-ip-address"
                 ) from None
 
     @property

@@ -280,6 +280,17 @@ class Coordinator:
         await self.start()
         await self._roster.leave(rank, incarnation)
 
+    async def dismiss(self) -> None:
+        """Note that all workers are gone, without a goodbye; others, of any number, may register then.
+
+        Raises:
+            NotRegisteredError: If there is no job yet.
+            CheckpointRestoreNeededError: If there is no state to go on with.
+            ShardLostError: If a shard is being brought back.
+        """
+        await self.start()
+        await self._roster.dismiss()
+
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """Wait until all of ``ranks`` have said goodbye; whether they did within ``timeout_s``."""
         await self.start()

@@ -1,4 +1,4 @@
-"""The coordinator's eye on nodes that are about to go: their shards move away while they can."""
+"""The coordinator's eye on nodes that are about to go: shards, and then it itself, move away while they can."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRY_AGAIN_S = 30.0
 
 
 class Draining:
-    """Moves shards from nodes that Ray is draining: by ``ray drain-node``, an autoscaler, or a spot notice.
+    """Moves everything from nodes that Ray is draining: by ``ray drain-node``, an autoscaler, or a spot notice.
 
     Args:
         resizing: Moves them.
@@ -47,3 +47,7 @@ class Draining:
         drained = await self._sets.drained()
         if drained:
             await self._resizing.leave(drained, uuid.uuid4().hex)
+        if self._sets.here() in drained:
+            # Ray ends a drained node once it is idle, which an actor without resources keeps it from, too.
+            logger.warning("the coordinator leaves a node that is drained")
+            await self._resizing.go()

@@ -34,6 +34,10 @@ class Rendezvous(Generic[Brought, Result]):
         """Drop what a rank brought: another process has taken its place."""
         self._brought.pop(rank, None)
 
+    def forget_all(self) -> None:
+        """Drop what every rank brought; who waits, waits in vain."""
+        self._brought, self._acting = {}, None
+
     async def arrive(self, rank: int, brought: Brought, *, ranks: Collection[int], timeout_s: float) -> Result:
         """Wait for the other ranks, then for the result. A rank that comes again replaces what it brought.
 

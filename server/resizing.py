@@ -75,6 +75,10 @@ class ShardSets(abc.ABC):
         """Ids of the nodes that are about to go."""
 
     @abc.abstractmethod
+    def here(self) -> str:
+        """Id of the node that this coordinator is on."""
+
+    @abc.abstractmethod
     async def states(self, actors: Sequence[Any]) -> list[ActorState]:
         """How each of some actors is; one that has no place is lost."""
 
@@ -104,6 +108,10 @@ class OneSet(ShardSets):
     async def drained(self) -> list[str]:
         """None."""
         return []
+
+    def here(self) -> str:
+        """Nowhere that could be named."""
+        return ""
 
     async def states(self, actors: Sequence[Any]) -> list[ActorState]:
         """All run."""
@@ -211,6 +219,11 @@ class Resizing:
             return False
         await self.to(config.num_shards, request, nodes)
         return True
+
+    async def go(self) -> None:
+        """End this coordinator between two changes, for Ray to start the next one on another node."""
+        async with self._resizing, self._saves.at_rest(), self._changing:
+            self._resign()
 
     async def _prepare(self, successors: Shards, keepers: Keepers) -> None:
         """Do what takes long, while steps go on."""

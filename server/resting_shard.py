@@ -14,6 +14,7 @@ from ..sharding.recovery import Standing, Sums
 from ..sharding.reports import ShardStatus
 from ..sharding.shard import Shard
 from .arrangement import Arrangement
+from .config import COLLECTIVE_MARGIN_S
 from .coordinated_shard import CoordinatedShard
 from .epochs import change_of_coordinator, of_coordinator
 from .messages import unpack_job
@@ -85,6 +86,36 @@ class RestingShard(CoordinatedShard):
     async def resume(self, known: Sums) -> None:
         """See :meth:`Steps.resume`."""
         self._steps.resume(known)
+
+    # Workers that are gone; called by the coordinator. See Note: Elastic jobs
+
+    @of_coordinator
+    async def require_whole(self) -> None:
+        """See that there is a state to go on with.
+
+        Raises:
+            ShardLostError: If this shard is being brought back, or a step rests until another one is.
+            NotRegisteredError, CheckpointRestoreNeededError: If there is none.
+        """
+        self._steps.require_no_rest()
+        self._steps.whole_job()
+
+    @change_of_coordinator
+    async def dismiss(self) -> None:
+        """Note that all workers are gone, without a goodbye. A step that they had begun ends first.
+
+        Raises:
+            ShardLostError: As :meth:`require_whole`.
+        """
+        self._steps.require_no_rest()
+        for rank in self._steps.dismiss_workers():
+            self._mappings.forget(rank)
+            self._ahead.forget(rank)
+        await self._steps.end_for_successor(self._config.worker_timeout_s + COLLECTIVE_MARGIN_S)
+        await self._redundancy.admit(self._steps.job())
+        await self._steps.copy_at_rest()
+
+    # Between two steps; called by the coordinator
 
     @of_coordinator
     async def hold(self) -> int:

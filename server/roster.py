@@ -129,6 +129,22 @@ class Roster:
         """See :meth:`Coordinator.leave`. What another process says that had this rank before changes nothing."""
         await self._leaving.ask((rank, incarnation))
 
+    async def dismiss(self) -> None:
+        """See :meth:`Coordinator.dismiss`."""
+        async with self._changing:
+            if self.known.spec is None and self.known.is_lost:
+                raise self._lost()
+            self.require_spec()
+            if self.known.is_loaded:
+                try:
+                    await self._shards.all("require_whole", what="the shards to tell whether they have a state")
+                except NotRegisteredError as error:
+                    raise CheckpointRestoreNeededError(f"service {self._config.name!r}: {error}") from error
+            await self._shards.in_turn("dismiss", what="the shards to dismiss the workers")
+            self.known.left.update(self.known.workers)
+            for rendezvous in (self._covering, self._starting, self._extending):
+                rendezvous.forget_all()
+
     async def wait_until_left(self, ranks: Sequence[int], timeout_s: float) -> bool:
         """See :meth:`Coordinator.wait_until_left`."""
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -309,10 +325,7 @@ class Roster:
         known = self.known
         if known.spec is None:
             if known.is_lost:
-                raise CheckpointRestoreNeededError(
-                    f"all processes of service {self._config.name!r} were started again, and its state, if it had any, "
-                    "is gone. Restore its last checkpoint with service.restore(URI); or end it and launch it anew"
-                )
+                raise self._lost()
             job, code = pack_job(spec), await self.compile(spec)
             await self._shards.all("register", job, code, what="the shards to allocate their buffers")
             known.spec = spec
@@ -323,7 +336,21 @@ class Roster:
             wanted = dataclasses.replace(known.spec, world_size=spec.world_size, gradients=spec.gradients)
             if wanted != known.spec or self._config.elastic:
                 await self._set_workers(wanted)
-        known.spec.require_same(self._sized(spec), whose=f"rank {rank}")
+        sized = self._sized(spec)
+        if sized.world_size != known.spec.world_size:
+            here = ", ".join(map(str, sorted(known.workers.keys() - await self._gone()))) or "none"
+            raise JobMismatchError(
+                f"world_size: the service has {known.spec.world_size}, rank {rank} has {spec.world_size}. Others may "
+                f"be of another number once all of these have left; ranks that have not: {here}. If their processes "
+                "are gone, call service.dismiss_workers() once, before any of the others makes its optimizer"
+            )
+        known.spec.require_same(sized, whose=f"rank {rank}")
+
+    def _lost(self) -> CheckpointRestoreNeededError:
+        return CheckpointRestoreNeededError(
+            f"all processes of service {self._config.name!r} were started again, and its state, if it had any, "
+            "is gone. Restore its last checkpoint with service.restore(URI); or end it and launch it anew"
+        )
 
     async def _set_workers(self, spec: JobSpec) -> None:
         try:

@@ -189,6 +189,21 @@ class Service:
         step: int = self.ask("restore", uri, uuid.uuid4().hex, what=f"the checkpoint {uri}").step
         return step
 
+    def dismiss_workers(self) -> None:
+        """Let others take the place of workers that ended without a goodbye: killed, or lost with their node.
+
+        Called by one process, when the old ones are gone and before any of the next ones makes its optimizer; those
+        may be of another number, in a service that is not elastic too. A step that the old ones had all pushed for is
+        taken; what some of them have pushed for the step after it is dropped. Should one of them be alive still, it
+        is refused.
+
+        Raises:
+            NotRegisteredError: If there is no job yet, and so nobody to dismiss.
+            CheckpointRestoreNeededError: If the service has lost its state; restore a checkpoint, then call this.
+            ShardLostError: If a shard is being brought back; call this again.
+        """
+        self.ask("dismiss", what="the workers to be dismissed")
+
     def resize(self, num_shards: int) -> None:
         """Go on with another number of shards, between two steps: parameters and state are the same to the bit.
 

@@ -19,6 +19,7 @@ from .calls import wait_for
 from .config import NAMESPACE, ServiceConfig
 from .keeper import Keeper
 from .resizing import ShardSet, ShardSets
+from .room import drained_now, needs, nodes_now, require_room, tell
 from .seat import Seat
 from .shard_actor import ShardActor
 from .standby import ActorState
@@ -60,8 +61,12 @@ class SetsInRay(ShardSets):
 
     async def drained(self) -> list[str]:
         """See :class:`ShardSets`."""
-        # As Ray's own libraries ask for it; there is no public function.
-        return list(await asyncio.to_thread(untyped_ray._private.state.state.get_draining_nodes))
+        return await asyncio.to_thread(drained_now)
+
+    def here(self) -> str:
+        """See :class:`ShardSets`."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
 
     async def states(self, actors: Sequence[Any]) -> list[ActorState]:
         """See :class:`ShardSets`."""
@@ -87,11 +92,10 @@ def _replace(config: ServiceConfig, index: int, lost: Any, node: str) -> Any:
     # Its name is not that of its index where it has taken another one's place.
     name, deadline = _row(lost).get("Name") or config.shard_name(index), time.monotonic() + ACTOR_START_TIMEOUT_S
     end_actors([name])
-    options = {**common_options(config), "name": name, "num_cpus": 0}
-    strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+    options = {**common_options(config), **on_node(node), "name": name}
     while True:
         try:
-            return start_actor(_shard_class(config), config, index, True, strategy=strategy, **options)
+            return start_actor(_shard_class(config), config, index, True, **options)
         except ValueError as error:  # Ray has not yet given up the name
             if time.monotonic() > deadline:
                 raise PlacementError(f"shard {index} cannot be started on node {node}: {error}") from error
@@ -110,15 +114,15 @@ def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> ShardSet:
     """
     # Ray warns that removing the places of actors ends these; that is what ending a set does.
     logging.getLogger("ray.actor").addFilter(_is_news)
-    _require_resources(config)
-    group = _reserve(config, avoid)
+    require_room(config, nodes_now(avoid))
+    group = reserve(config, avoid)
     common = common_options(config)
-    needs: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
+    each: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
     try:
         bundles = _first_bundles(group)
         keepers, shards = _start_keepers(config, group, bundles), []
         for index in range(config.num_shards):
-            options = {**common, **needs, "name": config.shard_name(index), "strategy": _place(group, index)}
+            options = {**common, **each, "name": config.shard_name(index), "strategy": _place(group, index)}
             shards.append(start_actor(_shard_class(config), config, index, **options))
         spares = _start_spares(config, group, bundles)
     except ValueError:
@@ -192,9 +196,12 @@ def start_actor(actor_class: type, *args: Any, strategy: Any, **options: Any) ->
     return remote_class.options(scheduling_strategy=strategy, **options).remote(*args)
 
 
-def beside_the_first(config: ServiceConfig) -> NodeAffinitySchedulingStrategy:
-    """On the node of a set's first shard, while there is that node; in no place of the set's, as sets come and go."""
-    return NodeAffinitySchedulingStrategy(nodes_of(config)[0], soft=True)
+def on_node(node: str) -> dict[str, Any]:
+    """Options of an actor that is to be on a node while there is that node, and reserves nothing to speak of.
+
+    It needs a byte of memory, as Ray starts an actor anywhere that needs nothing.
+    """
+    return {"num_cpus": 0, "memory": 1, "strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
 
 
 def nodes_of(config: ServiceConfig) -> list[str]:
@@ -205,23 +212,14 @@ def nodes_of(config: ServiceConfig) -> list[str]:
     return [places.get(index, "") for index in range(config.num_shards)]
 
 
-def _require_resources(config: ServiceConfig) -> None:
-    """Refuse at once what the whole cluster, were it idle, has no room for."""
-    there, num_nodes = untyped_ray.cluster_resources(), len(untyped_ray.nodes())
-    for resource, each in (("GPU", config.num_gpus_per_shard), ("CPU", config.num_cpus_per_shard)):
-        wanted, total = each * config.num_shards, there.get(resource, 0.0)
-        if wanted > total:
-            raise PlacementError(
-                f"{config.num_shards} shards with {each:g} {resource} each need {wanted:g} {resource}s; "
-                f"the cluster has {total:g} on {num_nodes} node(s). "
-                f"Ask for fewer shards, set num_{resource.lower()}s_per_shard lower, or add nodes."
-            )
+def reserve(config: ServiceConfig, avoid: Collection[str] = ()) -> PlacementGroup:
+    """Reserve places for a set's shards on other nodes than ``avoid``.
 
-
-def _reserve(config: ServiceConfig, avoid: Collection[str]) -> PlacementGroup:
-    bundle = {"CPU": config.num_cpus_per_shard, "GPU": config.num_gpus_per_shard}
+    Raises:
+        PlacementError: If there are none within ``placement_timeout_s``.
+    """
     # A bundle must hold something: a byte of memory, so that shards without CPUs have room where all CPUs are taken.
-    bundle = {resource: amount for resource, amount in bundle.items() if amount > 0} or {"memory": 1}
+    bundle = needs(config) or {"memory": 1}
     elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] * config.num_shards if avoid else None
     group: PlacementGroup = placement_group(
         [dict(bundle) for _ in range(config.num_shards)],
@@ -234,10 +232,9 @@ def _reserve(config: ServiceConfig, avoid: Collection[str]) -> PlacementGroup:
         ray.get(group.ready(), timeout=config.placement_timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         remove_placement_group(group)
-        free = untyped_ray.available_resources()
         raise PlacementError(
             f"no room for {config.num_shards} shards of {bundle} ({config.placement}) within "
-            f"{config.placement_timeout_s:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. "
+            f"{config.placement_timeout_s:g} s; free now: {tell(nodes_now(avoid))}. "
             "End another service with `stepwell down`, or ask for fewer shards or less for each."
         ) from error
     return group

@@ -12,12 +12,13 @@ from .resizing import ShardSet
 from .shard_sets import (
     ACTOR_START_TIMEOUT_S,
     actor_names,
-    beside_the_first,
     common_options,
     end_actors,
     find_actor,
     give_up_places,
     groups_of,
+    nodes_of,
+    on_node,
     start_actor,
     start_set,
 )
@@ -42,8 +43,9 @@ def start_actors(config: ServiceConfig) -> tuple[Any, ShardSet]:
         raise cut_short(config.name)
     started = start_set(config)
     try:
-        options = {**common_options(config), "name": config.coordinator_name, "num_cpus": 0}
-        coordinator = start_actor(CoordinatorActor, config, strategy=beside_the_first(config), **options)
+        # Beside the first shard, but in no place of the set's, as sets come and go.
+        options = {**common_options(config), **on_node(nodes_of(config)[0]), "name": config.coordinator_name}
+        coordinator = start_actor(CoordinatorActor, config, **options)
         what = f"service {config.name!r} to start"
         ask(coordinator, "start", timeout_s=ACTOR_START_TIMEOUT_S, what=what)
     except (StepwellError, ValueError):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..sharding.errors import (
     CheckpointRestoreNeededError,
+    IncarnationError,
     ServiceError,
     ServiceTimeoutError,
     TimelineError,
@@ -156,6 +157,16 @@ class Steps(Stepping):
         )
 
     # A process that takes a worker's place
+
+    def dismiss_workers(self) -> list[int]:
+        """Have the next step wait for others than those that were admitted so far; their ranks."""
+        shard = self.job()
+        ranks = list(shard.members.by_rank)
+        for rank in ranks:
+            self.withdraw(rank, IncarnationError(f"rank {rank}: the job's workers were dismissed; end this process"))
+        shard.dismiss_workers()
+        self._patience.stop()
+        return ranks
 
     async def end_for_successor(self, timeout_s: float) -> None:
         """Wait for the step under way, which was begun with a process that another has replaced since.

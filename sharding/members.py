@@ -98,14 +98,16 @@ class Members:
         """Refuse a request of another process than the one admitted.
 
         Raises:
-            IncarnationError: If it is of another, or none is admitted.
+            IncarnationError: If it is of another, or none is admitted, or it has left.
         """
-        known = self[rank].incarnation
-        if known != incarnation:
+        known = self[rank]
+        if known.incarnation != incarnation:
             raise IncarnationError(
-                f"rank {rank}: expected a push of process {known}, got one of {incarnation}; "
+                f"rank {rank}: expected a push of process {known.incarnation}, got one of {incarnation}; "
                 "another process has registered as this rank since"
             )
+        if known.has_left:
+            raise IncarnationError(f"rank {rank}: process {incarnation} has left, or was dismissed; end it")
 
     def check_content(self, push: Push, *, is_heard: bool) -> None:
         """Refuse a push that the job or its rank's runs do not fit.

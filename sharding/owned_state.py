@@ -301,6 +301,12 @@ class OwnedState:
         self.world = self.world.of_size(world_size)
         self.members, self._inbox = Members(self.spec, self.layout, self.buffers), Inbox()
 
+    def dismiss_workers(self) -> None:
+        """Let none of those admitted so far push any more, as if all had said goodbye; what they pushed is dropped."""
+        for rank in self.members.by_rank:
+            self.members.leave(rank)
+        self._inbox = Inbox()
+
     def set_world(self, world: World) -> None:
         """Have the next step wait for other ranks; what those that it does not wait for have pushed is dropped."""
         for rank in set(self._inbox.ranks) - set(world.ranks):

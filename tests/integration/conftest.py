@@ -69,6 +69,8 @@ def launcher() -> Iterator[Launch]:
         services.append(service)
         return service
 
-    yield launch
-    for service in services:
-        service.shutdown()
+    try:
+        yield launch
+    finally:
+        for service in services:
+            service.shutdown()

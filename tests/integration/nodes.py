@@ -44,10 +44,13 @@ class Nodes:
             self.add()
         ray.init(self._cluster.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
 
-    def add(self) -> None:
-        """Add a node with room for one shard."""
-        node = self._cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=STORE_BYTES)
+    def add(self, num_cpus: int = 1, **resources: float) -> str:
+        """Add a node, with room for one shard; its id."""
+        common = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        node = self._cluster.add_node(num_cpus=num_cpus, resources=resources, **common)
         self._nodes[node.node_id] = node
+        node_id: str = node.node_id
+        return node_id
 
     def lose(self, node: str) -> None:
         """Kill all of a node's processes at once, without a word to anybody."""
@@ -58,6 +61,12 @@ class Nodes:
                 os.kill(pid, signal.SIGKILL)
         for root in roots:
             root.wait(LIMIT_S)
+
+    def await_end(self, node: str) -> None:
+        """Wait until Ray has ended a node by itself, and end what it leaves."""
+        (raylet,) = self._nodes[node].all_processes["raylet"]
+        raylet.process.wait(LIMIT_S)
+        self.lose(node)
 
     def close(self) -> None:
         """End them all."""

@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 import stepwell
-from stepwell.optim import ProdigyRule
 from stepwell.sharding.errors import JobMismatchError, RankExcludedError
 from tests.integration.conftest import Launch
-from tests.integration.training import D0, Oracle, Trainer, make_workers, on_all, small_in_order
-from tests.zoo import Run, cosine
+from tests.integration.training import D0, ByHand, Trainer, make_workers, on_all, small_in_order
 
 WORKER_TIMEOUT_S = 6.0
-
-
-class ByHand(Oracle):
-    """One rank in one process, which is given the mean of whoever is there."""
-
-    def __init__(self) -> None:
-        self.run = Run(small_in_order(), ProdigyRule(d0=D0), kernel="eager")
-        self.step = 0
-
-    def average(self, workers: Sequence[Trainer]) -> None:
-        """One step of these workers, in rank order."""
-        params, problem = self.run.params(), self.run.problem
-        cosine(self.run.groups, self.step)
-        grads = {
-            index: [
-                problem.gradient(self.step, index, param, rank=each.rank, world_size=each.world_size)
-                for each in sorted(workers, key=lambda each: each.rank)
-            ]
-            for index, param in enumerate(params)
-            if problem.tensors[index].has_grad
-        }
-        mean = {index: functools.reduce(operator.add, each) / len(each) for index, each in grads.items()}
-        self.run.step(gradients=mean)
-        self.step += 1
 
 
 def train(oracle: ByHand, workers: Sequence[Trainer], *, num_steps: int = 3) -> None:
     """Some steps of these workers, after which they and the oracle have the same."""
     on_all(workers, lambda worker: worker.run(worker.step + num_steps))
     for _ in range(num_steps):
-        oracle.average(workers)
+        oracle.average([(each.rank, each.world_size) for each in workers])
     for worker in workers:
         oracle.require_same(worker)
         assert worker.optimizer.ranks == tuple(sorted(each.rank for each in workers))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -123,6 +125,30 @@ class Oracle:
                 assert torch.equal(state[name].flatten(), expected.slots[name][index]), f"{name} of parameter {index}"
         shown = state_dict["param_groups"][0]
         assert {name: shown[name] for name in expected.scalars} == dict(expected.scalars)
+
+
+class ByHand(Oracle):
+    """One rank in one process, which is given the mean of whoever is there."""
+
+    def __init__(self) -> None:
+        self.run = Run(small_in_order(), ProdigyRule(d0=D0), kernel="eager")
+        self.step = 0
+
+    def average(self, workers: Sequence[tuple[int, int]]) -> None:
+        """One step of these workers, each a rank and the world size that it trains with, in rank order."""
+        params, problem = self.run.params(), self.run.problem
+        cosine(self.run.groups, self.step)
+        grads = {
+            index: [
+                problem.gradient(self.step, index, param, rank=rank, world_size=world_size)
+                for rank, world_size in sorted(workers)
+            ]
+            for index, param in enumerate(params)
+            if problem.tensors[index].has_grad
+        }
+        mean = {index: functools.reduce(operator.add, each) / len(each) for index, each in grads.items()}
+        self.run.step(gradients=mean)
+        self.step += 1
 
 
 def on_all(workers: Sequence[Trainer], call: Callable[[Trainer], Any]) -> list[Any]:

@@ -131,6 +131,9 @@ class Sets(ShardSets):
     async def drained(self) -> list[str]:
         return self._service.drained
 
+    def here(self) -> str:
+        return self._service.here
+
     async def states(self, actors: Sequence[Any]) -> list[ActorState]:
         return [ActorState.RUNS] * len(actors)
 
@@ -147,6 +150,7 @@ class Service:
         room: How many shards another set may have.
         was_refused: Set when another set had no room.
         drained: Nodes that are about to go; each set is on one of its own, "node-0" and so on.
+        here: The coordinator's node.
     """
 
     def __init__(self, *, elastic: bool = False) -> None:
@@ -154,7 +158,7 @@ class Service:
         options: dict[str, Any] = {"kernel": "eager", "worker_timeout_s": LIMIT_S, "elastic": elastic}
         self.make_set(ServiceConfig("test", num_shards=NUM_SHARDS, **options))
         self.room = 8
-        self.drained, self.was_refused = list[str](), asyncio.Event()
+        self.drained, self.here, self.was_refused = list[str](), "elsewhere", asyncio.Event()
         self.lives: list[Life] = []
 
     @property

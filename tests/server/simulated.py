@@ -193,7 +193,8 @@ class Process:
         error = None if task.cancelled() else task.exception()  # looked at, or asyncio would tell of it
         if not life.is_over and not task.cancelled() and not isinstance(error, Killed):
             self._unanswered.discard(ref)
-            _answer(ref, error=error) if error else _answer(ref, copy.deepcopy(task.result(), {HOLDER: ref.caller}))
+            memo: dict[Any, Any] = {HOLDER: ref.caller}
+            _answer(ref, error=error) if error else _answer(ref, copy.deepcopy(task.result(), memo))
 
 
 def _unavailable() -> ActorUnavailableError:

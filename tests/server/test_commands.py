@@ -208,7 +208,7 @@ UP_ERRORS = {
     ),
     "busy cluster": (
         ["up", "other", "--placement-timeout-s", "2"],
-        ["no room for 1 shards", "within 2 s; free now: 0 CPU"],
+        ["no room for 1 shards", "within 2 s; free now: ", " has 0 of "],
     ),
     "no checkpoint": (
         ["up", "other", "--cpus-per-shard", "0", "--restore", "/nowhere/at-all"],

@@ -103,6 +103,10 @@ async def leave(coordinator: Coordinator, folder: str) -> None:
     await coordinator.leave(1, "1-a")
 
 
+async def dismiss(coordinator: Coordinator, folder: str) -> None:
+    await coordinator.dismiss()
+
+
 async def all_leave(coordinator: Coordinator, folder: str) -> None:
     await train(coordinator, folder)
     await coordinator.leave(0, "0-a")
@@ -133,6 +137,7 @@ OPERATIONS: dict[str, tuple[Act, Act]] = {
     "save": (save_and_go_on, save),
     "replace a worker": (train, replace),
     "leave": (train, leave),
+    "dismiss": (train, dismiss),
     "workers of another number": (all_leave, another_job),
     "join": (train_elastic, join),
     "leave an elastic job": (train_elastic, leave),

@@ -82,6 +82,7 @@ class Job:
     def push(self, rank: int, *, process: str = "a", sequence: int | None = None) -> asyncio.Future[StepResult]:
         """What comes of a rank's push for the next step."""
         shard = self.actor._steps.job()
+        hyper = {name: [value] for name, value in SGDRule(lr=LR).hyper(SGDRule(lr=LR).defaults()).items()}
         header = PushHeader(
             timeline=shard.timeline,
             sequence=shard.sequence + 1 if sequence is None else sequence,
@@ -89,7 +90,7 @@ class Job:
             incarnation=f"{rank}-{process}",
             attempt=0,
             present=pack_present([True]),
-            hyper={name: [value] for name, value in SGDRule(lr=LR).hyper(SGDRule(lr=LR).defaults()).items()},
+            hyper=hyper if shard.world.is_heard(rank) else None,
         )
 
         async def exchange() -> StepResult:

@@ -204,5 +204,20 @@ def test_shards_leave_a_node_that_ray_drains_by_themselves(monkeypatch: pytest.M
         while (0, 0) in service.sets:
             await asyncio.sleep(0.001)
         await require_same(service, before)
+        service.resign.assert_not_called()
+
+    run(test)
+
+
+def test_coordinator_leaves_a_node_that_ray_drains_after_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepwell.server.draining.LOOK_AGAIN_S", 0.01)
+
+    async def test(service: Service) -> None:
+        sets, service.here = list[object](), "node-0"
+        service.resign.side_effect = lambda: sets.append(list(service.sets))
+        service.drained = ["node-0"]
+        while not sets:
+            await asyncio.sleep(0.001)
+        assert sets[0] == [(1, 1)]
 
     run(test)

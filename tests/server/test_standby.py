@@ -78,7 +78,8 @@ def test_spare_that_dies_as_it_becomes_the_shard(second: Fault) -> None:
 def test_more_shards_than_spares_are_lost(others: Sequence[int]) -> None:
     with simulated(NUM_SHARDS, [], log_steps=LOG_STEPS, standby=1) as cluster:
         trainer = begin(cluster).run(FAILING)
-        cluster.do(lambda: [cluster.shards[index].kill() for index in (1, *others)])
+        for index in (1, *others):
+            cluster.do(cluster.shards[index].kill)
         require_same(trainer)
         assert "spare 0" in seated(cluster).values()
 

@@ -19,6 +19,7 @@ import torch
 from stepwell.sharding import available, segments
 from stepwell.sharding.errors import MessageError, SegmentError
 from stepwell.sharding.segments import ALIGNMENT, Address, Span, allocate, open_segment
+from tests.namespaces import HOLD, LIMIT_S, why_none
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(1000, torch.float32), (0, torch.float64), (3, torch.bfloat16), (7, torch.float64), (5, torch.float16)]
@@ -41,6 +42,24 @@ class Owner:
     process: subprocess.Popen[str]
     address: Address
 
+
+CONTAINER = """
+import sys
+from stepwell.sharding.errors import SegmentError
+from stepwell.sharding.segments import Address, allocate, open_segment
+import torch
+
+segment, _ = allocate([(1000, torch.float32)])
+own = segment.address
+print(own.pid, own.fd, own.size_bytes, own.token.hex(), flush=True)
+pid, fd, size, token = sys.stdin.readline().split()
+address = Address(int(pid), int(fd), int(size), bytes.fromhex(token))
+assert (address.pid, address.fd, address.size_bytes) == (own.pid, own.fd, own.size_bytes)
+try:
+    open_segment(address)
+except SegmentError as error:
+    print(error, flush=True)
+"""
 
 NUMEL = 2**20
 
@@ -148,6 +167,20 @@ def test_memory_goes_with_its_last_tensor() -> None:
 def test_wrong_token_is_refused(owner: Owner) -> None:
     with pytest.raises(SegmentError, match="other memory than was named lies there"):
         open_segment(dataclasses.replace(owner.address, token=bytes(16)))
+
+
+@pytest.mark.skipif(why_none() is not None, reason=f"containers: {why_none()}")
+def test_containers_whose_processes_have_the_same_ids_do_not_take_each_others_memory() -> None:
+    containers = [
+        subprocess.Popen(
+            [*HOLD, sys.executable, "-c", CONTAINER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    addresses = [container.stdout.readline() for container in containers if container.stdout is not None]
+    for container, other in zip(containers, reversed(addresses), strict=True):
+        said, _ = container.communicate(other, timeout=LIMIT_S)
+        assert "other memory than was named lies there" in said
 
 
 def test_wrong_size_is_refused(owner: Owner) -> None:
