@@ -255,6 +255,7 @@ def _status_table(fields: dict[str, Any]) -> Table:
     if phases:
         parts = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items())
         shown["last step"] = f"{1e3 * sum(phases.values()):.1f} ms: {parts}"
+    shown["standby"] = "{ready} of {wanted} ready".format_map(fields["standby"])
     if fields["rule"] is None:
         shown["rule"] = "none yet: no worker has registered"
     for key, value in shown.items():
