@@ -91,7 +91,7 @@ async def until_started(call: Callable[[], Any], *, timeout_s: float, what: str)
         what: Names the wait in messages.
 
     Raises:
-        ShardLostError: If the actor has ended for good.
+        ShardLostError: If the actor has ended for good, or is no shard any more.
         ServiceTimeoutError: If the limit ran out.
     """
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -101,7 +101,7 @@ async def until_started(call: Callable[[], Any], *, timeout_s: float, what: str)
             await call()
         except ActorUnavailableError:
             return
-        except (RayTaskError, RayActorError) as error:
+        except (RayTaskError, RayActorError, ShardLostError) as error:
             if not ended.done():
                 ended.set_exception(translate(error, timeout_s=timeout_s, what=what))
         else:
@@ -181,6 +181,8 @@ def translate(error: BaseException, *, timeout_s: float, what: str) -> BaseExcep
     if isinstance(error, RayTaskError):
         cause = error.cause
         return cause if isinstance(cause, StepwellError) else error
+    if isinstance(error, StepwellError):
+        return error
     if isinstance(error, RayActorError):
         return ShardLostError(
             f"a process of the service died while waiting for {what}. Restore its last checkpoint: "
