@@ -27,8 +27,7 @@ class ParameterViews:
     """
 
     def __init__(self, buffer: FlatBuffer, params: Sequence[Tensor]) -> None:
-        self._params = params
-        self._addresses: dict[int, int] = {}
+        self._in_place: dict[int, Tensor] = {}
         for place in buffer.places:
             param = params[place.param]
             if not _is_movable(param, place):
@@ -38,31 +37,39 @@ class ParameterViews:
             with torch.no_grad():
                 view.copy_(param)
             param.data = view
-            self._addresses[place.param] = view.data_ptr()
+            self._in_place[place.param] = param
+        self._addresses = self._addresses_now()
 
     @property
     def indices(self) -> Collection[int]:
         """Of the parameters that are in place."""
-        return self._addresses.keys()
+        return self._in_place.keys()
 
     def let_go(self) -> list[int]:
         """Forget those whose memory has been replaced; their indices."""
-        params = self._params
-        gone = [index for index, address in self._addresses.items() if params[index].data_ptr() != address]
+        addresses = self._addresses_now()
+        if addresses == self._addresses:
+            return []
+        pairs = zip(self._in_place, addresses, self._addresses, strict=True)
+        gone = [index for index, now, then in pairs if now != then]
         for index in gone:
-            del self._addresses[index]
+            del self._in_place[index]
+        self._addresses = self._addresses_now()
         return gone
 
     def mark_written(self) -> None:
         """Count the parameters in place as changed, so that no backward goes on with values that it did not save."""
-        torch.autograd.graph.increment_version([self._params[index] for index in self._addresses])
+        torch.autograd.graph.increment_version(self._in_place.values())
 
     def release(self) -> None:
         """Give each parameter memory of its own again."""
         self.let_go()
-        for index in self._addresses:
-            self._params[index].data = self._params[index].data.clone()
-        self._addresses = {}
+        for param in self._in_place.values():
+            param.data = param.data.clone()
+        self._in_place, self._addresses = {}, []
+
+    def _addresses_now(self) -> list[int]:
+        return [param.data_ptr() for param in self._in_place.values()]
 
 
 def _is_movable(param: Tensor, place: Place) -> bool:

@@ -242,8 +242,10 @@ class ModelBuffers:
 
     def changed_by_hand(self) -> list[int]:
         """Indices of parameters that something else than this class has written since it last did."""
-        versions = enumerate(zip(self._versions_now(), self._versions, strict=True))
-        return [index for index, (now, then) in versions if now != then]
+        versions = self._versions_now()
+        if versions == self._versions:
+            return []
+        return [index for index, (now, then) in enumerate(zip(versions, self._versions, strict=True)) if now != then]
 
     def reloaded(self, *, leads: bool) -> dict[int, Tensor]:
         """What this rank answers for of the parameters that were changed by hand; flattened."""

@@ -1,7 +1,7 @@
 """Under Ray Train: a checkpoint of Train's that is the service's too, and a restart that goes back to it.
 
 Train starts all workers again when one fails, or when it goes on with another number of them; the service lives on and
-stands where it stood. See *Note: Workers that are gone* in docs/design.md, and docs/trainers.md for the loop.
+stands where it stood. See *Note: Workers that are gone* in docs/design.md, and docs/trainers/ray-train.md for the loop.
 """
 
 from __future__ import annotations

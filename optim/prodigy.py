@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
-import torch
 from torch import Tensor
 
 from .estimate import Estimate, Limits, bias_correction
@@ -32,6 +31,20 @@ _CHOICES = {
     "d_scope": ("model", "group"),
     "stat_dtype": ("state", "bfloat16"),
 }
+
+_LOCAL_AT_REST = {
+    "m_decay": 1.0,
+    "m_gain": 0.0,
+    "v_decay": 1.0,
+    "v_gain": 0.0,
+    "s_gain": 0.0,
+    "coupled_decay": 0.0,
+}
+_APPLY_AT_REST = {"decay": 0.0, "step_size": 0.0, "coupled_decay": 0.0}
+"""Coefficients that leave a tensor alone; s decays and eps counts all the same."""
+
+_DECAYS = frozenset({"decay", "coupled_decay"})
+"""Coefficients that some parameters are spared."""
 
 
 @final
@@ -186,18 +199,7 @@ class ProdigyRule(ReducingRule):
 
     def local_coefficients(self, step: StepInputs) -> dict[str, Tensor]:
         """Gains of m, v and s; see the class's equations."""
-        beta1, beta2 = step.per_tensor("beta1"), step.per_tensor("beta2")
-        moving, d = self._moving(step), self._of_groups(step.scalars, step, "d")
-        weight, s_gain, s_decay = self._statistics(step, d)
-        return {
-            "m_decay": torch.where(moving, beta1, 1.0),
-            "m_gain": torch.where(moving, weight * (1.0 - beta1), 0.0),
-            "v_decay": torch.where(moving, beta2, 1.0),
-            "v_gain": torch.where(moving, weight * weight * (1.0 - beta2), 0.0),
-            "s_decay": s_decay,
-            "s_gain": torch.where(moving, s_gain, 0.0),
-            "coupled_decay": self._coupled_decay(step),
-        }
+        return self._spread(step, [self._local_numbers(step, group) for group in step.groups], _LOCAL_AT_REST)
 
     def local(self, tiles: Tiles, c: Coefficients) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """m, v and s; <g, p0 - p> and ||s||_1, or <g, s> and ||s||_2^2."""
@@ -224,12 +226,9 @@ class ProdigyRule(ReducingRule):
 
     def apply_coefficients(self, step: StepInputs, after: Combined, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The step size has the old d (the new one with inner_product), eps that of ``after``."""
-        d = self._of_groups(after.scalars, step, "d")
-        moving = torch.tensor(self._estimates_move(step, totals))[step.group_of_tensor]
-        coefficients = self._step_coefficients(step, d)
-        for name in ("decay", "step_size"):
-            coefficients[name] = torch.where(moving, coefficients[name], 0.0)
-        return {**coefficients, "coupled_decay": self._coupled_decay(step)}
+        is_moving = self._estimates_move(step, totals)
+        numbers = [self._apply_numbers(step, after, group, moves=is_moving[group]) for group in step.groups]
+        return self._spread(step, numbers, _APPLY_AT_REST)
 
     def apply(self, tiles: Tiles, c: Coefficients) -> tuple[Tensor, dict[str, Tensor]]:
         """The parameters; all slots are as ``local`` left them."""
@@ -246,33 +245,26 @@ class ProdigyRule(ReducingRule):
 
     def _members(self, step: StepInputs) -> list[list[int]]:
         """The groups of each estimate."""
-        groups = list(range(len(step.hyper["lr"])))
-        return [[group] for group in groups] if self.has_scalars_per_group else [groups]
+        return [[group] for group in step.groups] if self.has_scalars_per_group else [list(step.groups)]
+
+    def _first(self, group: int) -> int:
+        """The first group of a group's estimate, whose hyperparameters hold for that."""
+        return group if self.has_scalars_per_group else 0
 
     def _estimate_of(self, scalars: Mapping[str, float], group: int) -> Estimate:
         return Estimate(**{name: scalars[self.scalar_key(name, group)] for name in self.plain_scalars})
 
     def _flat(self, estimate: Estimate, group: int) -> dict[str, float]:
-        return {self.scalar_key(name, group): value for name, value in dataclasses.asdict(estimate).items()}
+        return {self.scalar_key(name, group): getattr(estimate, name) for name in self.plain_scalars}
 
-    def _of_groups(self, scalars: Mapping[str, float], step: StepInputs, name: str) -> Tensor:
-        """What each group sees of a scalar, ``(num_groups,)`` float64."""
-        keys = [self.scalar_key(name, group) for group in range(len(step.hyper["lr"]))]
-        return torch.tensor([scalars[key] for key in keys], dtype=torch.float64)
-
-    def _shared(self, step: StepInputs, name: str) -> Tensor:
-        """A hyperparameter as each group's estimate has it, ``(num_groups,)``: the first group's, or its own."""
-        values = step.hyper[name]
-        return values if self.has_scalars_per_group else values[:1].expand_as(values)
-
-    def _has_lr(self, step: StepInputs) -> Tensor:
-        """Whether each group's estimate has a group that moves, ``(num_groups,)`` bool."""
-        has_lr = step.hyper["lr"] > 0.0
-        return has_lr if self.has_scalars_per_group else has_lr.any().expand_as(has_lr)
+    def _has_lr(self, step: StepInputs, group: int) -> bool:
+        """Whether a group's estimate has a group that moves."""
+        rates = step.hyper["lr"]
+        return rates[group] > 0.0 if self.has_scalars_per_group else any(lr > 0.0 for lr in rates)
 
     def _estimates_move(self, step: StepInputs, totals: Mapping[str, Tensor]) -> list[bool]:
         """Whether each group's estimate has its step; one whose ||s||_1 is 0 ends it, where that is known in time."""
-        has_lr = self._has_lr(step).tolist()
+        has_lr = [self._has_lr(step, group) for group in step.groups]
         if self._is_inner or self.is_one_pass:
             return has_lr
         norms = totals["s_norm"].tolist()
@@ -280,66 +272,73 @@ class ProdigyRule(ReducingRule):
         return [moves and known[group] != 0.0 for group, moves in enumerate(has_lr)]
 
     def _next_estimate(self, step: StepInputs, members: list[int], totals: Mapping[str, Tensor]) -> Estimate:
-        first = members[0]
-        before = self._estimate_of(step.scalars, first)
-        limits = Limits(
-            growth_rate=step.hyper["growth_rate"][first].item(),
-            max_d=step.hyper["max_d"][first].item(),
-            is_frozen=step.hyper["freeze_d"][first].item() > 0.0,
-        )
-        if self._is_inner:
-            weights = step.hyper["lr"]
-        else:
-            d = self._of_groups(step.scalars, step, "d")
-            weights = (d / step.hyper["d0"]) * self._dlr(step, d)
-        change = sum((weights[group] * totals["dot"][group]).item() for group in members)
-        s_norm = math.fsum(totals["s_norm"][members].tolist())
+        before, h = self._estimate_of(step.scalars, members[0]), step.hyper_of(members[0])
+        limits = Limits(growth_rate=h["growth_rate"], max_d=h["max_d"], is_frozen=h["freeze_d"] > 0.0)
+        dots, norms = totals["dot"].tolist(), totals["s_norm"].tolist()
+        change = sum(self._weight_of_dot(step, group) * dots[group] for group in members)
+        s_norm = math.fsum(norms[group] for group in members)
         if self._is_inner:
             return before.as_inner_product(change, s_norm, limits=limits)
-        return before.as_prodigy(
-            change,
-            s_norm,
-            beta3=step.hyper["beta3"][first].item(),
-            d_coef=step.hyper["d_coef"][first].item(),
-            d0=step.hyper["d0"][members[-1]].item(),
-            limits=limits,
-        )
+        d0 = step.hyper["d0"][members[-1]]
+        return before.as_prodigy(change, s_norm, beta3=h["beta3"], d_coef=h["d_coef"], d0=d0, limits=limits)
 
-    def _statistics(self, step: StepInputs, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight of g in m and v, its gain in s and the decay of s, each ``(num_tensors,)``."""
-        group = step.group_of_tensor
+    def _weight_of_dot(self, step: StepInputs, group: int) -> float:
+        """What a group's dot counts in its estimate."""
         if self._is_inner:
-            ones = torch.ones_like(step.step_count)
-            return ones, ones, ones
-        s_step = torch.where(step.hyper["safeguard_warmup"] > 0.0, d, self._dlr(step, d))
-        s_decay = torch.where(self._has_lr(step), self._shared(step, "beta3"), 1.0)
-        return d[group], ((d / step.hyper["d0"]) * s_step)[group], s_decay[group]
+            return step.hyper["lr"][group]
+        d = step.scalars[self.scalar_key("d", group)]
+        return (d / step.hyper["d0"][group]) * self._dlr(step, d, group)
 
-    def _dlr(self, step: StepInputs, d: Tensor) -> Tensor:
-        """d * lr * bc of each group, ``(num_groups,)`` float64."""
-        k, beta1, beta2 = (
-            self._of_groups(step.scalars, step, "k"),
-            self._shared(step, "beta1"),
-            self._shared(step, "beta2"),
-        )
-        corrected = list(map(bias_correction, beta1.tolist(), beta2.tolist(), k.tolist()))
-        corrections = torch.tensor(corrected, dtype=torch.float64)
-        is_corrected = self._shared(step, "use_bias_correction") > 0.0
-        return d * step.hyper["lr"] * torch.where(is_corrected, corrections, 1.0)
+    def _dlr(self, step: StepInputs, d: float, group: int) -> float:
+        """d * lr * bc of a group."""
+        shared = step.hyper_of(self._first(group))
+        correction = 1.0
+        if shared["use_bias_correction"] > 0.0:
+            k = step.scalars[self.scalar_key("k", group)]
+            correction = bias_correction(shared["beta1"], shared["beta2"], k)
+        return d * step.hyper["lr"][group] * correction
 
-    def _step_coefficients(self, step: StepInputs, d_after: Tensor) -> dict[str, Tensor]:
-        """Decay, step size and eps, ``d_after`` being the d that eps has."""
-        d_before = self._of_groups(step.scalars, step, "d")
-        dlr = self._dlr(step, d_after if self._is_inner else d_before)[step.group_of_tensor]
-        d_eps = torch.ones_like(dlr) if self._is_inner else d_after[step.group_of_tensor]
-        scale = dlr if self._has_momentum else dlr * d_eps
-        decay = dlr * step.per_tensor("weight_decay") if self.decouple else torch.zeros_like(dlr)
-        moving = self._moving(step)
-        return {
-            "decay": torch.where(moving, decay, 0.0),
-            "step_size": torch.where(moving, scale, 0.0),
-            "eps": d_eps * step.per_tensor("eps"),
+    def _local_numbers(self, step: StepInputs, group: int) -> dict[str, float]:
+        """A group's coefficients of the first pass."""
+        h, d = step.hyper_of(group), step.scalars[self.scalar_key("d", group)]
+        weight, s_gain, s_decay = 1.0, 1.0, 1.0
+        if not self._is_inner:
+            weight = d
+            s_gain = (d / h["d0"]) * (d if h["safeguard_warmup"] > 0.0 else self._dlr(step, d, group))
+            s_decay = step.hyper["beta3"][self._first(group)] if self._has_lr(step, group) else 1.0
+        numbers = {
+            "m_decay": h["beta1"],
+            "m_gain": weight * (1.0 - h["beta1"]),
+            "v_decay": h["beta2"],
+            "v_gain": weight * weight * (1.0 - h["beta2"]),
+            "s_gain": s_gain,
+            "coupled_decay": self._coupled_decay(h),
         }
+        return {**(numbers if h["lr"] > 0.0 else _LOCAL_AT_REST), "s_decay": s_decay}
+
+    def _apply_numbers(self, step: StepInputs, after: Combined, group: int, *, moves: bool) -> dict[str, float]:
+        """A group's coefficients of the second pass: decay, step size and eps."""
+        h = step.hyper_of(group)
+        d_before, d_after = (scalars[self.scalar_key("d", group)] for scalars in (step.scalars, after.scalars))
+        dlr = self._dlr(step, d_after if self._is_inner else d_before, group)
+        d_eps, has_lr = 1.0 if self._is_inner else d_after, h["lr"] > 0.0
+        scale = dlr if self._has_momentum else dlr * d_eps
+        return {
+            "decay": dlr * h["weight_decay"] if moves and has_lr and self.decouple else 0.0,
+            "step_size": scale if moves and has_lr else 0.0,
+            "coupled_decay": self._coupled_decay(h) if has_lr else 0.0,
+            "eps": d_eps * h["eps"],
+        }
+
+    def _coupled_decay(self, h: Mapping[str, float]) -> float:
+        return 0.0 if self.decouple else h["weight_decay"]
+
+    def _spread(
+        self, step: StepInputs, by_group: list[dict[str, float]], at_rest: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Numbers per tensor from those per group; no decay where there is none."""
+        spread = step.spread(by_group, absent=at_rest)
+        return {name: values * step.decays if name in _DECAYS else values for name, values in spread.items()}
 
     def _stepped(self, param: Tensor, slots: Mapping[str, Tensor], grad: Tensor, c: Coefficients) -> Tensor:
         momentum = slots["exp_avg"] if self._has_momentum else grad
@@ -347,13 +346,6 @@ class ProdigyRule(ReducingRule):
         # 1 - decay would be rounded away: dlr is about 1e-6 at first.
         decayed = param - c["decay"] * param
         return decayed - c["step_size"] * momentum / denominator
-
-    def _moving(self, step: StepInputs) -> Tensor:
-        return step.present & (step.per_tensor("lr") > 0.0)
-
-    def _coupled_decay(self, step: StepInputs) -> Tensor:
-        decay = torch.zeros_like(step.step_count) if self.decouple else step.per_tensor("weight_decay")
-        return torch.where(self._moving(step), decay, 0.0)
 
     def _decayed_grad(self, tiles: Tiles, c: Coefficients) -> Tensor:
         return tiles.grad if self.decouple else tiles.grad + c["coupled_decay"] * tiles.param

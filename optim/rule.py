@@ -22,8 +22,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -158,12 +159,12 @@ class Channels:
     numel: Tensor
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class StepInputs:
     """What every shard knows alike about one step, before any sum is taken.
 
     Attributes:
-        hyper: Live hyperparameters by name, each ``(num_groups,)`` float64.
+        hyper: Live hyperparameters by name, one number for each group.
         group_of_tensor: ``(num_tensors,)`` int64.
         present: ``(num_tensors,)`` bool, whether the tensor has a gradient in this step.
         step_count: ``(num_tensors,)`` float64, the tensor's steps so far, this one included where it is present.
@@ -174,7 +175,7 @@ class StepInputs:
         key_state: Each key slot as the last step left it, ``(num_keys,)`` float64.
     """
 
-    hyper: Mapping[str, Tensor]
+    hyper: Mapping[str, Sequence[float]]
     group_of_tensor: Tensor
     present: Tensor
     step_count: Tensor
@@ -184,15 +185,47 @@ class StepInputs:
     channels: Channels
     key_state: Mapping[str, Tensor]
 
+    @property
+    def groups(self) -> range:
+        """The parameter groups."""
+        return range(len(next(iter(self.hyper.values()))))
+
+    def hyper_of(self, group: int) -> dict[str, float]:
+        """One group's hyperparameters."""
+        return {name: values[group] for name, values in self.hyper.items()}
+
     def per_tensor(self, name: str) -> Tensor:
         """Hyperparameter ``name`` of each tensor's group, ``(num_tensors,)`` float64; no decay where there is none."""
-        values = self.hyper[name][self.group_of_tensor]
-        return values * self.decays if name == "weight_decay" else values
+        return self._hyper_of_tensor[name]
 
     def where_present(self, value: Tensor | float, otherwise: float) -> Tensor:
         """``value`` for tensors with a gradient, ``otherwise`` for absent ones, ``(num_tensors,)`` float64."""
-        wanted = torch.as_tensor(value, dtype=torch.float64).expand(self.present.shape)
-        return torch.where(self.present, wanted, torch.tensor(otherwise, dtype=torch.float64))
+        wanted = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        return torch.where(self.present, wanted, otherwise)
+
+    def spread(self, by_group: Sequence[Mapping[str, float]], *, absent: Mapping[str, float]) -> dict[str, Tensor]:
+        """Give each tensor its group's numbers: name to ``(num_tensors,)`` float64.
+
+        Args:
+            by_group: Name to number, for each group.
+            absent: By name, what tensors without a gradient have instead; names that are not here make no difference.
+        """
+        table = [
+            [numbers[name] for numbers in by_group] + [absent.get(name, numbers[name]) for numbers in by_group]
+            for name in by_group[0]
+        ]
+        spread = torch.tensor(table, dtype=torch.float64).index_select(1, self._column)
+        return dict(zip(by_group[0], spread.unbind(), strict=True))
+
+    @functools.cached_property
+    def _column(self) -> Tensor:
+        """Where a tensor's numbers stand in a table with a column for each group, and another one for its absent."""
+        return torch.where(self.present, self.group_of_tensor, self.group_of_tensor + len(self.groups))
+
+    @functools.cached_property
+    def _hyper_of_tensor(self) -> dict[str, Tensor]:
+        values = self.spread([self.hyper_of(group) for group in self.groups], absent={})
+        return {name: each * self.decays if name == "weight_decay" else each for name, each in values.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 PROBE_S = 0.1
 """Between two calls to an actor that is being started again."""
 
+untyped_ray: Any = ray  # some of its functions have no types
+
 
 def wait_for(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
     """Wait for actor calls, outside of an event loop.
@@ -79,14 +81,14 @@ async def gather(refs: Sequence[Any], *, timeout_s: float, what: str) -> list[An
         raise translate(error, timeout_s=timeout_s, what=what) from None
 
 
-async def until_started(call: Callable[[], Any], *, timeout_s: float, what: str) -> None:
+async def until_started(actor: Any, *, timeout_s: float, what: str) -> None:
     """Wait until an actor answers that may be being started again.
 
     A call to one that is fails a second after it was made, unless the actor is there by then, and is answered at once
     when it is. So calls are made every now and then, whatever becomes of those before.
 
     Args:
-        call: Calls the actor.
+        actor: Its handle.
         timeout_s: Limit for the first answer.
         what: Names the wait in messages.
 
@@ -98,11 +100,12 @@ async def until_started(call: Callable[[], Any], *, timeout_s: float, what: str)
 
     async def probe() -> None:
         try:
-            await call()
+            await actor.status.remote()
         except ActorUnavailableError:
             return
-        except (RayTaskError, RayActorError, ShardLostError) as error:
-            if not ended.done():
+        except (RayTaskError, ActorDiedError, ShardLostError) as error:
+            is_over = not isinstance(error, ActorDiedError) or await asyncio.to_thread(has_ended, actor)
+            if is_over and not ended.done():
                 ended.set_exception(translate(error, timeout_s=timeout_s, what=what))
         else:
             if not ended.done():
@@ -115,6 +118,15 @@ async def until_started(call: Callable[[], Any], *, timeout_s: float, what: str)
         probes.add(asyncio.create_task(probe()))
         await asyncio.wait([ended], timeout=PROBE_S)
     await ended
+
+
+def has_ended(actor: Any) -> bool:
+    """Whether an actor that is said to have died has ended for good; asks Ray.
+
+    Calls to an actor on a node that was drained fail in this way while Ray starts it on another node, too.
+    """
+    state: str = untyped_ray._private.state.actors(actor._actor_id.hex()).get("State", "DEAD")
+    return state == "DEAD"
 
 
 async def until_ended(call: Any) -> None:
@@ -145,10 +157,10 @@ def ask(coordinator: Any, method: str, *args: Any, timeout_s: float, what: str) 
         call = getattr(coordinator, method).remote(*args)
         try:
             return ray.get(call, timeout=max(deadline - time.monotonic(), 0.0))
-        except (ActorUnavailableError, EpochError):
+        except (ActorUnavailableError, ActorDiedError, EpochError) as error:
+            if isinstance(error, ActorDiedError) and has_ended(coordinator):
+                raise _ended(what) from None
             _await_coordinator(coordinator, f"{what} (`{method}`)")
-        except ActorDiedError:
-            raise _ended(what) from None
         except (RayTaskError, GetTimeoutError) as error:
             raise translate(error, timeout_s=timeout_s, what=what) from None
 
@@ -160,7 +172,9 @@ def _await_coordinator(coordinator: Any, what: str) -> None:
         try:
             ray.get(coordinator.describe.remote(), timeout=max(deadline - time.monotonic(), 0.0))
             return
-        except (ActorUnavailableError, GetTimeoutError):
+        except (ActorUnavailableError, ActorDiedError, GetTimeoutError) as error:
+            if isinstance(error, ActorDiedError) and has_ended(coordinator):
+                raise _ended(what) from None
             if time.monotonic() + pause_s > deadline:
                 raise ServiceTimeoutError(
                     f"{what}: the coordinator is gone, and none was back within {RECONNECT_TIMEOUT_S:g} s; training "
@@ -168,8 +182,6 @@ def _await_coordinator(coordinator: Any, what: str) -> None:
                 ) from None
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        except ActorDiedError:
-            raise _ended(what) from None
 
 
 def _ended(what: str) -> ServiceNotFoundError:

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store  # torch.distributed's, with types
@@ -20,6 +21,10 @@ c10d: Any = dist  # torch has no types for its stores and groups
 
 POLL_S = 0.05
 """How soon a wait notices that its group was closed."""
+
+SHORT_BYTES = 2**16
+"""Vectors up to this length go from every shard to every other at once, and one wait is all; longer ones go round a
+ring, with two waits for each other shard and fewer bytes."""
 
 
 class Generation(NamedTuple):
@@ -69,7 +74,7 @@ class Collective:
     ) -> None:
         self.generation = generation
         self._timeout_s = timeout_s
-        self._is_alone = num_shards == 1
+        self._num_shards, self._is_alone = num_shards, num_shards == 1
         self._lock = threading.Lock()
         self._group: Any = None
         self._meeting = meeting  # the group refers to it, but does not keep what Python adds to a store
@@ -98,7 +103,10 @@ class Collective:
         """
         if self._is_alone:
             return vector
-        reason = self._try_all_reduce(vector)
+        if vector.nbytes <= SHORT_BYTES:
+            reason = self._try_exchange(vector)
+        else:
+            reason = self._try("allreduce", [vector], c10d.AllreduceOptions())
         if reason is not None:
             self.close()
             raise ShardLostError(
@@ -118,13 +126,26 @@ class Collective:
         # A group ends when the operation that is under way does, so not in the caller's time.
         threading.Thread(target=left.clear, daemon=True).start()
 
-    def _try_all_reduce(self, vector: Tensor) -> str | None:
-        """All-reduce; returns why it failed, if it did."""
-        options = c10d.AllreduceOptions()
-        options.timeout = timedelta(seconds=self._timeout_s)
+    def _try_exchange(self, vector: Tensor) -> str | None:
+        """All-reduce in one exchange, each shard adding up for itself; returns why it failed, if it did."""
+        copies = vector.expand(self._num_shards, *vector.shape).contiguous()
+        vectors = torch.empty_like(copies)
+        reason = self._try("alltoall_base", vectors, copies, [], [], c10d.AllToAllOptions())
+        if reason is None:
+            torch.sum(vectors, dim=0, out=vector)
+        return reason
+
+    def _try(self, operation: str, *args: Any) -> str | None:
+        """Run an operation of the group; returns why it failed, if it did.
+
+        Args:
+            operation: Its name.
+            args: What it takes, options last.
+        """
+        args[-1].timeout = timedelta(seconds=self._timeout_s)
         deadline = time.monotonic() + self._timeout_s
         with self._lock:
-            work = None if self._group is None else self._group.allreduce([vector], options)
+            work = None if self._group is None else getattr(self._group, operation)(*args)
         while work is not None and self._group is not None:
             is_last_try = work.is_completed() or time.monotonic() > deadline
             try:

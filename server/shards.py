@@ -235,5 +235,5 @@ class Shards:
     async def await_restarts(self) -> None:
         """Wait for shards that are being started again."""
         what = "the shards to be started again"
-        calls = (until_started(each.status.remote, timeout_s=RESTART_TIMEOUT_S, what=what) for each in self.handles)
+        calls = (until_started(each, timeout_s=RESTART_TIMEOUT_S, what=what) for each in self.handles)
         await asyncio.gather(*calls)

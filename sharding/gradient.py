@@ -7,6 +7,7 @@ The mean is not written down: the passes compute it from the ranks' own memory a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,8 @@ class Stretch:
 
     def of(self, tiles: range) -> Stretch:
         """The same in some of these tiles."""
+        if tiles == self.tiles:
+            return self
         rows = slice(tiles.start - self.tiles.start, tiles.stop - self.tiles.start)
         return dataclasses.replace(self, tiles=tiles, parts=tuple(part[rows] for part in self.parts))
 
@@ -205,16 +208,18 @@ def limited(gradient: Gradient, max_value: float | None, coefficient: float, buf
 def with_all_terms(stretch: Stretch, dtype: torch.dtype) -> Stretch:
     """The same gradient with no term left out, so that what is compiled for one step fits every other."""
     device, ranks = stretch.parts[0].device, len(stretch.parts)
-
-    def one(value: float) -> Tensor:
-        return torch.tensor(value, dtype=dtype, device=device)
-
     return dataclasses.replace(
         stretch,
-        gains=torch.ones(ranks, dtype=dtype, device=device) if stretch.gains is None else stretch.gains,
-        max_value=one(torch.inf) if stretch.max_value is None else stretch.max_value,
-        coefficient=one(1.0) if stretch.coefficient is None else stretch.coefficient,
+        gains=_constant(1.0, (ranks,), dtype, device) if stretch.gains is None else stretch.gains,
+        max_value=_constant(torch.inf, (), dtype, device) if stretch.max_value is None else stretch.max_value,
+        coefficient=_constant(1.0, (), dtype, device) if stretch.coefficient is None else stretch.coefficient,
     )
+
+
+@functools.cache
+def _constant(value: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once, as every step has the same; nobody writes it."""
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 def written_out(stretch: Stretch, extent: ExtentBuffers, pieces: Iterable[range]) -> Stretch:

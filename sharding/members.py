@@ -142,8 +142,11 @@ class Members:
         for pieces, padding in zip(extents, member.padding, strict=True):
             start = 0
             for piece in pieces:
-                first, last = torch.searchsorted(padding, torch.tensor((start, start + len(piece)))).tolist()
-                if bool(piece.index_select(0, (padding[first:last] - start).to(piece.device)).any()):
+                where = padding
+                if len(pieces) > 1:
+                    first, last = torch.searchsorted(padding, torch.tensor((start, start + len(piece)))).tolist()
+                    where = padding[first:last] - start
+                if bool(piece.index_select(0, where.to(piece.device)).any()):
                     raise MessageError(
                         f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
                     )

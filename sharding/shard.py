@@ -25,7 +25,7 @@ from .push import Push, unpack_present
 from .recovery import LoggedStep
 from .reports import Receipt, StepResult
 from .running import Reduction, RunningStep
-from .vote import Decision, cast_vote, count_votes, missing_ranks, open_votes
+from .vote import Decision, Vote, cast_vote, count_votes, missing_ranks, open_votes
 from .world import World
 
 
@@ -185,7 +185,7 @@ class Shard(OwnedState):
         gradient = limited(gradient, limits.max_value, 1.0, self.buffers)
         return self._kernels.look(self.buffers, gradient, table, for_norm=limits.is_set)
 
-    def _result(self, votes: Tensor, sums: Tensor, limits: ClipLimits, world: World) -> StepResult:
+    def _result(self, votes: Sequence[Vote], sums: Tensor, limits: ClipLimits, world: World) -> StepResult:
         """What the votes of all shards come to."""
         sequence = self.sequence + 1
         decision, error = count_votes(votes, sequence=sequence, world=world)

@@ -70,7 +70,7 @@ class Tables:
             key_state: Before the step.
         """
         return StepInputs(
-            hyper={name: torch.tensor(values, dtype=torch.float64) for name, values in hyper.items()},
+            hyper=hyper,
             group_of_tensor=self.group_of_tensor,
             present=present,
             step_count=step_count,

@@ -37,6 +37,7 @@ class Namespaces:
     """
 
     def __init__(self, setup: str) -> None:
+        self._started: list[subprocess.Popen[str]] = []
         script = f"{setup}\necho ready\nexec sleep infinity"
         self._holder = subprocess.Popen([*HOLD, "sh", "-ec", script], stdout=subprocess.PIPE, text=True)
         assert self._holder.stdout is not None
@@ -48,7 +49,9 @@ class Namespaces:
     def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
         """Start a command there; it ends with the namespaces at the latest."""
         where = f"nsenter --target {self.pid} --net --pid --mount --uts --".split()
-        return subprocess.Popen([*where, *command], text=True, **options)
+        process = subprocess.Popen([*where, *command], text=True, **options)
+        self._started.append(process)
+        return process
 
     def network(self, script: str) -> None:
         """Run a shell's commands in their network, and on this machine else."""
@@ -58,4 +61,8 @@ class Namespaces:
     def close(self) -> None:
         """Kill whatever lives there."""
         self._holder.kill()
-        self._holder.wait(LIMIT_S)
+        for process in (self._holder, *self._started):
+            process.wait(LIMIT_S)
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import ray
 import torch
@@ -19,6 +20,9 @@ from tests.integration.rank import Rank, rank_on
 NAME = "over-hosts"
 LIMIT_S = 240.0
 WITH_SHARDS = 2
+TOLD = "told: "
+
+untyped_ray: Any = ray  # some of its functions have no types
 
 
 def main(address: str) -> None:
@@ -33,38 +37,42 @@ def main(address: str) -> None:
     there, here = rank_on(second, NAME, 0), Rank(NAME, 1)
     run(there, here, 10)
     assert (ask(there, "is_near"), here.is_near()) == ([False, True], [False, False])
-    print(host_of(first), flush=True)
+    tell(host_of(first))
     run(there, here, 200)
     assert set(map(node_of, service.find_shards())) == {second}
-    print("recovered", flush=True)
+    tell("recovered")
     sys.stdin.readline()
     run(there, here, 230)
     assert (ask(there, "is_near"), here.is_near()) == ([True, True], [False, False])
     ask(there, "require_same")
     here.require_same()
-    print("same", flush=True)
+    tell("same")
+
+
+def tell(what: str) -> None:
+    print(f"{TOLD}{what}", flush=True)
 
 
 def await_nodes(number: int) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while sum(node["Alive"] for node in ray.nodes()) < number:
-        assert time.monotonic() < deadline, f"expected {number} nodes within {LIMIT_S:g} s, got {ray.nodes()}"
+    while sum(node["Alive"] for node in untyped_ray.nodes()) < number:
+        assert time.monotonic() < deadline, f"expected {number} nodes within {LIMIT_S:g} s, got {untyped_ray.nodes()}"
         time.sleep(0.1)
 
 
 def host_of(node: str) -> str:
-    (name,) = (each["NodeManagerHostname"] for each in ray.nodes() if each["NodeID"] == node)
+    (name,) = (each["NodeManagerHostname"] for each in untyped_ray.nodes() if each["NodeID"] == node)
     return str(name)
 
 
-def run(there: object, here: Rank, stop: int) -> None:
+def run(there: Any, here: Rank, stop: int) -> None:
     """Have both take steps until there were ``stop``."""
-    running = there.run.remote(stop)  # type: ignore[attr-defined]
+    running = there.run.remote(stop)
     here.run(stop)
     ray.get(running, timeout=LIMIT_S)
 
 
-def ask(there: object, method: str) -> object:
+def ask(there: Any, method: str) -> object:
     return ray.get(getattr(there, method).remote(), timeout=LIMIT_S)
 
 

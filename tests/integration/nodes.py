@@ -44,10 +44,10 @@ class Nodes:
             self.add()
         ray.init(self._cluster.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
 
-    def add(self, num_cpus: int = 1, **resources: float) -> str:
-        """Add a node, with room for one shard; its id."""
-        common = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-        node = self._cluster.add_node(num_cpus=num_cpus, resources=resources, **common)
+    def add(self, num_cpus: int = 1, **options: Any) -> str:
+        """Add a node, with room for one shard unless told otherwise; its id."""
+        common: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        node = self._cluster.add_node(num_cpus=num_cpus, **common, **options)
         self._nodes[node.node_id] = node
         node_id: str = node.node_id
         return node_id

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -15,13 +16,13 @@ from ray.train.torch import TorchTrainer
 import stepwell
 from stepwell.server.service import end
 from tests.integration.nodes import Nodes
-from tests.integration.train_loop import LIMIT_S, SAVE_EVERY, Plan, train
+from tests.integration.train_loop import LIMIT_S, Plan, train
 
 # Ray warns of defaults of its own, when a trainer is made.
 pytestmark = pytest.mark.filterwarnings("ignore:::ray.data.context")
 
 NUM_STEPS = 9
-ROOM = "room_for_worker"
+ROOM = {"room_for_worker": 1}
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +33,17 @@ def nodes() -> Iterator[Nodes]:
         # Until Train has heard that a node is lost, it waits for room for too many workers.
         patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
         nodes = Nodes(0)
-        nodes.add(**{ROOM: 1.0})
+        nodes.add(resources=ROOM)
         yield nodes
         nodes.close()
 
 
-def begin(plan: Plan, num_workers: int | tuple[int, int], pool: ThreadPoolExecutor) -> Future[ray.train.Result]:
+def begin(plan: Plan, num_workers: Any, pool: ThreadPoolExecutor) -> Future[ray.train.Result]:
     """Begin a run, in a thread, as Train would else keep Ctrl-C for itself."""
     trainer = TorchTrainer(
         train,
         train_loop_config={"plan": plan},
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, resources_per_worker={ROOM: 1}),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, resources_per_worker=ROOM),
         run_config=ray.train.RunConfig(
             name="run",
             storage_path=plan.folder,
@@ -53,11 +54,11 @@ def begin(plan: Plan, num_workers: int | tuple[int, int], pool: ThreadPoolExecut
     return pool.submit(trainer.fit)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_worker_that_is_killed_takes_all_back_to_the_last_checkpoint_with_the_service_or_without(
     nodes: Nodes, tmp_path: Path
 ) -> None:
-    second = nodes.add(num_cpus=0, **{ROOM: 1.0})
+    second = nodes.add(num_cpus=0, resources=ROOM)
     plan = Plan(
         service="rolled-back",
         folder=str(tmp_path),
@@ -77,11 +78,11 @@ def test_worker_that_is_killed_takes_all_back_to_the_last_checkpoint_with_the_se
     nodes.lose(second)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_run_that_does_not_roll_back_goes_on_where_the_service_is_and_with_fewer_workers_when_a_node_is_lost(
     nodes: Nodes, tmp_path: Path
 ) -> None:
-    lost = nodes.add(num_cpus=0, **{ROOM: 1.0})
+    lost = nodes.add(num_cpus=0, resources=ROOM)
     plan = Plan(
         service="goes-on",
         folder=str(tmp_path),
@@ -98,5 +99,4 @@ def test_run_that_does_not_roll_back_goes_on_where_the_service_is_and_with_fewer
         nodes.lose(lost)
         assert run.result(LIMIT_S).metrics == {"step": NUM_STEPS}
     assert plan.notes() == ["2 at 0", "2 at 2", "1 at 5", "same"]
-    assert NUM_STEPS % SAVE_EVERY == 0
     end(plan.service)

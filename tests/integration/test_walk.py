@@ -41,6 +41,42 @@ def command(*arguments: str) -> str:
     return run.out
 
 
+@pytest.mark.parametrize(
+    ("placement", "num_shards", "on_each"),
+    [
+        ("PACK", 2, [2]),
+        ("PACK", 3, [1, 2]),
+        ("SPREAD", 3, [1, 1, 1]),
+        ("SPREAD", 4, [1, 1, 2]),
+        ("STRICT_PACK", 2, [2]),
+        ("STRICT_SPREAD", 3, [1, 1, 1]),
+    ],
+)
+def test_shards_are_placed_as_is_said(nodes: Nodes, placement: Placement, num_shards: int, on_each: list[int]) -> None:
+    config = ServiceConfig("placed", num_shards=num_shards, num_cpus_per_shard=0.5, placement=placement)
+    reserve(config)
+    where = nodes_of(config)
+    give_up_places(config.name)
+    assert sorted(where.count(node) for node in set(where)) == on_each
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_shards", "cpus", "most"),
+    [
+        ("STRICT_SPREAD", 4, 0.5, "for 3, with one on a node"),
+        ("STRICT_PACK", 3, 0.5, "for 2, on one node"),
+        ("SPREAD", 1, 2.0, "for 0, each whole on a node"),
+    ],
+)
+def test_what_no_node_has_room_for_is_told_at_once(
+    nodes: Nodes, placement: Placement, num_shards: int, cpus: float, most: str
+) -> None:
+    """All nodes together would have enough; the message says what each of them has."""
+    there = r"has \S+ of 1 CPU; .*has neither CPU nor GPU"
+    with launcher() as launch, pytest.raises(PlacementError, match=rf"{most}: .*{there}"):
+        launch(num_shards, num_cpus_per_shard=cpus, placement=placement)
+
+
 @pytest.mark.timeout(600)
 def test_service_is_led_through_its_life(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up, training on two nodes, the loss of the third, save, down, up with fewer shards, training on, down."""
@@ -113,39 +149,3 @@ def drain(node: str) -> None:
         [sys.executable, "-m", "ray.scripts.scripts", *told], capture_output=True, text=True, timeout=LIMIT_S
     )
     assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.parametrize(
-    ("placement", "num_shards", "on_each"),
-    [
-        ("PACK", 2, [2]),
-        ("PACK", 3, [1, 2]),
-        ("SPREAD", 3, [1, 1, 1]),
-        ("SPREAD", 4, [1, 1, 2]),
-        ("STRICT_PACK", 2, [2]),
-        ("STRICT_SPREAD", 3, [1, 1, 1]),
-    ],
-)
-def test_shards_are_placed_as_is_said(nodes: Nodes, placement: Placement, num_shards: int, on_each: list[int]) -> None:
-    config = ServiceConfig("placed", num_shards=num_shards, num_cpus_per_shard=0.5, placement=placement)
-    reserve(config)
-    where = nodes_of(config)
-    give_up_places(config.name)
-    assert sorted(where.count(node) for node in set(where)) == on_each
-
-
-@pytest.mark.parametrize(
-    ("placement", "num_shards", "cpus", "most"),
-    [
-        ("STRICT_SPREAD", 4, 0.5, "for 3, with one on a node"),
-        ("STRICT_PACK", 3, 0.5, "for 2, on one node"),
-        ("SPREAD", 1, 2.0, "for 0, each whole on a node"),
-    ],
-)
-def test_what_no_node_has_room_for_is_told_at_once(
-    nodes: Nodes, placement: Placement, num_shards: int, cpus: float, most: str
-) -> None:
-    """All nodes together would have enough; the message says what each of them has."""
-    there = r"has \S+ of 1 CPU; .*has neither CPU nor GPU"
-    with launcher() as launch, pytest.raises(PlacementError, match=rf"{most}: .*{there}"):
-        launch(num_shards, num_cpus_per_shard=cpus, placement=placement)

@@ -17,7 +17,8 @@ GONE = ActorUnavailableError("the actor is unavailable", None)
 class Coordinator:
     """One whose calls end as they are told to, in order; the time that passes is told too."""
 
-    def __init__(self, *answers: object, seconds_each: float = 0.0) -> None:
+    def __init__(self, *answers: object, seconds_each: float = 0.0, has_ended: bool = True) -> None:
+        self.has_ended = has_ended
         self.answers, self.asked, self.now = list(answers), list[tuple[str, tuple[object, ...]]](), 0.0
         self._seconds_each = seconds_each
 
@@ -43,6 +44,7 @@ class Coordinator:
             mock.patch("ray.get", self.get),
             mock.patch("time.monotonic", self.monotonic),
             mock.patch("time.sleep", self.sleep),
+            mock.patch("stepwell.server.calls.has_ended", return_value=self.has_ended),
         ):
             return calls.ask(self, "save", *args, timeout_s=600.0, what="service 'trainer': a checkpoint")
 
@@ -51,6 +53,13 @@ def task_error(cause: Exception) -> Exception:
     untyped: Any = RayTaskError
     error: Exception = untyped("save", "traceback", cause).as_instanceof_cause()
     return error
+
+
+def test_coordinator_that_is_said_to_have_died_is_waited_for_while_ray_starts_it_again() -> None:
+    """As Ray says it of one that was on a node which was drained."""
+    died = ActorDiedError()
+    coordinator = Coordinator(died, died, GONE, "it is back", "done", has_ended=False)
+    assert coordinator.ask("uri") == "done"
 
 
 @pytest.mark.parametrize("first", [GONE, task_error(EpochError("replaced"))])

@@ -216,3 +216,20 @@ def test_shard_that_is_cut_off_before_there_is_a_job_takes_the_first_one() -> No
         assert all(each.needs_parameters for each in both)
 
     asyncio.run(test())
+
+
+@run_test
+async def test_rank_that_waited_for_others_when_it_was_dismissed_is_not_counted(service: Service) -> None:
+    await service.coordinator.dismiss()
+    dismissed = asyncio.ensure_future(service.register(1, HALVES[1], incarnation="b"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    await service.coordinator.dismiss()
+    first = asyncio.ensure_future(service.register(0, HALVES[0], incarnation="c"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not first.done()
+    told = await service.register(1, HALVES[1], incarnation="c")
+    assert (await first).ranks == told.ranks == (0, 1)
+    assert not dismissed.done()
+    dismissed.cancel()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from stepwell.client.patience import Patience
 from stepwell.sharding.errors import (
     CheckpointRestoreNeededError,
     IncarnationError,
@@ -15,22 +14,7 @@ from stepwell.sharding.errors import (
     NotRegisteredError,
     UnknownRankError,
 )
-from tests.faults import Fault, shard_faults
-from tests.server import test_coordinator as coordinated
-from tests.server.simulated import LIMIT_S, simulated
 from tests.server.test_elastic import Job, gradient, run_test
-from tests.server.test_faults import (
-    FAILING,
-    LOG_STEPS,
-    WORKER_POINTS,
-    WorkerKilled,
-    begin,
-    killed_at,
-    require_same,
-    successor_of,
-)
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 async def begin_again(job: Job, world_size: int) -> None:
@@ -119,32 +103,3 @@ def test_service_that_has_lost_its_state_says_so_and_takes_others_after_a_restor
         await begin_again(job, 1)
 
     test()
-
-
-@coordinated.run_test
-async def test_rank_that_waited_for_others_when_it_was_dismissed_is_not_counted(service: coordinated.Service) -> None:
-    await service.coordinator.dismiss()
-    dismissed = asyncio.ensure_future(service.register(1, coordinated.HALVES[1], incarnation="b"))
-    for _ in range(20):
-        await asyncio.sleep(0)
-    await service.coordinator.dismiss()
-    first = asyncio.ensure_future(service.register(0, coordinated.HALVES[0], incarnation="c"))
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert not first.done()
-    told = await service.register(1, coordinated.HALVES[1], incarnation="c")
-    assert (await first).ranks == told.ranks == (0, 1)
-    assert not dismissed.done()
-    dismissed.cancel()
-
-
-@pytest.mark.parametrize("point", WORKER_POINTS)
-@pytest.mark.parametrize("fault", [None, *shard_faults(1, FAILING)], ids=str)
-def test_worker_that_died_within_its_step_is_dismissed(fault: Fault | None, point: str) -> None:
-    """Whatever shards have its push, and though one is lost: the step is taken by all or by none."""
-    with simulated(2, [fault] if fault else [], log_steps=LOG_STEPS) as cluster:
-        trainer = begin(cluster).run(FAILING - 1)
-        with killed_at(point), pytest.raises(WorkerKilled):
-            trainer.run(FAILING)
-        Patience(LIMIT_S, "the test").go_on_with(trainer.optimizer.service.dismiss_workers)
-        require_same(successor_of(trainer))

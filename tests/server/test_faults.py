@@ -19,6 +19,7 @@ import pytest
 
 import stepwell
 from stepwell.client import object_store
+from stepwell.client.patience import Patience
 from stepwell.sharding.checkpoint import find_damages
 from stepwell.sharding.errors import CheckpointRestoreNeededError, KernelError, StepwellError
 from stepwell.sharding.manifest import MANIFEST_NAME
@@ -35,7 +36,7 @@ from tests.faults import (
     shard_pairs,
 )
 from tests.integration.training import D0, Trainer, assert_same_training
-from tests.server.simulated import Cluster, Disturb, simulated
+from tests.server.simulated import LIMIT_S, Cluster, Disturb, simulated
 from tests.zoo import small
 
 # Processes die here with tasks under way; what is left of them goes when Python collects it, with no loop to run on.
@@ -101,7 +102,7 @@ def successor_of(trainer: Trainer, rule: str = "Prodigy") -> Trainer:
     """A new process in a worker's place."""
     service = trainer.optimizer.service
     successor = Trainer(small(), getattr(stepwell, rule), shift=3.0, service=service, **RULES[rule])
-    successor.step = successor.optimizer._registered.num_steps
+    successor.step = successor.optimizer.num_steps
     return successor
 
 
@@ -155,6 +156,22 @@ def test_shard_and_worker(fault: Fault | None, point: str) -> None:
         trainer = begin(cluster).run(FAILING - 1)
         with killed_at(point), pytest.raises(WorkerKilled):
             trainer.run(FAILING)
+        require_same(successor_of(trainer))
+
+
+@pytest.mark.parametrize(
+    ("fault", "point"),
+    [*((None, point) for point in WORKER_POINTS), *((fault, "sending 1") for fault in shard_faults(1, FAILING))],
+    ids=str,
+)
+def test_worker_that_is_dismissed(fault: Fault | None, point: str) -> None:
+    """Whatever shards have its push, and though one of them is lost: its step is taken by all or by none."""
+    with simulated(2, [fault] if fault else [], log_steps=LOG_STEPS) as cluster:
+        trainer = begin(cluster).run(FAILING - 1)
+        with killed_at(point), pytest.raises(WorkerKilled):
+            trainer.run(FAILING)
+        service: Any = trainer.optimizer.service
+        Patience(LIMIT_S, "the test").go_on_with(service.dismiss_workers)
         require_same(successor_of(trainer))
 
 
