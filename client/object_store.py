@@ -213,6 +213,9 @@ class ObjectStoreTransport(Transport):
         )
         results = []
         for outcome in outcomes:
+            # From one that was a shard when this process looked, and is a spare now.
+            if isinstance(outcome, ShardLostError) and self._have_moved():
+                return self._ask_decided(timeline, sequence)
             if isinstance(outcome, StepwellError):
                 raise outcome
             results.append(outcome)

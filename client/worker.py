@@ -191,6 +191,7 @@ class Worker:
             try:
                 self._try_step(hyper, scalars, limits, grad_scale, found_inf, loss)
             except ShardsMovedError:
+                was_lost = True
                 patience.go_on_with(self.settle)
             except ShardLostError as error:
                 was_lost = True

@@ -93,7 +93,7 @@ async def until_started(actor: Any, *, timeout_s: float, what: str) -> None:
         what: Names the wait in messages.
 
     Raises:
-        ShardLostError: If the actor has ended for good.
+        ShardLostError: If the actor has ended for good, or is no shard any more.
         ServiceTimeoutError: If the limit ran out.
     """
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -103,8 +103,8 @@ async def until_started(actor: Any, *, timeout_s: float, what: str) -> None:
             await actor.status.remote()
         except ActorUnavailableError:
             return
-        except (RayTaskError, ActorDiedError) as error:
-            is_over = isinstance(error, RayTaskError) or await asyncio.to_thread(has_ended, actor)
+        except (RayTaskError, ActorDiedError, ShardLostError) as error:
+            is_over = not isinstance(error, ActorDiedError) or await asyncio.to_thread(has_ended, actor)
             if is_over and not ended.done():
                 ended.set_exception(translate(error, timeout_s=timeout_s, what=what))
         else:
@@ -130,8 +130,8 @@ def has_ended(actor: Any) -> bool:
 
 
 async def until_ended(call: Any) -> None:
-    """Wait for a call that may take for ever, or until its actor's process has ended."""
-    with contextlib.suppress(RayActorError):
+    """Wait for a call that may take for ever, or until its actor's process has ended, or has by now."""
+    with contextlib.suppress(RayActorError, ShardLostError):
         await call
 
 
@@ -193,6 +193,8 @@ def translate(error: BaseException, *, timeout_s: float, what: str) -> BaseExcep
     if isinstance(error, RayTaskError):
         cause = error.cause
         return cause if isinstance(cause, StepwellError) else error
+    if isinstance(error, StepwellError):
+        return error
     if isinstance(error, RayActorError):
         return ShardLostError(
             f"a process of the service died while waiting for {what}. Restore its last checkpoint: "

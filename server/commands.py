@@ -51,6 +51,7 @@ def up(
     redundancy: Annotated[
         int, typer.Option(min=0, max=2, help="Keepers of each shard's state; 0: its checkpoint alone survives it.")
     ] = 1,
+    standby: Annotated[int, typer.Option(min=0, help="Spare processes that take a lost shard's place at once.")] = 0,
     elastic: Annotated[
         bool, typer.Option("--elastic", help="Workers may join and leave; steps go on without one that is missing.")
     ] = False,
@@ -79,6 +80,7 @@ def up(
                 placement=strategy,
                 kernel=_kernel(kernel),
                 redundancy=redundancy,
+                standby=standby,
                 elastic=elastic,
                 worker_timeout_s=worker_timeout_s,
                 restore=restore,
@@ -253,6 +255,7 @@ def _status_table(fields: dict[str, Any]) -> Table:
     if phases:
         parts = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items())
         shown["last step"] = f"{1e3 * sum(phases.values()):.1f} ms: {parts}"
+    shown["standby"] = "{ready} of {wanted} ready".format_map(fields["standby"])
     if fields["rule"] is None:
         shown["rule"] = "none yet: no worker has registered"
     for key, value in shown.items():

@@ -35,6 +35,7 @@ class ServiceConfig:
         placement_timeout_s: How long a launch waits for room in the cluster.
         redundancy: How many keepers hold each shard's copy and log: 0, 1 or 2.
         log_steps: How many steps are kept for a shard that is lost.
+        standby: How many spares there are, processes that a lost shard's place is given to at once.
         elastic: Whether ranks may come and go between steps, and a step goes on without one that does not push in time.
         shard_set: Which set of shards these settings are of: its number, and the epoch of the coordinator that started
             it; see *Note: Another set of shards* in docs/design.md.
@@ -56,6 +57,7 @@ class ServiceConfig:
     placement_timeout_s: float = 60.0
     redundancy: int = 1
     log_steps: int = 8
+    standby: int = 0
     elastic: bool = False
     shard_set: tuple[int, int] = (0, 0)
     log_format: LogFormat = "text"
@@ -70,6 +72,10 @@ class ServiceConfig:
         _require(self.worker_timeout_s > 0, "worker_timeout_s", "more than 0", self.worker_timeout_s)
         _require(self.redundancy in (0, 1, 2), "redundancy", "0, 1 or 2", self.redundancy)
         _require(self.log_steps >= 2, "log_steps", "at least 2", self.log_steps)
+        _require(self.standby >= 0, "standby", "0 or more", self.standby)
+        able = self.redundancy > 0 and self.num_gpus_per_shard == 0
+        expected = "0 without keepers (redundancy=0) and for shards on GPUs, as a spare could be none of these"
+        _require(able or self.standby == 0, "standby", expected, self.standby)
         _require(self.log_format in get_args(LogFormat), "log_format", f"one of {get_args(LogFormat)}", self.log_format)
         _require(self.placement_timeout_s > 0, "placement_timeout_s", "more than 0", self.placement_timeout_s)
 
@@ -90,6 +96,10 @@ class ServiceConfig:
     def shard_name(self, shard: int) -> str:
         """A shard's actor name."""
         return f"{self.set_name}/shard-{shard}"
+
+    def spare_name(self, spare: int) -> str:
+        """The actor name of a seat that is a spare at first."""
+        return f"{self.set_name}/spare-{spare}"
 
     def next_set(self, num_shards: int, epoch: int) -> ServiceConfig:
         """The settings of the set of shards that the coordinator of ``epoch`` puts in this one's place."""

@@ -33,6 +33,7 @@ from .roster import Roster
 from .saves import Saves
 from .shard_sets import SetsInRay
 from .shards import POLL_S, Shards
+from .standby import Standby
 from .takeover import finish_changes
 from .two_phase import change_state
 from .watch import RETRY_S, Watch
@@ -53,6 +54,7 @@ class Coordinator:
         config: The service's settings.
         shards: The shards' handles, by index.
         keepers: The keepers', by index.
+        spares: The spares'; where there are some the shards may have changed places with them.
         is_first: Whether the service has had no coordinator before.
         sets: Where other sets of shards come from; None if there are none but these.
         resign: Called when the shards obey another coordinator.
@@ -64,12 +66,13 @@ class Coordinator:
         shards: Sequence[Any],
         *,
         keepers: Sequence[Any] = (),
+        spares: Sequence[Any] = (),
         is_first: bool = True,
         sets: ShardSets | None = None,
         resign: Callable[[], None] = end_process,
     ) -> None:
         self._config, self._is_first = config, is_first
-        self._shards = Shards(config, shards, resign=resign)
+        self._shards = Shards(config, shards, resign=resign, spares=spares)
         self._keepers = Keepers(keepers, self._shards, config.redundancy)
         self._changing = asyncio.Lock()
         self._roster = Roster(config, self._shards, self._changing, self.load)
@@ -91,6 +94,7 @@ class Coordinator:
             resign=resign,
         )
         self._draining = Draining(self._resizing, sets)
+        self._standby = Standby(self._shards, sets.states, lambda: self._known.spec)
 
     @property
     def _known(self) -> Knowledge:
@@ -125,6 +129,7 @@ class Coordinator:
     async def locate(self) -> tuple[ServiceConfig, list[Any]]:
         """As :meth:`describe`, once no others are about to take their place."""
         await self.start()
+        await self._standby.until_seated()
         async with self._changing:
             return await self.describe()
 
@@ -267,6 +272,7 @@ class Coordinator:
             await self._shards.statuses_now(),
             await self._keepers.holdings(),
             self._watch.recoveries,
+            await self._standby.num_ready(),
         )
 
     async def leave(self, rank: int, incarnation: str) -> None:
@@ -312,6 +318,7 @@ class Coordinator:
         finally:
             await shards.release()
         self._watch.begin()
+        self._standby.begin()
         if shards.config.detached:
             self._draining.begin()
 
@@ -347,7 +354,9 @@ class CoordinatorActor(Coordinator):
         context, sets = ray.get_runtime_context(), SetsInRay(config)
         oldest = next(found for found in sets.found_now() if found.is_whole)
         is_first = not context.was_current_actor_reconstructed
-        super().__init__(oldest.config, oldest.shards, keepers=oldest.keepers, is_first=is_first, sets=sets)
+        super().__init__(
+            oldest.config, oldest.shards, keepers=oldest.keepers, spares=oldest.spares, is_first=is_first, sets=sets
+        )
         begin_logs(oldest.config.log_format, self._log_context)
         context.current_actor.persist.remote()
 

@@ -78,6 +78,7 @@ class ServiceStatus:
         shards: Every shard's status; None of one without a job.
         holdings: What each keeper that answers has, by keeper and shard.
         recoveries: Of shards, by this coordinator.
+        num_spares_ready: How many spares could be a shard at once.
     """
 
     config: ServiceConfig
@@ -87,6 +88,7 @@ class ServiceStatus:
     shards: Sequence[ShardStatus | None]
     holdings: Mapping[int, Mapping[int, Holding]]
     recoveries: Recoveries
+    num_spares_ready: int
 
     def redundancy(self) -> list[dict[str, dict[str, Any]]]:
         """For each shard what its keepers hold, by the keepers' numbers, as plain values."""

@@ -20,6 +20,7 @@ from .keepers import Keepers
 from .knowledge import Knowledge
 from .saves import Saves
 from .shards import FORMING_TIMEOUT_S, Shards
+from .standby import ActorState, take_seats
 from .watch import Watch
 
 logger = logging.getLogger("stepwell")
@@ -34,12 +35,15 @@ class ShardSet:
         shards: Handles of its shards, by index.
         keepers: Handles of what keeps their copies, by index.
         is_whole: Whether it has its first shard, which is ended before any other.
+        spares: Handles of its spares. Where there are some, the handles of shards may be those of other shards: who
+            is which is to be asked, see :func:`take_seats`.
     """
 
     config: ServiceConfig
     shards: list[Any]
     keepers: list[Any]
     is_whole: bool = True
+    spares: list[Any] = dataclasses.field(default_factory=list)
 
 
 class ShardSets(abc.ABC):
@@ -75,12 +79,12 @@ class ShardSets(abc.ABC):
         """Id of the node that this coordinator is on."""
 
     @abc.abstractmethod
-    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
-        """Which of a set's shards do not run, as they are being started again or have no place."""
+    async def states(self, actors: Sequence[Any]) -> list[ActorState]:
+        """How each of some actors is; one that has no place is lost."""
 
     @abc.abstractmethod
-    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
-        """Start a shard on a node, with nothing reserved, in place of one that does not run; its handle."""
+    async def replace(self, config: ServiceConfig, index: int, lost: Any, node: str) -> Any:
+        """Start a shard on a node, with nothing reserved, in place of an actor that does not run; its handle."""
 
 
 class OneSet(ShardSets):
@@ -109,11 +113,11 @@ class OneSet(ShardSets):
         """Nowhere that could be named."""
         return ""
 
-    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
-        """None."""
-        return []
+    async def states(self, actors: Sequence[Any]) -> list[ActorState]:
+        """All run."""
+        return [ActorState.RUNS] * len(actors)
 
-    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
+    async def replace(self, config: ServiceConfig, index: int, lost: Any, node: str) -> Any:
         """Refused."""
         raise PlacementError(f"service {config.name!r} has no other place for shard {index}")
 
@@ -156,7 +160,8 @@ class Resizing:
         """
         found = await self._sets.found()
         for each in [each for each in found if each.is_whole and each.config.shard_set > self._present]:
-            newer = self._shards.beside(each.config, each.shards)
+            newer = self._shards.beside(each.config, each.shards, each.spares)
+            await take_seats(newer, self._sets.states)
             reports = await newer.claim()
             self._shards.epoch = newer.epoch
             if any(report.is_in_office for report in reports):
@@ -190,7 +195,7 @@ class Resizing:
             before, after = self._shards.config, self._shards.config.next_set(num_shards, self._shards.epoch)
             logger.info("service %r: starting %d new shards", before.name, num_shards)
             started = await self._sets.start(after, avoid)
-            successors = self._shards.beside(after, started.shards)
+            successors = self._shards.beside(after, started.shards, started.spares)
             keepers = self._keepers.beside(started.keepers, successors)
             try:
                 await self._prepare(successors, keepers)

@@ -68,8 +68,9 @@ class Service:
             ``name``, ``num_shards``, ``generation`` of the shards' group, ``epoch`` of the coordinator and its
             ``restarts``; ``elastic``; ``redundancy``: ``wanted`` keepers of each shard, and for each of the ``shards``
             what those have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps
-            after it, ``size_bytes``; ``recoveries`` of shards since: their ``count``, and of the ``last`` one the
-            ``seconds`` by part, see :class:`stepwell.server.watch.Recovery`; with a job also ``rule``, ``world_size``,
+            after it, ``size_bytes``; ``standby``: how many spares are ``wanted`` and ``ready``; ``recoveries`` of
+            shards since: their ``count``, and of the ``last`` one the ``seconds`` by part, see
+            :class:`stepwell.server.recoveries.Recovery`; with a job also ``rule``, ``world_size``,
             the ``ranks`` that the next step waits for, ``excluded`` (rank to the step from which on the job goes on
             without it), ``num_params``, ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``,
             ``scalars``, ``kernel`` and ``size_bytes`` per shard.
@@ -84,6 +85,7 @@ class Service:
             "restarts": found.epoch - 1,
             "elastic": config.elastic,
             "redundancy": {"wanted": config.redundancy, "shards": found.redundancy()},
+            "standby": {"wanted": config.standby, "ready": found.num_spares_ready},
             "recoveries": dataclasses.asdict(found.recoveries),
         }
         if spec is None or shards[0] is None:
@@ -286,6 +288,7 @@ def launch(
     worker_timeout_s: float = 1800.0,
     placement_timeout_s: float = 60.0,
     redundancy: int = 1,
+    standby: int = 0,
     elastic: bool = False,
 ) -> Service:
     """Start a service.
@@ -307,6 +310,8 @@ def launch(
         redundancy: How many keepers, processes beside the shards, hold a copy of each shard's state and the last steps'
             gradients in memory, on other nodes where shards are on several: with 1 or 2, what a shard holds survives
             the shard. 0: a shard that dies takes the service back to its last checkpoint.
+        standby: How many spares, processes that have loaded what a shard needs and take a lost one's place at once,
+            where a shard would be waited for that Ray starts again. Takes ``redundancy``; not for shards on GPUs.
         elastic: Whether workers may join and leave between steps, for gradients that are local to ranks. A worker that
             does not push within ``worker_timeout_s`` is then excluded and the step taken without it; else the step is
             given up on all, with a :class:`MissingRankError` that names it. See *Note: Elastic jobs* in docs/design.md.
@@ -329,6 +334,7 @@ def launch(
         worker_timeout_s=worker_timeout_s,
         placement_timeout_s=placement_timeout_s,
         redundancy=redundancy,
+        standby=standby,
         elastic=elastic,
         log_format=default_log_format(),
     )

@@ -20,7 +20,9 @@ from .config import NAMESPACE, ServiceConfig
 from .keeper import Keeper
 from .resizing import ShardSet, ShardSets
 from .room import drained_now, needs, nodes_now, require_room, tell
+from .seat import Seat
 from .shard_actor import ShardActor
+from .standby import ActorState
 
 ACTOR_START_TIMEOUT_S = 120.0
 
@@ -66,27 +68,34 @@ class SetsInRay(ShardSets):
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
+    async def states(self, actors: Sequence[Any]) -> list[ActorState]:
         """See :class:`ShardSets`."""
-        return await asyncio.to_thread(_unplaced, shards)
+        return await asyncio.to_thread(lambda: [_state(actor) for actor in actors])
 
-    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
+    async def replace(self, config: ServiceConfig, index: int, lost: Any, node: str) -> Any:
         """See :class:`ShardSets`."""
-        return await asyncio.to_thread(_replace, config, index, node)
+        return await asyncio.to_thread(_replace, config, index, lost, node)
 
 
-def _unplaced(shards: Sequence[Any]) -> list[int]:
-    states = [untyped_ray._private.state.actors(shard._actor_id.hex()).get("State") for shard in shards]
-    return [index for index, state in enumerate(states) if state != "ALIVE"]
+def _row(actor: Any) -> dict[str, Any]:
+    """What Ray knows of an actor."""
+    row: dict[str, Any] = untyped_ray._private.state.actors(actor._actor_id.hex())
+    return row
 
 
-def _replace(config: ServiceConfig, index: int, node: str) -> Any:
-    name, deadline = config.shard_name(index), time.monotonic() + ACTOR_START_TIMEOUT_S
+def _state(actor: Any) -> ActorState:
+    shown = {"ALIVE": ActorState.RUNS, "DEPENDENCIES_UNREADY": ActorState.STARTS, "PENDING_CREATION": ActorState.STARTS}
+    return shown.get(_row(actor).get("State", ""), ActorState.LOST)
+
+
+def _replace(config: ServiceConfig, index: int, lost: Any, node: str) -> Any:
+    # Its name is not that of its index where it has taken another one's place.
+    name, deadline = _row(lost).get("Name") or config.shard_name(index), time.monotonic() + ACTOR_START_TIMEOUT_S
     end_actors([name])
     options = {**common_options(config), **on_node(node), "name": name}
     while True:
         try:
-            return start_actor(ShardActor, config, index, True, **options)
+            return start_actor(_shard_class(config), config, index, True, **options)
         except ValueError as error:  # Ray has not yet given up the name
             if time.monotonic() > deadline:
                 raise PlacementError(f"shard {index} cannot be started on node {node}: {error}") from error
@@ -110,23 +119,43 @@ def start_set(config: ServiceConfig, avoid: Collection[str] = ()) -> ShardSet:
     common = common_options(config)
     each: dict[str, Any] = {"num_cpus": config.num_cpus_per_shard, "num_gpus": config.num_gpus_per_shard}
     try:
-        keepers, shards = _start_keepers(config, group), []
+        bundles = _first_bundles(group)
+        keepers, shards = _start_keepers(config, group, bundles), []
         for index in range(config.num_shards):
             options = {**common, **each, "name": config.shard_name(index), "strategy": _place(group, index)}
-            shards.append(start_actor(ShardActor, config, index, **options))
+            shards.append(start_actor(_shard_class(config), config, index, **options))
+        spares = _start_spares(config, group, bundles)
     except ValueError:
         end_set(config.set_name)
         raise
-    return ShardSet(config, shards, keepers)
+    return ShardSet(config, shards, keepers, spares=spares)
 
 
-def _start_keepers(config: ServiceConfig, group: PlacementGroup) -> list[Any]:
+def _shard_class(config: ServiceConfig) -> type[ShardActor]:
+    return Seat if config.standby else ShardActor
+
+
+def _first_bundles(group: PlacementGroup) -> list[int]:
+    """A shard's place on each node that has some."""
+    by_bundle = sorted(placement_group_table(group)["bundles_to_node_id"].items(), reverse=True)
+    return sorted({node: bundle for bundle, node in by_bundle}.values())
+
+
+def _start_spares(config: ServiceConfig, group: PlacementGroup, bundles: Sequence[int]) -> list[Any]:
+    """Each beside a shard, on one node after the other; the coordinator's comes last."""
+    spares, common = [], common_options(config)
+    for index in range(config.standby):
+        strategy = _place(group, bundles[-1 - index % len(bundles)])
+        options = {**common, "name": config.spare_name(index), "num_cpus": 0}
+        spares.append(start_actor(Seat, config, None, strategy=strategy, **options))
+    return spares
+
+
+def _start_keepers(config: ServiceConfig, group: PlacementGroup, first_bundles: Sequence[int]) -> list[Any]:
     """One on each node that has shards, and so many at least as each shard wants.
 
     Each has its place beside a shard, with which it goes to another node if its own is lost.
     """
-    by_bundle = sorted(placement_group_table(group)["bundles_to_node_id"].items(), reverse=True)
-    first_bundles = sorted({node: bundle for bundle, node in by_bundle}.values())
     num_keepers = max(len(first_bundles), config.redundancy) if config.redundancy else 0
     keepers, common = [], common_options(config)
     for index in range(num_keepers):
@@ -278,8 +307,8 @@ def actor_names(prefix: str) -> list[str]:
 def _found(config: ServiceConfig) -> list[ShardSet]:
     actors: dict[tuple[int, int], dict[str, set[int]]] = {}
     for name in actor_names(f"{config.name}/"):
-        if match := re.fullmatch(r".*/set-(\d+)\.(\d+)/(shard|keeper)-(\d+)", name):
-            kinds = actors.setdefault((int(match[1]), int(match[2])), {"shard": set(), "keeper": set()})
+        if match := re.fullmatch(r".*/set-(\d+)\.(\d+)/(shard|keeper|spare)-(\d+)", name):
+            kinds = actors.setdefault((int(match[1]), int(match[2])), {"shard": set(), "keeper": set(), "spare": set()})
             kinds[match[3]].add(int(match[4]))
     sets = []
     for shard_set, kinds in sorted(actors.items()):
@@ -287,7 +316,8 @@ def _found(config: ServiceConfig) -> list[ShardSet]:
         each = dataclasses.replace(config, num_shards=num_shards, shard_set=shard_set)
         shards = _handles([each.shard_name(index) for index in sorted(kinds["shard"])])
         keepers = _handles([each.keeper_name(index) for index in sorted(kinds["keeper"])])
-        sets.append(ShardSet(each, shards, keepers, is_whole=0 in kinds["shard"]))
+        spares = _handles([each.spare_name(index) for index in sorted(kinds["spare"])])
+        sets.append(ShardSet(each, shards, keepers, is_whole=0 in kinds["shard"], spares=spares))
     return sets
 
 

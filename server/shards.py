@@ -29,27 +29,30 @@ class Shards:
         config: The service's settings.
         handles: The shards' handles, by index.
         resign: Called when shards refuse this coordinator, as another one has taken the service over.
+        spares: Handles of processes that can take a lost shard's place.
 
     Attributes:
-        config, handles: As above.
+        config, handles, spares: As above.
         epoch: This coordinator's; 0 before :meth:`claim`.
         generation: Of the group that was formed last, as far as this coordinator knows.
     """
 
-    def __init__(self, config: ServiceConfig, handles: Sequence[Any], *, resign: Callable[[], None]) -> None:
-        self.handles, self.config, self._resign = list(handles), config, resign
+    def __init__(
+        self, config: ServiceConfig, handles: Sequence[Any], *, resign: Callable[[], None], spares: Sequence[Any] = ()
+    ) -> None:
+        self.handles, self.spares, self.config, self._resign = list(handles), list(spares), config, resign
         self.epoch, self.generation = 0, NO_GENERATION
         self._num_formed = 0
 
-    def beside(self, config: ServiceConfig, handles: Sequence[Any]) -> Shards:
+    def beside(self, config: ServiceConfig, handles: Sequence[Any], spares: Sequence[Any] = ()) -> Shards:
         """Another set of shards of the service, as the same coordinator asks them."""
-        other = Shards(config, handles, resign=self._resign)
+        other = Shards(config, handles, resign=self._resign, spares=spares)
         other.epoch, other._num_formed = self.epoch, self._num_formed
         return other
 
     def become(self, other: Shards) -> None:
         """Ask the shards of another set from now on."""
-        self.config, self.handles = other.config, other.handles
+        self.config, self.handles, self.spares = other.config, other.handles, other.spares
         self.epoch, self.generation, self._num_formed = other.epoch, other.generation, other._num_formed
 
     async def all(self, method: str, *args: Any, what: str, timeout_s: float = STATE_TIMEOUT_S) -> list[Any]:

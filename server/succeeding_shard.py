@@ -43,6 +43,11 @@ class SucceedingShard(RestingShard):
         job, code, requests = pack_job(shard.spec), self._redundancy.code, self._changes.taken
         return Estate(job, code, shard.status(), shard.replicated(), workers, left, requests), self._saves.saved
 
+    @of_coordinator
+    async def kernels(self) -> tuple[bytes, bytes]:
+        """The job, packed, and its compiled kernels, for spares; called on shard 0 alone."""
+        return pack_job(self._steps.job().spec), self._redundancy.code
+
     async def rows(self, run: TileRun) -> WireTensor:
         """Some of the owned tiles, flat; called by shards of the new set while the service is held."""
         return to_wire(rows_of(self._steps.whole_job().buffers, run))

@@ -113,8 +113,9 @@ def compiled_code() -> bytes:
     return b"" if saved is None else saved[0]
 
 
+@functools.lru_cache(maxsize=1)
 def take_compiled_code(code: bytes) -> None:
-    """Put what another process has compiled into torch's cache here. Of use on a machine of the same kind."""
+    """Put what another process has compiled into torch's cache here, once. Of use on a machine of the same kind."""
     if code:
         torch.compiler.load_cache_artifacts(code)
 

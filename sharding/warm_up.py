@@ -18,11 +18,16 @@ STAND_IN_SHAPE = (4, 2, 8, 4)
 """Of four dimensions, so that a rule which knows output channels finds some."""
 
 
-def warm_up(spec: JobSpec, device: torch.device) -> None:
+def warm_up(spec: JobSpec, device: torch.device, *, is_delivered: bool = True) -> None:
     """Take one step of a small stand-in for each dtype that the job has; nothing of the job is touched.
 
     Each rank's parameters go to memory that is reached from here. What not every step needs is compiled when one does:
     the look at a gradient, for its norm, and parameters that go to nobody's memory.
+
+    Args:
+        spec: The job.
+        device: Where its passes run.
+        is_delivered: False for steps that are taken again, whose parameters go to nobody.
 
     Raises:
         KernelError: If its kernels cannot be compiled.
@@ -31,7 +36,7 @@ def warm_up(spec: JobSpec, device: torch.device) -> None:
         return
     layout = spec.layout()
     for dtype in dict.fromkeys(wire_dtype(layout, extent) for extent in layout.extents):
-        _take_step(_stand_in(spec, dtype), dtype, device)
+        _take_step(_stand_in(spec, dtype), dtype, device, is_delivered)
 
 
 def _stand_in(spec: JobSpec, dtype: torch.dtype) -> JobSpec:
@@ -42,7 +47,7 @@ def _stand_in(spec: JobSpec, dtype: torch.dtype) -> JobSpec:
     )
 
 
-def _take_step(spec: JobSpec, dtype: torch.dtype, device: torch.device) -> None:
+def _take_step(spec: JobSpec, dtype: torch.dtype, device: torch.device, is_delivered: bool) -> None:
     group, hyper = ShardGroup(spec, device=device), spec.rule.hyper(spec.rule.defaults())
     group.load(StateSource(_read_ones, frozenset({(0, MASTER.name)})), timeline=1)
     gradient = torch.ones(spec.params[0].numel, dtype=dtype)
@@ -58,7 +63,7 @@ def _take_step(spec: JobSpec, dtype: torch.dtype, device: torch.device) -> None:
             hyper={name: [value] for name, value in hyper.items()} if rank == 0 else None,
             max_abs=1.0,
         )
-        sink = Sink("held", (torch.empty_like(gradient, device=device),))
+        sink = Sink("held", (torch.empty_like(gradient, device=device),)) if is_delivered else None
         group.push([Push(header, (gradient,), sink=sink)])
 
 

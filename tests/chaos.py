@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="kills in all (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default 0)")
+    parser.add_argument("--standby", type=int, default=0, help="spare processes of each service (default 0)")
     parser.add_argument("--matrix", action="store_true", help="declared faults, all of them")
     parser.add_argument("--part", default="1/1", help="of the matrix")
     parser.add_argument("--minutes", type=float, help="kill for so long, and watch what grows")
@@ -80,23 +81,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.matrix:
         text = run_matrix(*map(int, options.part.split("/")))
     elif options.minutes:
-        text = run_soak(options.minutes, seed=options.seed)
+        text = run_soak(options.minutes, seed=options.seed, standby=options.standby)
     else:
-        text = _all_rules(options.kills, options.seed)
+        text = _all_rules(options.kills, options.seed, options.standby)
     print(text)
     if options.write:
         options.write.write_text(text)
 
 
-def _all_rules(num_kills: int, seed: int) -> str:
+def _all_rules(num_kills: int, seed: int, standby: int) -> str:
     """Kill, in every rule and number of shards in turn; a page of what it took."""
     rounds = [(rule, num_shards) for num_shards in (2, 3, 4) for rule in RULES]
     kills = list[Kill]()
     for number, (rule, num_shards) in enumerate(rounds):
         share = num_kills * (number + 1) // len(rounds) - num_kills * number // len(rounds)
-        kills += run_chaos(rule, num_shards, kills=share, seed=seed + number)
+        kills += run_chaos(rule, num_shards, kills=share, seed=seed + number, standby=standby)
     kinds = sorted({kill.kind for kill in kills})
-    said = f"{len(kills)} moments, seed {seed}: the same bits in every run. Seconds; parts are medians."
+    said = (
+        f"{len(kills)} moments, seed {seed}, standby {standby}: the same bits in every run. Seconds; parts are medians."
+    )
     head = "| killed | moments | median | worst | restart | rebuild | rest | form | resume | the rest |"
     rows = [_row(kind, [kill for kill in kills if kill.kind == kind]) for kind in kinds]
     return "\n".join([said, "", head, "|---" * 10 + "|", *rows, ""])
@@ -112,13 +115,13 @@ def _row(kind: str, kills: Sequence[Kill]) -> str:
     return f"| {kind} | {len(kills)} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |"
 
 
-def run_chaos(rule: str, num_shards: int, *, kills: int, seed: int) -> list[Kill]:
+def run_chaos(rule: str, num_shards: int, *, kills: int, seed: int, standby: int = 0) -> list[Kill]:
     """One run under a Ray that this process is in.
 
     Raises:
         AssertionError: If it does not go on, or ends with other bits.
     """
-    with _training(rule, num_shards) as run:
+    with _training(rule, num_shards, standby) as run:
         chance = random.Random(seed)
         return [run.kill(chance) for _ in range(kills)]
 
@@ -142,9 +145,9 @@ def run_matrix(part: int, num_parts: int) -> str:
     )
 
 
-def run_soak(minutes: float, *, seed: int) -> str:
+def run_soak(minutes: float, *, seed: int, standby: int) -> str:
     """Kill now and then for some minutes; a page of what every process had at the begin and at the end."""
-    with _training("Prodigy", 3) as run:
+    with _training("Prodigy", 3, standby) as run:
         chance, deadline = random.Random(seed), time.monotonic() + 60 * minutes
         samples, num_kills = [run.sample()], 0
         while time.monotonic() < deadline:
@@ -163,11 +166,12 @@ def run_soak(minutes: float, *, seed: int) -> str:
 
 
 @contextlib.contextmanager
-def _training(rule: str, num_shards: int) -> Iterator[_Training]:
+def _training(rule: str, num_shards: int, standby: int) -> Iterator[_Training]:
     """A service and its worker; at the end it is seen that the bits are the same."""
     with tempfile.TemporaryDirectory(prefix="stepwell-chaos-") as name:
         folder = Path(name)
-        with stepwell.launch(SERVICE, num_shards=num_shards, num_cpus_per_shard=0, redundancy=1) as service:
+        options: dict[str, Any] = {"num_cpus_per_shard": 0, "redundancy": 1, "standby": standby}
+        with stepwell.launch(SERVICE, num_shards=num_shards, **options) as service:
             worker = _Worker(rule, folder)
             worker.await_step(STEPS_BETWEEN_KILLS)
             yield _Training(f"{rule}, {num_shards} shards", service, worker)

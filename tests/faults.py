@@ -44,6 +44,9 @@ REBUILDING_POINTS = ("asking fetch", "asked fetch", "rebuilt")
 
 KEEPER_POINTS = ("log", "logged", "keep", "kept", "fetch")
 
+SPARE_POINTS = ("becoming", "became")
+"""Before it is a lost shard, and before it has said that it is."""
+
 COORDINATOR_POINTS = ("rebuild", "rest", "join", "resume")
 """Before it has the shards do this, as one of them is brought back."""
 
@@ -59,7 +62,7 @@ class Fault:
     """One event.
 
     Attributes:
-        who: A shard's number, "keeper" or "coordinator".
+        who: A shard's number, "keeper", "spare" or "coordinator".
         point: One of those above.
         after: It waits until this many steps were taken.
         what: The process dies; or loses the sum that it has just had, as if the group had broken before.
@@ -237,7 +240,12 @@ def arm_coordinator(coordinator: Any, armed: Armed) -> None:
     shards._call = called
 
 
-ARM = {"keeper": arm_keeper, "coordinator": arm_coordinator}
+def arm_spare(seat: Any, armed: Armed) -> None:
+    """Hook a spare."""
+    armed.hook(seat, "become", "becoming", "became")
+
+
+ARM = {"keeper": arm_keeper, "coordinator": arm_coordinator, "spare": arm_spare}
 
 
 def arm_here(actor: Any, faults: Sequence[Fault], num_steps: float) -> None:

@@ -26,6 +26,7 @@ class Victims:
     """
 
     def __init__(self, service: stepwell.Service) -> None:
+        self._service = service
         self._actors: dict[Name, Any] = dict(enumerate(service.shards))
         self._actors["coordinator"] = service.coordinator
         self._actors["keeper"] = ray.get_actor(service.config.keeper_name(0), namespace=NAMESPACE)
@@ -46,7 +47,12 @@ class Victims:
             os.kill(self._pids[name], signal.SIGKILL)
 
     def await_successors(self) -> None:
-        """Wait until all answer, so that all can be killed."""
+        """Wait until all answer, spares too, so that all can be killed."""
+        self._actors.update(enumerate(self._service.find_shards()))
+        deadline = time.monotonic() + LIMIT_S
+        while (standby := self._service.status()["standby"])["ready"] < standby["wanted"]:
+            assert time.monotonic() < deadline, f"expected spares within {LIMIT_S:g} s, got {standby}"
+            time.sleep(0.05)
         self._pids = {name: _pid_of(actor) for name, actor in self._actors.items()}
 
     def await_copies(self) -> None:

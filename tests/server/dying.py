@@ -19,6 +19,7 @@ from stepwell.server.meeting import Meeting
 from stepwell.server.messages import pack_holdings, pack_job
 from stepwell.server.resizing import ShardSet, ShardSets
 from stepwell.server.shard_actor import ShardActor
+from stepwell.server.standby import ActorState
 from stepwell.server.wire import from_wire, values_to_wire
 from stepwell.sharding.coverage import Gradients
 from stepwell.sharding.errors import PlacementError, ShardLostError
@@ -133,10 +134,10 @@ class Sets(ShardSets):
     def here(self) -> str:
         return self._service.here
 
-    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
-        return []
+    async def states(self, actors: Sequence[Any]) -> list[ActorState]:
+        return [ActorState.RUNS] * len(actors)
 
-    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
+    async def replace(self, config: ServiceConfig, index: int, lost: Any, node: str) -> Any:
         raise PlacementError("there is no other place")
 
 

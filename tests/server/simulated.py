@@ -28,7 +28,10 @@ from stepwell.server.collective import Generation
 from stepwell.server.config import ServiceConfig
 from stepwell.server.coordinator import Coordinator
 from stepwell.server.keeper import Keeper
+from stepwell.server.resizing import OneSet
+from stepwell.server.seat import Seat
 from stepwell.server.shard_actor import ShardActor
+from stepwell.server.standby import ActorState
 from stepwell.sharding.errors import ShardLostError
 from stepwell.sharding.partials import sum_vectors
 from tests.faults import ARM, Armed, Fault, arm_shard, num_steps_of
@@ -42,9 +45,17 @@ class Killed(BaseException):
 
 
 class Ref(concurrent.futures.Future[Any]):
-    """An answer that is to come, for threads and for event loops."""
+    """An answer that is to come, for threads and for event loops.
+
+    Args:
+        caller: The life that asks; None for a worker's.
+    """
 
     __hash__ = object.__hash__
+
+    def __init__(self, caller: Life | None) -> None:
+        super().__init__()
+        self.caller = caller
 
     def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.shield(asyncio.wrap_future(self)).__await__()
@@ -129,7 +140,7 @@ class Process:
 
     def call(self, caller: Life | None, method: str, *args: Any) -> Ref:
         """Call the actor; who has died calls nobody any more, and is told nothing."""
-        ref = Ref()
+        ref = Ref(caller)
         if caller is None or not caller.is_over:
             what = self._cluster.disturb("worker" if caller is None else caller.name, self.name, method)
             self._cluster.loop.call_soon_threadsafe(self._carry, what, ref, method, copy.deepcopy(args))
@@ -144,13 +155,15 @@ class Process:
     def kill(self) -> None:
         """Be killed from outside, and be started again a moment later; on the event loop."""
         self.life.is_over = True
-        steps = getattr(self.actor, "_steps", None)
+        parts = vars(self.actor)  # a spare has none
+        steps = parts.get("_steps")
         if steps is not None and steps.collective is not None:
             steps.collective.close()
-        for meeting in getattr(self.actor, "_meetings", {}).values():
+        for meeting in parts.get("_meetings", {}).values():
             meeting.end()
-        for task in getattr(getattr(self.actor, "_watch", None), "_tasks", []):
-            task.cancel()
+        for task in (*getattr(parts.get("_watch"), "_tasks", []), getattr(parts.get("_standby"), "_task", None)):
+            if task is not None:
+                task.cancel()
         for ref in self._unanswered:
             _answer(ref, error=_unavailable())
         self._unanswered = set()
@@ -161,7 +174,7 @@ class Process:
         if what in ("drop call", "drop reply"):
             self._cluster.loop.call_soon(_answer_lost, ref)
         if what == "double":
-            self._deliver(Ref(), method, copy.deepcopy(args))
+            self._deliver(Ref(ref.caller), method, copy.deepcopy(args))
         if what == "delay":
             self._cluster.loop.call_later(DELAY_S, self._deliver, ref, method, args)
         elif what != "drop call":
@@ -180,7 +193,8 @@ class Process:
         error = None if task.cancelled() else task.exception()  # looked at, or asyncio would tell of it
         if not life.is_over and not task.cancelled() and not isinstance(error, Killed):
             self._unanswered.discard(ref)
-            _answer(ref, error=error) if error else _answer(ref, copy.deepcopy(task.result()))
+            memo: dict[Any, Any] = {HOLDER: ref.caller}
+            _answer(ref, error=error) if error else _answer(ref, copy.deepcopy(task.result(), memo))
 
 
 def _unavailable() -> ActorUnavailableError:
@@ -254,6 +268,14 @@ class Collective:
         self._group.close()
 
 
+class OneSetInThisProcess(OneSet):
+    """Knows who is being started again."""
+
+    async def states(self, actors: Sequence[Any]) -> list[ActorState]:
+        lives = [actor._process.life for actor in actors]
+        return [ActorState.LOST if life.is_over else ActorState.RUNS for life in lives]
+
+
 class Cluster:
     """One service's processes, and the faults that are to come.
 
@@ -307,14 +329,35 @@ class Cluster:
 
     def arm(self, process: Process) -> None:
         """Hook a process that has been started."""
-        faults = [fault for fault in self.to_come if fault.who == process.name]
-        is_shard = isinstance(process.actor, ShardActor)
-        num_steps = functools.partial(num_steps_of, process.actor) if is_shard else self._num_steps
+        if isinstance(process.actor, Seat):
+            self._arm_seat(process, process.actor)
+        else:
+            self._arm_as(process, process.name)
+
+    def _arm_as(self, process: Process, name: int | str) -> None:
+        """Hook a process for the faults of who it is by now."""
+        faults = [fault for fault in self.to_come if fault.who == name]
+        num_steps = functools.partial(num_steps_of, process.actor) if isinstance(name, int) else self._num_steps
         armed = Armed(faults, process.die, self._note, num_steps)
-        ARM.get(str(process.name), arm_shard)(process.actor, armed)
+        ARM.get(str(name), arm_shard)(process.actor, armed)
+
+    def _arm_seat(self, process: Process, seat: Seat) -> None:
+        """Hook one that is a shard, or may be one."""
+        if seat._shard is not None:
+            self._arm_as(process, seat._shard)
+            return
+        self._arm_as(process, "spare")
+        sit_down = seat._sit_down
+
+        def sit_down_armed(shard: int, is_successor: bool) -> None:
+            sit_down(shard, is_successor)
+            self._arm_as(process, shard)
+
+        seat.__dict__["_sit_down"] = sit_down_armed
 
     def _num_steps(self) -> float:
-        return max((num_steps_of(shard.actor) for shard in self.shards), default=-1)
+        actors = [process.actor for process in self.shards]
+        return max((num_steps_of(actor) for actor in actors if "_steps" in vars(actor)), default=-1)
 
     def _note(self, fault: Fault) -> None:
         self.to_come.remove(fault)
@@ -326,20 +369,33 @@ class Cluster:
         self.shards = [
             Process(self, index, functools.partial(self._shard, index)) for index in range(self.config.num_shards)
         ]
+        self.spares = [
+            Process(self, f"spare {index}", functools.partial(self._shard, None))
+            for index in range(self.config.standby)
+        ]
         self.coordinator = Process(self, "coordinator", self._make_coordinator)
 
     def _stop(self) -> None:
-        for process in (self.coordinator, *self.shards):
+        for process in (self.coordinator, *self.shards, *self.spares):
             with mock.patch.object(self.loop, "call_later"):
                 process.kill()
 
-    def _shard(self, index: int, *_: object) -> ShardActor:
+    def _shard(self, index: int | None, *_: object) -> ShardActor:
+        if self.config.standby or index is None:
+            return Seat(self.config, index)
         return ShardActor(self.config, index)
 
     def _make_coordinator(self, process: Process, is_restarted: bool) -> Coordinator:
         handles = [shard.handle(process.life) for shard in self.shards]
-        keepers, is_first = [self.keeper.handle(process.life)], not is_restarted
-        coordinator = Coordinator(self.config, handles, keepers=keepers, is_first=is_first, resign=process.die)
+        coordinator = Coordinator(
+            self.config,
+            handles,
+            keepers=[self.keeper.handle(process.life)],
+            spares=[spare.handle(process.life) for spare in self.spares],
+            is_first=not is_restarted,
+            sets=OneSetInThisProcess(),
+            resign=process.die,
+        )
         process.handle().start.remote()
         return coordinator
 

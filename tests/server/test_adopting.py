@@ -15,6 +15,7 @@ from stepwell.server.config import ServiceConfig
 from stepwell.server.keepers import Keepers
 from stepwell.server.resizing import OneSet
 from stepwell.server.shards import Shards
+from stepwell.server.standby import ActorState
 
 CONFIG = ServiceConfig("test", num_shards=3, placement_timeout_s=0.02)
 KEPT_ON = {0: "node-a", 1: "node-b", 2: None}
@@ -37,11 +38,12 @@ class Sets(OneSet):
     def __init__(self, unplaced: Sequence[int], num_questions: float) -> None:
         self._unplaced, self._num_left = list(unplaced), num_questions
 
-    async def unplaced(self, config: ServiceConfig, shards: Sequence[Any]) -> list[int]:
+    async def states(self, actors: Sequence[Any]) -> list[ActorState]:
         self._num_left -= 1
-        return self._unplaced if self._num_left >= 0 else []
+        lost = self._unplaced if self._num_left >= 0 else []
+        return [ActorState.LOST if index in lost else ActorState.RUNS for index in range(len(actors))]
 
-    async def replace(self, config: ServiceConfig, index: int, node: str) -> Any:
+    async def replace(self, config: ServiceConfig, index: int, lost: Any, node: str) -> Any:
         return Handle(f"shard {index} on {node}")
 
 
