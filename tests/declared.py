@@ -60,4 +60,8 @@ class Declared:
             trainer.step = step
             trainer.run(step + NUM_STEPS)
         assert_same_training(trainer, self._alone.run(trainer.step))
+        if has_keeper:
+            # What has not befallen it, as no shard came to ask, is to befall it in no other case.
+            self._victims.await_successors()
+            self._victims.kill("keeper")
         return ended

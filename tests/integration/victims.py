@@ -58,10 +58,14 @@ class Victims:
     def await_copies(self) -> None:
         """Wait until the keeper has a copy of every shard; where it has none, a step must have been taken since."""
         keeper, deadline = self._actors["keeper"], time.monotonic() + LIMIT_S
-        for name in self._actors:
-            while isinstance(name, int) and ray.get(keeper.fetch.remote(name), timeout=LIMIT_S) is None:
-                assert time.monotonic() < deadline, f"expected a copy of shard {name} within {LIMIT_S:g} s, got none"
+        shards = {name for name in self._actors if isinstance(name, int)}
+        while True:
+            holdings = ray.get(keeper.holdings.remote(), timeout=LIMIT_S)
+            if missing := shards - {shard for shard, holding in holdings.items() if holding.step is not None}:
+                assert time.monotonic() < deadline, f"expected copies of {missing} within {LIMIT_S:g} s, got none"
                 time.sleep(0.05)
+            else:
+                return
 
 
 def _pid_of(actor: Any) -> int:
