@@ -1,4 +1,4 @@
-"""Hosts on this machine, each as a container: a network, processes, /tmp and /dev/shm of its own. A bridge joins them.
+"""Hosts on this machine, each as a container: network, processes, /tmp/ray and /dev/shm of its own. A bridge joins them.
 
 The bridge is in namespaces, too: this machine's own network is left alone, and nothing has to be tidied up.
 """
@@ -14,14 +14,15 @@ NOWHERE = "aaa0"
 
 _HOST = f"""
 hostname {{name}}
-mount -t tmpfs tmpfs /tmp
+mkdir -p /tmp/ray
+mount -t tmpfs tmpfs /tmp/ray
 mount -t tmpfs tmpfs /dev/shm
 ip link set lo up
 ip link add {NOWHERE} type veth peer name aaa1
 ip address add 10.66.0.{{number}}/24 dev {NOWHERE}
 ip link set {NOWHERE} up
-printf '127.0.0.1 localhost\\n10.66.0.{{number}} {{name}}\\n' > /tmp/hosts
-mount --bind /tmp/hosts /etc/hosts
+printf '127.0.0.1 localhost\\n10.66.0.{{number}} {{name}}\\n' > /dev/shm/hosts
+mount --bind /dev/shm/hosts /etc/hosts
 """
 
 

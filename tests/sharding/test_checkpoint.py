@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -120,11 +121,12 @@ def test_checkpoint_can_be_read_from_its_page_alone(tmp_path: Path, name: str, n
 def test_page_s_own_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     run = trained(name, 4)
     save(run, str(tmp_path / "checkpoint"))
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    namespace: dict[str, Any] = {}
+    *_, block = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    weight = run.state().params[0].view(run.group.spec.params[0].shape)
+    namespace: dict[str, Any] = {"model": SimpleNamespace(weight=weight)}  # which the block compares with
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(PAGE), "exec"), namespace)
-    assert torch.equal(namespace["tensor"].view(-1), run.state().params[0].view(-1))
+    assert torch.equal(namespace["tensor"], weight)
     for slot, values in run.state().slots.items():
         for param, value in enumerate(values):
             assert torch.equal(namespace["read_slot"](Path("checkpoint"), param, slot).to(value.dtype), value)
