@@ -1,4 +1,4 @@
-"""Hosts on this machine, each as a container: network, processes, /tmp/ray and /dev/shm of its own. A bridge joins them.
+"""Hosts on this machine, each as a container: a network, processes, /tmp/ray and /dev/shm of its own, and a bridge.
 
 The bridge is in namespaces, too: this machine's own network is left alone, and nothing has to be tidied up.
 """
