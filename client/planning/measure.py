@@ -18,12 +18,13 @@ from ..optimizers import Prodigy
 from .machines import STORE_BYTES_PER_S, Latency, Machine
 
 FUSED, COPY = "torch AdamW, fused", "a copy"
-ONE_SHARD, TWO_SHARDS, MANY_TENSORS = "one tile, 1 shard", "one tile, 2 shards", "many tiles, 2 shards"
+ONE_SHARD, TWO_SHARDS, MANY_TENSORS = "one tensor, 1 shard", "one tensor, 2 shards", "many tensors, 2 shards"
 
 NUMEL = 8 * 2**20
 """Elements that the yardsticks go over: more than a cache holds."""
 ADAMW_BYTES, COPY_BYTES = 28, 8
-NUM_TENSORS, TENSOR_NUMEL = 257, 256
+STEP_NUMEL, NUM_TENSORS = 2**16, 256
+"""Elements of a step over next to nothing, of which each shard has some; and tensors that have as many together."""
 NUM_WARM_UPS, NUM_ROUNDS = 3, 25
 PAUSE_S = 0.002
 """Before each turn: threads that still spin for the last loop give up meanwhile."""
@@ -52,7 +53,7 @@ def _stepping(num_shards: int, num_tensors: int) -> Iterator[Callable[[], object
     # A shard without a CPU of its own has one thread, as each has where there are as many shards as cores.
     service = launch(num_shards=num_shards, num_cpus_per_shard=0, redundancy=0)
     try:
-        params = [torch.nn.Parameter(torch.ones(TENSOR_NUMEL)) for _ in range(num_tensors)]
+        params = [torch.nn.Parameter(torch.ones(STEP_NUMEL // num_tensors)) for _ in range(num_tensors)]
         for param in params:
             param.grad = torch.full_like(param, 1e-3)
         optimizer = Prodigy(params, service=service, growth_rate=1.02)
