@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..sharding.checkpoint import find_damages
 from ..sharding.folder import list_checkpoints, read_manifest
@@ -63,7 +63,7 @@ def list_(uri: RunUri, as_json: Json = False) -> None:
     if not found:
         _say(f"no complete checkpoint in {escape(uri)}")
         return
-    table = Table("step", "saved", "rule", "bytes", "uri")
+    table = Table("step", "saved", "rule", "bytes", Column("uri", overflow="fold"))  # never cut off: it is to be copied
     for each in found:
         saved = datetime.datetime.fromtimestamp(each.saved_at).astimezone().isoformat(" ", "seconds")
         table.add_row(str(each.step), saved, each.rule, str(each.size_bytes), escape(each.uri))
