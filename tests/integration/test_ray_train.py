@@ -30,8 +30,8 @@ def nodes() -> Iterator[Nodes]:
     """A cluster whose nodes a test adds: Train counts what a node has, whether or not shards have taken it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        # Until Train has heard that a node is lost, it waits for room for too many workers; where workers start slowly a
-        # shorter wait has it begin with fewer.
+        # Until Train has heard that a node is lost, it waits for room for too many workers; with less than this it
+        # begins with fewer where workers start slowly.
         patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
         nodes = Nodes(0)
         nodes.add(resources=ROOM)
