@@ -81,7 +81,8 @@ def resolve_service(
 
 def _embedded(rank: int, world_size: int, num_shards: int, kernel: KernelChoice | None) -> Service:
     """Rank 0 starts the shards and announces them over torch.distributed; the others of its host join."""
-    from ..server.service import connect, describe_for_peers, launch
+    from ..server.cluster import describe_for_peers
+    from ..server.service import connect, launch
 
     if world_size > 1 and not (dist.is_available() and dist.is_initialized()):
         raise ServiceNotFoundError(
@@ -94,7 +95,7 @@ def _embedded(rank: int, world_size: int, num_shards: int, kernel: KernelChoice 
         except StepwellError as error:
             _broadcast({"error": str(error)}, world_size)
             raise
-        _broadcast({**describe_for_peers(service), "host": socket.gethostname()}, world_size)
+        _broadcast({**describe_for_peers(service.name), "host": socket.gethostname()}, world_size)
         return service
     found = _broadcast({}, world_size)
     if "error" in found:

@@ -13,7 +13,6 @@ from .rmsprop import RMSpropRule
 from .rule import (
     MASTER_PARAM,
     TILE_NUMEL,
-    Channels,
     Coefficients,
     Combined,
     ElementwiseRule,
@@ -23,13 +22,13 @@ from .rule import (
     Scope,
     Slice,
     Slot,
-    StepInputs,
     Tiles,
     strided,
 )
 from .scalars import scalars_of_group, split_scalar
 from .sgd import MomentumRule, SGDRule
 from .softplus import SAdamRule, SRAdamRule
+from .step_inputs import Channels, StepInputs
 
 RULES = RuleRegistry(
     AdamAWDRule,

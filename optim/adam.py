@@ -18,7 +18,8 @@ from .moments import (
     read_adam_hyper,
     update_moments,
 )
-from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, Tiles
+from .step_inputs import StepInputs
 
 _TORCH_KEYS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .hyper import read_betas, read_float, require
 from .moments import bias_corrections, decoupled_keep, moment_coefficients, read_adam_hyper, update_moments
-from .rule import Coefficients, Combined, KeySlot, ReducingRule, Scope, Slot, StepInputs, Tiles
+from .rule import Coefficients, Combined, KeySlot, ReducingRule, Scope, Slot, Tiles
+from .step_inputs import StepInputs
 
 
 @dataclasses.dataclass(frozen=True)

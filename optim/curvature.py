@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .hyper import require
 from .moments import bias_corrections, decoupled_keep, moment_coefficients, read_moment_hyper
-from .rule import Coefficients, Combined, ElementwiseRule, ReducingRule, Scope, Slot, StepInputs, Tiles, tile_sum
+from .rule import Coefficients, Combined, ElementwiseRule, ReducingRule, Scope, Slot, Tiles, tile_sum
 from .softplus import softplus
+from .step_inputs import StepInputs
 
 
 @final

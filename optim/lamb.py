@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .moments import bias_corrections, moment_coefficients, read_adam_hyper, update_moments
-from .rule import Coefficients, Combined, ReducingRule, Scope, Slot, StepInputs, Tiles, adam_denominator, tile_sum
+from .rule import Coefficients, Combined, ReducingRule, Scope, Slot, Tiles, adam_denominator, tile_sum
+from .step_inputs import StepInputs
 
 
 @final

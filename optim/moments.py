@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .hyper import read_betas, read_float, require
-from .rule import Coefficients, StepInputs, Tiles
+from .rule import Coefficients, Tiles
+from .step_inputs import StepInputs
 
 
 def read_adam_hyper(group: Mapping[str, object], *switches: str) -> dict[str, float]:

@@ -18,7 +18,8 @@ from .moments import (
     read_adam_hyper,
     update_moments,
 )
-from .rule import Coefficients, Combined, ElementwiseRule, KeySlot, Scope, Slot, StepInputs, Tiles
+from .rule import Coefficients, Combined, ElementwiseRule, KeySlot, Scope, Slot, Tiles
+from .step_inputs import StepInputs
 
 
 @final

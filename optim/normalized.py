@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .hyper import require
 from .moments import decoupled_keep, read_average_hyper
-from .rule import Coefficients, Combined, ReducingRule, Scope, Slot, StepInputs, Tiles, tile_sum
+from .rule import Coefficients, Combined, ReducingRule, Scope, Slot, Tiles, tile_sum
+from .step_inputs import StepInputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,18 +12,9 @@ from torch import Tensor
 
 from .estimate import Estimate, Limits, bias_correction
 from .hyper import read_betas, read_float, require
-from .rule import (
-    Coefficients,
-    Combined,
-    ReducingRule,
-    Scope,
-    Slot,
-    StepInputs,
-    Tiles,
-    adam_denominator,
-    tile_sum,
-)
+from .rule import Coefficients, Combined, ReducingRule, Scope, Slot, Tiles, adam_denominator, tile_sum
 from .scalars import split_scalar
+from .step_inputs import StepInputs
 
 _CHOICES = {
     "eps_d": ("new", "old"),

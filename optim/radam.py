@@ -18,7 +18,8 @@ from .moments import (
     read_adam_hyper,
     update_moments,
 )
-from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles, adam_denominator
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, Tiles, adam_denominator
+from .step_inputs import StepInputs
 
 
 @final

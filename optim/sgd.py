@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .hyper import read_float, require
 from .moments import decay_coefficients, decoupled_keep, maximize_sign, read_average_hyper
-from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, Tiles
+from .step_inputs import StepInputs
 
 
 @final

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .moments import bias_corrections, decoupled_keep, moment_coefficients, read_moment_hyper, update_moments
 from .radam import rectification
-from .rule import Coefficients, Combined, ElementwiseRule, Slot, StepInputs, Tiles
+from .rule import Coefficients, Combined, ElementwiseRule, Slot, Tiles
+from .step_inputs import StepInputs
 
 SHARPNESS = 50.0
 """beta of softplus_beta(x) = log(1 + exp(beta x)) / beta."""

@@ -80,6 +80,11 @@ def address() -> str:
     return found
 
 
+def describe_for_peers(service: str) -> dict[str, str]:
+    """What another process of this host needs to find a service here: the cluster's address and token, and its name."""
+    return {"address": address(), "token": access.shown_token(), "name": service}
+
+
 def start_own(num_cpus: int) -> str:
     """Start a Ray on this machine that outlives this process, remember and attach to it; returns its address.
 

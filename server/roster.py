@@ -28,16 +28,7 @@ from .rendezvous import Rendezvous
 from .shards import POLL_S, Shards
 from .together import Together
 from .two_phase import change_state
-from .workers import Asked, Worker
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arrival:
-    """A worker that registers: its job, packed, its rank and its process."""
-
-    job: bytes
-    rank: int
-    worker: Worker
+from .workers import Arrival, Asked, Worker
 
 
 class Roster:

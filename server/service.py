@@ -13,7 +13,7 @@ from ..sharding.compiling import KernelChoice
 from ..sharding.errors import StepwellError
 from ..sharding.folder import Checkpoint, list_checkpoints, require_keep_last
 from ..sharding.pending_save import PendingSave
-from . import access, cluster
+from . import cluster
 from .calls import ask, wait_for
 from .config import Placement, ServiceConfig, default_kernel, default_log_format
 from .knowledge import ServiceStatus
@@ -70,10 +70,10 @@ class Service:
             what those have, by number: ``step`` of the copy, ``copied_at`` in seconds since 1970, ``num_logged`` steps
             after it, ``size_bytes``; ``standby``: how many spares are ``wanted`` and ``ready``; ``recoveries`` of
             shards since: their ``count``, and of the ``last`` one the ``seconds`` by part, see
-            :class:`stepwell.server.recoveries.Recovery`; with a job also ``rule``, ``world_size``,
-            the ``ranks`` that the next step waits for, ``excluded`` (rank to the step from which on the job goes on
-            without it), ``num_params``, ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``,
-            ``scalars``, ``kernel`` and ``size_bytes`` per shard.
+            :class:`stepwell.server.recoveries.Recovery`; with a job also ``rule``, ``world_size``, the ``ranks`` that
+            the next step waits for, ``excluded`` (rank to the step from which on the job goes on without it),
+            ``num_params``, ``numel``, ``step``, ``skipped_steps``, ``sequence``, ``timeline``, ``scalars``, ``kernel``
+            and ``size_bytes`` per shard.
         """
         found: ServiceStatus = self.ask("status", what="its status")
         config, spec, shards = found.config, found.spec, found.shards
@@ -217,8 +217,7 @@ class Service:
             ValueError: If ``num_shards`` is less than 1.
         """
         dataclasses.replace(self.config, num_shards=num_shards)  # checks it
-        what = f"{num_shards} new shards to take over"
-        self.ask("resize", num_shards, (), uuid.uuid4().hex, what=what)
+        self.ask("resize", num_shards, (), uuid.uuid4().hex, what=f"{num_shards} new shards to take over")
         self.find_shards()
 
     def drain(self, node: str) -> bool:
@@ -237,8 +236,8 @@ class Service:
             PlacementError: If there is no such node, or no room on others. Nothing has changed.
             ServiceError, NotRegisteredError: As for :meth:`resize`.
         """
-        node_id = find_node(node)
-        moved: bool = self.ask("drain", node_id, uuid.uuid4().hex, what=f"shards to move away from node {node}")
+        what = f"shards to move away from node {node}"
+        moved: bool = self.ask("drain", find_node(node), uuid.uuid4().hex, what=what)
         self.find_shards()
         return moved
 
@@ -398,9 +397,4 @@ def _restore_or_end(service: Service, uri: str) -> None:
         raise
 
 
-def describe_for_peers(service: Service) -> dict[str, str]:
-    """What another process of this host needs to find ``service``: the cluster's address and token, and its name."""
-    return {"address": cluster.address(), "token": access.shown_token(), "name": service.name}
-
-
-__all__ = ["Service", "connect", "describe_for_peers", "end", "launch", "service_names"]
+__all__ = ["Service", "connect", "end", "launch", "service_names"]

@@ -33,6 +33,15 @@ class Worker:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Arrival:
+    """A worker that registers: its job, packed, its rank and its process."""
+
+    job: bytes
+    rank: int
+    worker: Worker
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Asked:
     """What one rank brings to add a parameter group; see :meth:`Coordinator.extend`."""
 

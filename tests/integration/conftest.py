@@ -13,6 +13,7 @@ import torch
 
 import stepwell
 from stepwell.server import cluster
+from tests.integration.nodes import Nodes
 
 Launch = Callable[..., stepwell.Service]
 
@@ -32,6 +33,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def nodes(request: pytest.FixtureRequest) -> Iterator[Nodes]:
+    """A Ray with as many nodes as the module's ``NUM_NODES`` beside the first one."""
+    there = Nodes(request.module.NUM_NODES)
+    yield there
+    there.close()
 
 
 @pytest.fixture(scope="module")

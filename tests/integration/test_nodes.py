@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,7 @@ from tests.integration.training import D0, Trainer, assert_same_training
 from tests.zoo import straddling
 
 LIMIT_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    there = Nodes(3)
-    yield there
-    there.close()
+NUM_NODES = 3
 
 
 def trainer_of(service: Any) -> Trainer:

@@ -27,13 +27,7 @@ from tests.integration.victims import Victims
 from tests.zoo import straddling
 
 LIMIT_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    there = Nodes(2)
-    yield there
-    there.close()
+NUM_NODES = 2
 
 
 def trainer_of(service: Any) -> Trainer:
