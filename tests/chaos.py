@@ -5,6 +5,7 @@ are killed, one or two at a time, at moments that the seed decides as far as the
 took from each kill to the next step that was completed, and what that is made of.
 
 ``make chaos ARGS=--matrix``: declared faults at every point, alone and in pairs; ``--part 3/8`` does an eighth.
+``make chaos ARGS=--nodes``: at every point of a step a shard's whole node is lost, on a cluster of several.
 ``make chaos ARGS="--minutes 30"``: kills for so long, and says what grows.
 """
 
@@ -34,9 +35,10 @@ import torch
 import stepwell
 from stepwell.server import cluster
 from tests.declared import Declared
-from tests.faults import matrix
+from tests.faults import Fault, matrix, node_losses
+from tests.integration.nodes import Nodes, node_of
 from tests.integration.training import D0, Trainer, assert_same_state_dict
-from tests.integration.victims import Name, Victims
+from tests.integration.victims import Name, Victims, await_copies
 from tests.zoo import assert_same_tensors, straddling
 
 SERVICE = "chaos"
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default 0)")
     parser.add_argument("--standby", type=int, default=0, help="spare processes of each service (default 0)")
     parser.add_argument("--matrix", action="store_true", help="declared faults, all of them")
+    parser.add_argument("--nodes", action="store_true", help="nodes that are lost at declared points, all of them")
     parser.add_argument("--part", default="1/1", help="of the matrix")
     parser.add_argument("--minutes", type=float, help="kill for so long, and watch what grows")
     parser.add_argument("--write", type=Path, help="where the figures go, beside the terminal")
@@ -77,8 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         _work(options.worker[0], Path(options.worker[1]), options.worker[2])
         return
-    cluster.start_embedded(num_cpus=1)
-    if options.matrix:
+    if not options.nodes:
+        cluster.start_embedded(num_cpus=1)
+    if options.nodes:
+        text = run_node_losses()
+    elif options.matrix:
         text = run_matrix(*map(int, options.part.split("/")))
     elif options.minutes:
         text = run_soak(options.minutes, seed=options.seed, standby=options.standby)
@@ -128,7 +134,7 @@ def run_chaos(rule: str, num_shards: int, *, kills: int, seed: int, standby: int
 
 def run_matrix(part: int, num_parts: int) -> str:
     """Declared faults at every point, alone and in pairs; one service suffers some of them one after the other."""
-    cases, ends = matrix(step=1), dict[str, int]()
+    cases, ends = matrix(step=1), list[str]()
     mine = cases[part - 1 :: num_parts]
     for first in range(0, len(mine), CASES_OF_A_SERVICE):
         with (
@@ -136,13 +142,38 @@ def run_matrix(part: int, num_parts: int) -> str:
             stepwell.launch(SERVICE, num_shards=3, num_cpus_per_shard=0, redundancy=1) as service,
         ):
             declared = Declared(service, _make("Prodigy", service), _make("Prodigy", "inprocess"), Path(folder))
-            for faults in mine[first : first + CASES_OF_A_SERVICE]:
-                end = declared.suffer(faults)
-                ends[end] = ends.get(end, 0) + 1
-                print(f"{' and '.join(map(str, faults))}: {end}", flush=True)
-    return f"{len(mine)} of {len(cases)} cases: " + ", ".join(
-        f"{count} ended with {end}" for end, count in ends.items()
-    )
+            ends += [_suffer(declared, faults) for faults in mine[first : first + CASES_OF_A_SERVICE]]
+    return f"{len(mine)} of {len(cases)} cases: {_counted(ends)}"
+
+
+def run_node_losses() -> str:
+    """A shard's node is lost at every point of a step, alone and with the coordinator while it brings the shard back.
+
+    Three shards and their keepers are on nodes of their own, and there is one more node, which takes the lost one's.
+    """
+    cases, ends, nodes = node_losses(step=1), list[str](), Nodes(4)
+    with (
+        contextlib.closing(nodes),
+        tempfile.TemporaryDirectory(prefix="stepwell-matrix-") as folder,
+        stepwell.launch(SERVICE, num_shards=3, num_cpus_per_shard=1, redundancy=1) as service,
+    ):
+        declared = Declared(service, _make("Prodigy", service), _make("Prodigy", "inprocess"), Path(folder))
+        for faults in cases:
+            lost = node_of(service.find_shards()[int(faults[0].who)])
+            ends.append(_suffer(declared, faults))
+            nodes.lose(lost)
+            nodes.add()
+    return f"{len(cases)} cases: {_counted(ends)}"
+
+
+def _suffer(declared: Declared, faults: Sequence[Fault]) -> str:
+    end = declared.suffer(faults)
+    print(f"{' and '.join(map(str, faults))}: {end}", flush=True)
+    return end
+
+
+def _counted(ends: Sequence[str]) -> str:
+    return ", ".join(f"{ends.count(end)} ended with {end}" for end in dict.fromkeys(ends))
 
 
 def run_soak(minutes: float, *, seed: int, standby: int) -> str:
@@ -197,7 +228,7 @@ class _Training:
         kind = " and ".join(sorted({_kind(each) for each in names}))
         worker.await_step(worker.step + STEPS_BETWEEN_KILLS)
         self._victims.await_successors()
-        self._victims.await_copies()
+        await_copies(self._service)
         last = self._service.status()["recoveries"]["last"]
         # Else the coordinator that is here now brought back nobody of these.
         is_of_these = last is not None and set(last["shards"]) == {each for each in names if isinstance(each, int)}

@@ -13,7 +13,7 @@ import stepwell
 from stepwell.sharding.errors import CheckpointRestoreNeededError
 from tests.faults import Fault, arm_here
 from tests.integration.training import LIMIT_S, Trainer, assert_same_training
-from tests.integration.victims import Victims
+from tests.integration.victims import Victims, await_copies
 
 NUM_STEPS = 9
 """Taken in each case: two copies are made in them."""
@@ -42,7 +42,7 @@ class Declared:
         """
         service, trainer = self._service, self._trainer
         self._victims.await_successors()
-        self._victims.await_copies()
+        await_copies(service)
         uri, step, ended = str(self._folder / str(trainer.step)), trainer.step, "the same bits"
         has_keeper = any(fault.who == "keeper" for fault in faults)
         if has_keeper:

@@ -57,6 +57,7 @@ COORDINATOR_SAVING_POINTS = ("snapshot", "save", "complete_save", "finish_save")
 
 LOSE = "lose"
 DIE = "die"
+NODE = "node"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Fault:
         who: A shard's number, "keeper", "spare" or "coordinator".
         point: One of those above.
         after: It waits until this many steps were taken.
-        what: The process dies; or loses the sum that it has just had, as if the group had broken before.
+        what: The process dies; or its whole node does, under Ray; or it loses the sum that it has just had, as if the
+            group had broken before.
     """
 
     who: int | str
@@ -104,12 +106,19 @@ def matrix(step: int) -> list[tuple[Fault, ...]]:
     return [*((fault,) for fault in shards), *shard_pairs(step), *itertools.product(shards, others)]
 
 
+def node_losses(step: int) -> list[tuple[Fault, ...]]:
+    """A shard's node at every point, alone and with the coordinator."""
+    lost = [fail_at(1, step, point, what=NODE) for point in SHARD_POINTS]
+    coordinator = Fault("coordinator", "rebuild", step - 1)
+    return [*((fault,) for fault in lost), *((fault, coordinator) for fault in lost)]
+
+
 class Armed:
     """An actor with faults that are to come; each happens once.
 
     Args:
         faults: Its own ones.
-        die: Ends the process; does not return.
+        die: Ends the process, and whatever else dies of a fault; does not return.
         happened: Told of each fault before it happens.
         num_steps: How many steps were taken, as far as the actor can know.
     """
@@ -117,7 +126,7 @@ class Armed:
     def __init__(
         self,
         faults: Sequence[Fault],
-        die: Callable[[], None],
+        die: Callable[[Fault], None],
         happened: Callable[[Fault], None],
         num_steps: Callable[[], float],
     ) -> None:
@@ -131,7 +140,7 @@ class Armed:
                 self._happened(fault)
                 if fault.what == LOSE:
                     raise ShardLostError("a declared fault: the sum was lost")
-                self._die()
+                self._die(fault)
 
     def hook(self, owner: Any, method: str, before: str | None = None, after: str | None = None) -> None:
         """Come to points before and after a method of ``owner``."""
@@ -254,10 +263,16 @@ def arm_here(actor: Any, faults: Sequence[Fault], num_steps: float) -> None:
     """Hook an actor that Ray runs, from within its process; where there is no shard to ask, after ``num_steps``."""
     name = faults[0].who
     taken = functools.partial(num_steps_of, actor) if isinstance(name, int) else lambda: num_steps
-    armed = Armed(faults, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda _: None, taken)
+    armed = Armed(faults, _die_here, lambda _: None, taken)
     ARM.get(str(name), arm_shard)(actor, armed)
     if name == "keeper":
         _let_ray_call(actor, ("log", "keep", "fetch"))
+
+
+def _die_here(fault: Fault) -> None:
+    if fault.what == NODE:
+        os.kill(os.getppid(), signal.SIGKILL)  # the node's raylet, with which all of its processes end
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _let_ray_call(actor: Any, methods: Sequence[str]) -> None:

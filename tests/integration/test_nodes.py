@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from stepwell.sharding.errors import CheckpointRestoreNeededError
 from tests.integration.conftest import launcher
 from tests.integration.nodes import Nodes, kill, node_of
 from tests.integration.training import D0, Trainer, assert_same_training
+from tests.integration.victims import await_copies
 from tests.zoo import straddling
 
 LIMIT_S = 120.0
@@ -27,18 +27,6 @@ def trainer_of(service: Any) -> Trainer:
 
 def keeper_of(service: stepwell.Service, number: int) -> Any:
     return ray.get_actor(service.config.keeper_name(number), namespace=NAMESPACE)
-
-
-def await_copies(service: stepwell.Service, num_each: int) -> list[dict[str, Any]]:
-    """Wait until so many keepers have a copy of each shard; what they have."""
-    deadline = time.monotonic() + LIMIT_S
-    while True:
-        shards: list[dict[str, Any]] = service.status()["redundancy"]["shards"]
-        whole = [[each for each in kept.values() if each["step"] is not None] for kept in shards]
-        if all(len(each) >= num_each for each in whole):
-            return shards
-        assert time.monotonic() < deadline, f"expected {num_each} copies of each shard, got {shards}"
-        time.sleep(0.1)
 
 
 @pytest.mark.timeout(600)

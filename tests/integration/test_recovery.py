@@ -15,7 +15,7 @@ from tests.declared import Declared
 from tests.faults import matrix
 from tests.integration.conftest import Launch
 from tests.integration.training import D0, Oracle, Trainer, assert_same_training, make_workers, on_all
-from tests.integration.victims import Victims
+from tests.integration.victims import Victims, await_copies
 from tests.zoo import straddling
 
 NUM_STEPS = 24
@@ -49,7 +49,7 @@ def test_pairs_that_die_cost_no_step(launch: Launch, names: Sequence[int | str])
     trainer.run(14)
     victims.await_successors()
     trainer.run(trainer.step + 2)
-    victims.await_copies()
+    await_copies(service)
     victims.kill(1)
     trainer.run(NUM_STEPS)
     assert_same_training(trainer, trainer_of("inprocess").run(NUM_STEPS))

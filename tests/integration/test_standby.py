@@ -12,7 +12,7 @@ from stepwell.server.config import NAMESPACE
 from tests.integration.conftest import Launch
 from tests.integration.processes import assert_all_end
 from tests.integration.training import D0, Trainer, assert_same_training
-from tests.integration.victims import Victims
+from tests.integration.victims import Victims, await_copies
 from tests.zoo import straddling
 
 
@@ -34,13 +34,13 @@ def test_spare_is_the_shard_that_is_killed_and_the_next_coordinator_finds_it(lau
     victims.await_successors()
     assert service.status()["recoveries"]["last"]["shards"] == (1,)
 
-    victims.await_copies()
+    await_copies(service)
     victims.kill(1)
     trainer.run(15)
     assert service.find_shards()[1] == first, "which was the spare then"
 
     victims.await_successors()
-    victims.await_copies()
+    await_copies(service)
     victims.kill("coordinator", 0)
     trainer.run(20)
     victims.await_successors()

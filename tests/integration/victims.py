@@ -13,7 +13,7 @@ import stepwell
 from stepwell.server.config import NAMESPACE
 from tests.integration.processes import pid_of
 
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 Name = int | str
 """A shard's number, "keeper" (the first one) or "coordinator"."""
 
@@ -55,17 +55,20 @@ class Victims:
             time.sleep(0.05)
         self._pids = {name: _pid_of(actor) for name, actor in self._actors.items()}
 
-    def await_copies(self) -> None:
-        """Wait until the keeper has a copy of every shard; where it has none, a step must have been taken since."""
-        keeper, deadline = self._actors["keeper"], time.monotonic() + LIMIT_S
-        shards = {name for name in self._actors if isinstance(name, int)}
-        while True:
-            holdings = ray.get(keeper.holdings.remote(), timeout=LIMIT_S)
-            if missing := shards - {shard for shard, holding in holdings.items() if holding.step is not None}:
-                assert time.monotonic() < deadline, f"expected copies of {missing} within {LIMIT_S:g} s, got none"
-                time.sleep(0.05)
-            else:
-                return
+
+def await_copies(service: stepwell.Service, num_each: int = 1) -> list[dict[str, Any]]:
+    """Wait until so many keepers have a copy of each shard; what they have.
+
+    Where a shard has no copy yet, a step must have been taken.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        shards: list[dict[str, Any]] = service.status()["redundancy"]["shards"]
+        whole = [[each for each in kept.values() if each["step"] is not None] for kept in shards]
+        if all(len(each) >= num_each for each in whole):
+            return shards
+        assert time.monotonic() < deadline, f"expected {num_each} copies of each shard, got {shards}"
+        time.sleep(0.05)
 
 
 def _pid_of(actor: Any) -> int:

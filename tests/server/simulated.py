@@ -338,7 +338,7 @@ class Cluster:
         """Hook a process for the faults of who it is by now."""
         faults = [fault for fault in self.to_come if fault.who == name]
         num_steps = functools.partial(num_steps_of, process.actor) if isinstance(name, int) else self._num_steps
-        armed = Armed(faults, process.die, self._note, num_steps)
+        armed = Armed(faults, lambda _: process.die(), self._note, num_steps)
         ARM.get(str(name), arm_shard)(process.actor, armed)
 
     def _arm_seat(self, process: Process, seat: Seat) -> None:
