@@ -6,13 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import ray
 import torch
 from harness import Contestant, cores, tell
 from torch import Tensor
 
 import stepwell
-from stepwell.server import cluster
 
 FUSED, COPY = "torch AdamW, fused", "a copy"
 
@@ -37,15 +35,23 @@ class Workload:
         shapes: Shapes of its parameters.
         seed: Seed of the values.
         dtype: Of parameters and gradients.
+        device: Where all of it lies.
 
     Attributes:
         grads: One gradient per parameter, which nobody may change.
         numel: Parameters in all.
     """
 
-    def __init__(self, shapes: Sequence[torch.Size], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._pattern = (torch.randn(2**20 + 7, generator=generator) * 0.02).to(dtype)
+        self._pattern = (torch.randn(2**20 + 7, generator=generator) * 0.02).to(device, dtype)
         self.shapes, self.numel = list(shapes), sum(shape.numel() for shape in shapes)
         self.grads = [self._fill(shape) for shape in self.shapes]
 
@@ -63,7 +69,7 @@ class Workload:
 
     def _fill(self, shape: torch.Size) -> Tensor:
         num_copies = -(-shape.numel() // self._pattern.numel())
-        return self._pattern.repeat(num_copies)[: shape.numel()].reshape(shape).clone()
+        return self._pattern.repeat(num_copies)[: shape.numel()].clone().reshape(shape)
 
 
 def loss_of(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
@@ -142,6 +148,10 @@ def ours(rule: str, params: list[torch.nn.Parameter], **options: Any) -> stepwel
 @contextlib.contextmanager
 def ray_of_its_own() -> Iterator[None]:
     """One Ray on this machine for all services of a benchmark; it ends with the block, or with the process."""
+    import ray  # not where there is none
+
+    from stepwell.server import cluster
+
     tell("starting Ray")
     cluster.start_embedded(num_cpus=cores())
     try:
@@ -151,7 +161,7 @@ def ray_of_its_own() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def service_of(num_shards: int, *, redundancy: int = 0) -> Iterator[stepwell.Service]:
+def service_of(num_shards: int, *, redundancy: int = 0, num_gpus_per_shard: float = 0) -> Iterator[stepwell.Service]:
     """A service whose shards have as many threads together as there are cores, and at least one each."""
     num_threads = max(1, cores() // num_shards)
     service = stepwell.launch(
@@ -160,6 +170,7 @@ def service_of(num_shards: int, *, redundancy: int = 0) -> Iterator[stepwell.Ser
         num_cpus_per_shard=num_threads if num_threads > 1 else 0,
         worker_timeout_s=WORKER_TIMEOUT_S,
         redundancy=redundancy,
+        num_gpus_per_shard=num_gpus_per_shard,
     )
     try:
         yield service

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class FlatBuffer:
     Attributes:
         parts: Per extent ``(coverage.numel(extent),)``.
         places: Every run of every parameter, in order.
+        elsewhere: By its number among the places, what stands in for one whose memory here does not count.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class FlatBuffer:
             dtypes = (dtype or wire_dtype(layout, extent) for extent in layout.extents)
             parts = allocate(list(zip(sizes, dtypes, strict=True)), device)
         self.parts = [each[: self._coverage.numel(index)] for index, each in enumerate(parts)]
+        self.elsewhere: Mapping[int, Tensor] = {}
         self._shard_parts: dict[tuple[int, int], list[Tensor]] = {}
         self.places = tuple(
             place
@@ -92,6 +94,24 @@ class FlatBuffer:
                 parts.append(part[where])
             self._shard_parts[shard, num_shards] = parts
         return self._shard_parts[shard, num_shards]
+
+    def shard_pieces(self, layout: Layout, shard: int, num_shards: int) -> list[Tensor]:
+        """The same, with what lies elsewhere; in one or more pieces for each extent. Of a buffer of everything."""
+        if not self.elsewhere:
+            return self.shard_parts(layout, shard, num_shards)
+        pieces = []
+        for index, (extent, part) in enumerate(zip(layout.extents, self.parts, strict=True)):
+            tiles = extent.tile_range(shard, num_shards)
+            taken, stop = tiles.start * TILE_NUMEL, tiles.stop * TILE_NUMEL
+            its_places = ((self.places[at], values) for at, values in sorted(self.elsewhere.items()))
+            for place, values in ((place, values) for place, values in its_places if place.part == index):
+                first, last = max(place.start, taken), min(place.start + len(values), stop)
+                if first < last:
+                    pieces += [part[taken:first]] if taken < first else []
+                    pieces.append(values[first - place.start : last - place.start])
+                    taken = last
+            pieces += [part[taken:stop]] if taken < stop or len(tiles) == 0 else []
+        return pieces
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
 
+from ..optim import TILE_NUMEL
 from ..sharding.errors import UnsupportedParameterError
 from .flat import FlatBuffer, Place, copy_all
 from .staging import Staging
@@ -18,6 +19,12 @@ CPU_BATCH_NUMEL = 2**20
 
 OTHER_BATCH_NUMEL = 2**27
 """The same elsewhere, where each call costs a launch and the cache is of no account."""
+
+CPU_LARGE_NUMEL = 2**20
+"""A gradient of so many elements is worth calls of the kernels for itself, and no copy."""
+
+OTHER_LARGE_NUMEL = 2**24
+"""The same elsewhere, where a call takes longer than such a gradient's memory."""
 
 Seen = list[Tensor]
 """What looks at values leave, 0-dim each: see :func:`bounds_of`, :func:`sums_of`. Not finite if one of them is not."""
@@ -45,6 +52,7 @@ class Gatherer:
         slices: Per place of the buffer, where it lies in that part, flattened; None for all of it.
         is_added: Whether gradients of several ranks will be added up, so that it matters how large they are.
         staging: What copies to the buffer from a GPU; None if gradients are where it is.
+        are_read_in_place: Whether the shards read gradients here: large ones that they can read are not copied.
 
     Attributes:
         buffer: As above.
@@ -58,6 +66,7 @@ class Gatherer:
         *,
         is_added: bool = False,
         staging: Staging | None = None,
+        are_read_in_place: bool = False,
     ) -> None:
         self.buffer, self._staging = buffer, staging
         # Once and not in every step, as each of these takes a microsecond for each parameter.
@@ -69,16 +78,23 @@ class Gatherer:
         ]
         on_cpu = not buffer.parts or buffer.parts[0].device.type == "cpu"
         self._batch_numel = CPU_BATCH_NUMEL if on_cpu else OTHER_BATCH_NUMEL
+        large_numel = CPU_LARGE_NUMEL if on_cpu else OTHER_LARGE_NUMEL
+        sizes = (place.view.numel() for place in buffer.places)
+        self._large = frozenset(
+            at
+            for at, numel in enumerate(sizes)
+            if are_read_in_place and numel >= large_numel and numel % TILE_NUMEL == 0
+        )
         self._look = bounds_of if is_added else sums_of
         self._limit = None if is_added else max((torch.finfo(part.dtype).max for part in buffer.parts), default=0.0)
-        self._batches = tuple(_batches(buffer, self._batch_numel))
+        self._batches = tuple(_batches(buffer, self._batch_numel, self._large))
 
     def gather(self, grads: Sequence[Tensor | None], copied: Mapping[int, Seen]) -> float:
-        """Copy gradients to their places. What parameters without one have there stays.
+        """Copy gradients to their places, or note where they are. What parameters without one have there stays.
 
         Args:
             grads: Per parameter its gradient, if it has one.
-            copied: Places that hold their gradient already, and what a look at it has left.
+            copied: Places whose gradient went through :meth:`copy`, and what that returned.
 
         Returns:
             A bound on the magnitudes that are at the places of gradients now, see :attr:`PushHeader.max_abs`; no better
@@ -91,6 +107,7 @@ class Gatherer:
         with torch.no_grad():
             try:
                 sources = self._sources(grads)
+                seen += self._leave(sources, copied)
                 for place in copied:
                     sources[place] = None
                 for batch in self._batches:
@@ -107,10 +124,15 @@ class Gatherer:
             return bound if self._limit is None else self._limit
 
     def copy(self, place: int, source: Tensor) -> Seen:
-        """Copy one gradient piece by piece, and look at each piece while it is in the cache."""
+        """Copy one gradient piece by piece, and look at each piece while it is in the cache.
+
+        One that stays where it is is only looked at.
+        """
         target = self._targets[place]
         if self._staging is not None:
             return self._staging.copy(target, source, self._look)
+        if self._stays(place, source):
+            return [look for piece in torch.split(source.view(-1), self._batch_numel) for look in self._look(piece)]
         if not source.is_contiguous():
             target.copy_(source)
             return self._look(target)
@@ -131,6 +153,21 @@ class Gatherer:
             for source, where in zip(sources, self._slices, strict=True)
         ]
 
+    def _leave(self, sources: list[Tensor | None], seen: Container[int]) -> Seen:
+        """Take out of ``sources`` what stays where it is, and look at what was not ``seen``."""
+        elsewhere = {}
+        for at in self._large:
+            source = sources[at]
+            if source is not None and self._stays(at, source):
+                elsewhere[at] = source.view(-1)
+                sources[at] = None
+        self.buffer.elsewhere = elsewhere
+        return [look for at, values in elsewhere.items() if at not in seen for look in self._look(values)]
+
+    def _stays(self, place: int, source: Tensor) -> bool:
+        """Whether shards read a gradient where it is."""
+        return place in self._large and _is_as(source, self._targets[place])
+
     def _copy_batch(self, batch: Batch, sources: Sequence[Tensor | None]) -> Seen:
         chosen, targets = [source for source in sources if source is not None], self._targets[batch.places]
         if chosen and len(sources) == 1:
@@ -149,8 +186,9 @@ class Gatherer:
         return [look for target in targets for look in self._look(target)]
 
     def _largest_magnitude(self, grads: Sequence[Tensor | None]) -> float:
-        places = zip(self._params, self._targets, strict=True)
-        return largest([extreme for param, to in places if grads[param] is not None for extreme in torch.aminmax(to)])
+        given = (at for at, param in enumerate(self._params) if grads[param] is not None)
+        values = (self.buffer.elsewhere.get(at, self._targets[at]) for at in given)
+        return largest([extreme for each in values for extreme in torch.aminmax(each)])
 
 
 def bounds_of(values: Tensor) -> Seen:
@@ -180,17 +218,25 @@ def largest(values: Sequence[Tensor]) -> float:
     return max(found, key=lambda value: (value != value, value), default=0.0)
 
 
-def _batches(buffer: FlatBuffer, batch_numel: int) -> Iterator[Batch]:
-    """The places in batches of at most ``batch_numel`` elements, or of one place that has more."""
+def _batches(buffer: FlatBuffer, batch_numel: int, alone: Set[int]) -> Iterator[Batch]:
+    """The places in batches of at most ``batch_numel`` elements, or of one place that has more or stands ``alone``."""
     places, first = buffer.places, 0
     for position in range(1, len(places) + 1):
         is_full = position == len(places) or (
-            places[position].part != places[first].part or _stop(places[position]) - places[first].start > batch_numel
+            places[position].part != places[first].part
+            or _stop(places[position]) - places[first].start > batch_numel
+            or not alone.isdisjoint((first, position))
         )
         if is_full:
             begin, end = places[first], places[position - 1]
             yield Batch(slice(first, position), buffer.parts[begin.part][begin.start : _stop(end)])
             first = position
+
+
+def _is_as(source: Tensor, target: Tensor) -> bool:
+    """Whether a gradient can be read as its place in the buffer would be."""
+    is_dense = source.layout is torch.strided and source.is_contiguous()
+    return is_dense and (source.dtype, source.device) == (target.dtype, target.device)
 
 
 def _stop(place: Place) -> int:

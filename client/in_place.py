@@ -85,7 +85,7 @@ def _is_movable(param: Tensor, place: Place) -> bool:
 
 def _has_memory_of_its_own(param: Tensor) -> bool:
     """Whether nothing else refers to a tensor's storage: no other process, tensor or array."""
-    storage, lone = param.untyped_storage(), torch.empty(1)
+    storage, lone = param.untyped_storage(), torch.empty(1, device="cpu")
     is_shared = param.device.type == "cpu" and param.is_shared()  # type: ignore[no-untyped-call]
     return (
         not is_shared

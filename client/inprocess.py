@@ -200,6 +200,8 @@ class InProcessTransport(Transport):
         service: The service.
     """
 
+    reads_in_place = True
+
     def __init__(self, service: InProcessService) -> None:
         self.service: InProcessService = service
 
@@ -241,7 +243,7 @@ class InProcessTransport(Transport):
         pushes = [
             Push(
                 header,
-                tuple(gradient.shard_parts(self._layout, index, len(shards))),
+                tuple(gradient.shard_pieces(self._layout, index, len(shards))),
                 reloaded,
                 Sink(params.part, tuple(params.shard_parts(self._layout, index, len(shards)))),
             )

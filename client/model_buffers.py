@@ -79,6 +79,7 @@ class ModelBuffers:
         options: How gradients are gathered.
         allocate: Where their memory comes from.
         open_stream: Gives what sends gradients ahead of their push; see :meth:`Transport.stream`.
+        are_read_in_place: Whether shards read gradients where they are, see :attr:`Transport.reads_in_place`.
 
     Attributes:
         pushed: For gradients.
@@ -101,11 +102,13 @@ class ModelBuffers:
         options: GatherOptions = DEFAULT_OPTIONS,
         allocate: Allocate = allocate_zeros,
         open_stream: Callable[[FlatBuffer], PieceStream | None] = lambda gradient: None,
+        are_read_in_place: bool = False,
     ) -> None:
         self._spec, self._params, self._holdings = spec, list(params), holdings
         pushed, held = coverage_of(layout, spec.gradients, rank, spec.world_size, holdings)
         device = self._device = common_device(params)
         self._staging: Staging | None = None
+        self._are_read_in_place = are_read_in_place and holdings is None
         self._is_plain = not any(map(is_distributed, self._params))
         self._shapes = [local.shape for local in self._local_parts()]
         self._make_pushed = functools.partial(
@@ -142,6 +145,7 @@ class ModelBuffers:
             sequence: The step.
             kept_from: The first step whose gradients a shard that is lost would need.
         """
+        self.pushed.elsewhere = {}  # else gradients that nobody else needs would stay
         self._used.append((sequence, self._gatherer))
         if self._used[0][0] < kept_from:
             self._use(self._used.pop(0)[1])
@@ -162,6 +166,7 @@ class ModelBuffers:
                 [self._slice_of(place) for place in pushed.places],
                 is_added=self._spec.gradients == "local" and self._spec.world_size > 1,
                 staging=self._staging,
+                are_read_in_place=self._are_read_in_place,
             )
         )
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..sharding.pinning import pin
 from ..sharding.segments import Placement, Segment, Span, allocate
-from .staging import pin
 
 logger = logging.getLogger("stepwell")
 

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-from ..sharding.errors import SegmentError
-from ..sharding.segments import Segment
-
-_PORTABLE = 1
-"""cudaHostRegisterPortable: pinned for every context of the process."""
 
 Look = Callable[[Tensor], list[Tensor]]
 
@@ -21,7 +14,7 @@ Look = Callable[[Tensor], list[Tensor]]
 class Staging:
     """Copies to host memory on a CUDA stream of its own, beside the backward pass that makes what is copied.
 
-    Host memory is to be pinned (:func:`pin`): a copy to other memory is right too, but waited for.
+    Host memory is to be pinned, see ``sharding/pinning.py``: a copy to other memory is right too, but waited for.
 
     Args:
         device: Where the model lives.
@@ -79,21 +72,3 @@ class Staging:
 def staging_of(device: torch.device, parts: Sequence[Tensor]) -> Staging | None:
     """What copies between a model and its buffers; None if both are on one device."""
     return Staging(device) if device.type == "cuda" and any(part.device.type == "cpu" for part in parts) else None
-
-
-def pin(segment: Segment) -> None:
-    """Lock a segment in memory, so that a GPU reads and writes it without the CPU, for as long as it lives.
-
-    Raises:
-        SegmentError: If CUDA refuses.
-    """
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = torch.frombuffer(segment, dtype=torch.uint8).data_ptr()
-    error = int(runtime.cudaHostRegister(address, len(segment), _PORTABLE))
-    if error:
-        raise SegmentError(
-            f"{len(segment)} bytes of shared memory: expected cudaHostRegister to pin them, got CUDA's error {error}; "
-            "give this process more memory that it may lock, or see whether an earlier operation on the GPU failed"
-        )
-    # Before the memory is unmapped, as weak references are told first.
-    weakref.finalize(segment, runtime.cudaHostUnregister, address)

@@ -71,16 +71,20 @@ def to_param_state(spec: JobSpec, index: int, values: Values, step_count: int) -
     A model dtype below the state's loses bits in the parameter itself, so the full one is added as ``master_param``.
     """
     param = spec.params[index]
-    step: Any = torch.tensor(float(step_count)) if spec.rule.step_is_tensor else step_count
+    step: Any = torch.tensor(float(step_count), device="cpu") if spec.rule.step_is_tensor else step_count
     state: dict[str, Any] = {"step": step}
     for slot in spec.rule.slots:
-        values_of_slot = values.get((index, slot.name), torch.zeros(0, dtype=slot.dtype(param.state_dtype)))
+        values_of_slot = values.get(
+            (index, slot.name), torch.zeros(0, dtype=slot.dtype(param.state_dtype), device="cpu")
+        )
         state[slot.name] = values_of_slot if slot.flat else values_of_slot.view(param.shape)
     for key_slot in spec.rule.key_slots:
-        held = values.get((index, key_slot.name), torch.zeros(0, dtype=torch.float64)).to(_DTYPES[key_slot.shown_in])
+        held = values.get((index, key_slot.name), torch.zeros(0, dtype=torch.float64, device="cpu")).to(
+            _DTYPES[key_slot.shown_in]
+        )
         state[key_slot.name] = held.view(()) if key_slot.scope is Scope.TENSOR else held
     if dtype_from_name(param.dtype) != param.state_dtype:
-        state[MASTER.name] = values.get((index, MASTER.name), torch.zeros(0)).view(param.shape)
+        state[MASTER.name] = values.get((index, MASTER.name), torch.zeros(0, device="cpu")).view(param.shape)
     return state
 
 

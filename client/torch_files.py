@@ -42,7 +42,10 @@ def export_checkpoint(uri: str, target: str, *, distributed: bool = False, param
         CheckpointError: If the checkpoint is damaged, or a file cannot be written.
     """
     spec = read_complete(uri).spec
-    values = [nn.Parameter(torch.zeros(param.shape, dtype=dtype_from_name(param.dtype))) for param in spec.params]
+    values = [
+        nn.Parameter(torch.zeros(param.shape, dtype=dtype_from_name(param.dtype), device="cpu"))
+        for param in spec.params
+    ]
     with _optimizer(spec.rule, _groups_of(spec, values)) as optimizer:
         optimizer.service.restore(uri)
         optimizer.refresh()

@@ -72,6 +72,8 @@ class Transport(abc.ABC):
     """The first step whose gradient must stay where it is, as a shard that is lost would need it."""
     is_elastic: bool = False
     """Whether ranks come and go; each of them then says what else the first one alone does."""
+    reads_in_place: bool = False
+    """Whether the shards, in this process, read a gradient wherever it lies: :attr:`FlatBuffer.elsewhere` counts."""
     recovery_timeout_s: float = 0.0
     """How long a worker tries a step again that failed with a lost shard; 0 where nothing brings a shard back."""
 

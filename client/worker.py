@@ -144,6 +144,7 @@ class Worker:
             options=self._options,
             allocate=self.transport.allocate,
             open_stream=self.transport.stream,
+            are_read_in_place=self.transport.reads_in_place,
         )
 
     @property

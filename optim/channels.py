@@ -239,4 +239,4 @@ class AdamAWDRule(ChannelNormBase):
 
 def _or_outside(per_channel: Tensor, outside: float) -> Tensor:
     """``(num_channels,)`` to ``(num_channels + 1,)``: what holds outside any channel comes last."""
-    return torch.cat((per_channel, torch.tensor([outside], dtype=torch.float64)))
+    return torch.cat((per_channel, torch.tensor([outside], dtype=torch.float64, device="cpu")))

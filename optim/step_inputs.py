@@ -64,7 +64,7 @@ class StepInputs:
 
     def where_present(self, value: Tensor | float, otherwise: float) -> Tensor:
         """``value`` for tensors with a gradient, ``otherwise`` for absent ones, ``(num_tensors,)`` float64."""
-        wanted = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        wanted = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
         return torch.where(self.present, wanted, otherwise)
 
     def spread(self, by_group: Sequence[Mapping[str, float]], *, absent: Mapping[str, float]) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class StepInputs:
             [numbers[name] for numbers in by_group] + [absent.get(name, numbers[name]) for numbers in by_group]
             for name in by_group[0]
         ]
-        spread = torch.tensor(table, dtype=torch.float64).index_select(1, self._column)
+        spread = torch.tensor(table, dtype=torch.float64, device="cpu").index_select(1, self._column)
         return dict(zip(by_group[0], spread.unbind(), strict=True))
 
     @functools.cached_property

@@ -78,7 +78,8 @@ class CoordinatedShard:
             steps = self._steps
             begin_logs(config.log_format, self._log_context)
             ShardMeter(config.name, shard, steps.tally, lambda: (steps.shard, steps.generation)).begin()
-        self._mappings = Mappings(config.log_steps + 2 if config.redundancy else 1)
+        num_kept = config.log_steps + 2 if config.redundancy else 1
+        self._mappings = Mappings(num_kept, are_pinned=self._device.type == "cuda")
         self._ahead = Ahead()
         self._is_in_office = False
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import Literal
 
 from torch import Tensor
 
 from ..sharding.errors import SegmentError
-from ..sharding.segments import Placement, Segment, open_segment
+from ..sharding.pinning import pin
+from ..sharding.segments import Address, Placement, Segment, open_segment
+
+logger = logging.getLogger("stepwell")
 
 Use = Literal["gradient", "parameters"]
 
@@ -22,10 +26,11 @@ class Mappings:
 
     Args:
         num_kept: How many mappings of each rank and use are kept.
+        are_pinned: Whether a GPU copies from and to them.
     """
 
-    def __init__(self, num_kept: int = 1) -> None:
-        self._num_kept = num_kept
+    def __init__(self, num_kept: int = 1, *, are_pinned: bool = False) -> None:
+        self._num_kept, self._are_pinned = num_kept, are_pinned
         self._segments: dict[tuple[int, Use], list[Segment]] = {}
         self._owners: dict[int, tuple[int, int]] = {}
 
@@ -39,7 +44,7 @@ class Mappings:
         known = self._segments.get((rank, use), [])
         segment = next((each for each in known if each.address == placement.address), None)
         if segment is None:
-            segment = open_segment(placement.address)
+            segment = self._open(placement.address)
         tensors = tuple(map(segment.tensor, placement.spans))
         self._watch(rank, placement.address.pid)
         others = [each for each in known if each is not segment]
@@ -54,6 +59,16 @@ class Mappings:
         if descriptor is not None:
             asyncio.get_running_loop().remove_reader(descriptor)
             os.close(descriptor)
+
+    def _open(self, address: Address) -> Segment:
+        segment = open_segment(address)
+        if self._are_pinned:
+            try:
+                pin(segment)
+            except SegmentError as error:
+                logger.warning("copies between this shard's GPU and workers' memory take longer: %s", error)
+                self._are_pinned = False
+        return segment
 
     def _watch(self, rank: int, pid: int) -> None:
         """See to it that a worker's memory is given up when its process ends."""

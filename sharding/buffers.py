@@ -74,7 +74,7 @@ class ExtentBuffers:
         self._index_in_tensor = torch.from_numpy(owned.index_in_tensor)
         self.index_in_tensor = self._index_in_tensor.to(device)
         tail_rows = torch.nonzero(self._valid_numel < TILE_NUMEL)
-        columns = torch.arange(TILE_NUMEL)
+        columns = torch.arange(TILE_NUMEL, device="cpu")
         is_padding = columns >= self._valid_numel[tail_rows]
         self._padding = (tail_rows * TILE_NUMEL + columns)[is_padding]
         strides = {slot.stride for slot in rule.slots if slot.stride > 1}
@@ -153,7 +153,7 @@ class ExtentBuffers:
         start = self._index_in_tensor[rows] * TILE_NUMEL
         stop = start + self._valid_numel[rows]
         counts = -(-stop // declared.stride) + (-start // declared.stride)
-        return torch.arange(declared.width) < counts[:, None]
+        return torch.arange(declared.width, device="cpu") < counts[:, None]
 
 
 class Buffers:

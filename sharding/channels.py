@@ -13,6 +13,7 @@ from torch import Tensor
 from ..optim import TILE_NUMEL
 from .keys import Keys
 from .layout import Extent
+from .run_sums import RunSums
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,32 +87,20 @@ class ChannelMap:
         return spread.view(len(values), num_tiles, TILE_NUMEL)
 
 
-def run_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sum runs of elements, in float64; a run's bits depend on nothing but its elements and where it lies in its tile.
+def run_sums(values: Tensor, lengths: NDArray[np.int64]) -> Tensor:
+    """Sum runs of elements, in float64; a run's bits depend on nothing but its elements.
 
-    On the CPU each is added up in order. On CUDA, where nothing promises an order, rows are added up by themselves,
-    shifted by 1, 2, 4, ... within their runs: elementwise additions alone.
+    On the CPU each is added up in order; on CUDA, where nothing promises an order, as :class:`RunSums` does.
 
     Args:
-        values: ``(tiles, 256)``.
-        lengths: ``(num_runs,)`` int64; no run is in two rows, and together they are all of ``values``.
+        values: ``(n, tiles, 256)``.
+        lengths: ``(num_runs,)`` int64; no run is in two rows, and together they are all of ``values[0]``.
 
     Returns:
-        ``(num_runs,)`` float64, where ``values`` are.
+        ``(n, num_runs)`` float64, where ``values`` are.
     """
-    values = values.to(torch.float64)
+    flat = values.reshape(len(values), -1).to(torch.float64)
     if values.device.type == "cpu":
-        return torch.segment_reduce(values.reshape(-1), "sum", lengths=lengths, unsafe=True)
-    return shifted_run_sums(values, lengths.to(values.device, non_blocking=True))
-
-
-def shifted_run_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """:func:`run_sums` by elementwise additions, for any device; ``lengths`` lie on that of ``values``."""
-    numbers = torch.arange(len(lengths), device=values.device)
-    runs = numbers.repeat_interleave(lengths, output_size=values.numel()).view(values.shape)
-    step = 1
-    while step < values.shape[1]:
-        before = torch.where(runs[:, step:] == runs[:, :-step], values[:, :-step], 0.0)
-        values = torch.cat((values[:, :step], values[:, step:] + before), dim=1)
-        step *= 2
-    return values.reshape(-1)[lengths.cumsum(0) - 1]
+        sizes = torch.from_numpy(lengths)
+        return torch.stack([torch.segment_reduce(row, "sum", lengths=sizes, unsafe=True) for row in flat])
+    return RunSums(lengths, values.device).of(flat)

@@ -104,7 +104,9 @@ def compile_pass(function: _Pass, num_threads: int) -> _Pass:
     wanted = {"cpp.threads": num_threads, "compile_threads": 1, "deterministic": True}
     there = torch._inductor.list_options()
     options: dict[str, Any] = {name: value for name, value in wanted.items() if name in there}
-    return cast(_Pass, torch.compile(own, fullgraph=True, options=options))
+    # Nothing is dynamic but what is marked so. Else a stride would become a variable where torch has seen another one
+    # before; and the code, and with it the bits, would depend on what else a process has compiled.
+    return cast(_Pass, torch.compile(own, fullgraph=True, dynamic=False, options=options))
 
 
 def compiled_code() -> bytes:

@@ -90,9 +90,9 @@ def average(pushes: Sequence[Push], present: Tensor, buffers: Buffers) -> Gradie
     gradient = []
     for index, extent in enumerate(buffers.extents):
         ranks = [_by_start(pieces[index]) for pieces in by_rank]
-        starts = sorted({start for pieces in ranks for start in pieces})
+        starts, terms = sorted({start for pieces in ranks for start in pieces}), _Terms.of(scales, present, extent)
         stretches = [
-            _mean([_between(pieces, *edges) for pieces in ranks], scales, present, _tiles(*edges), extent)
+            terms.mean([_between(pieces, *edges) for pieces in ranks], _tiles(*edges))
             for edges in itertools.pairwise([*starts, extent.numel])
         ]
         gradient.append(tuple(stretches))
@@ -106,7 +106,7 @@ def _by_start(pieces: Sequence[Tensor]) -> dict[int, Tensor]:
 
 def _between(pieces: dict[int, Tensor], start: int, stop: int) -> Tensor:
     """What lies between two elements that no edge of a piece lies between."""
-    begin = max(each for each in pieces if each <= start)
+    begin = start if start in pieces else max(each for each in pieces if each <= start)
     return pieces[begin][start - begin : stop - begin]
 
 
@@ -149,8 +149,8 @@ def _side_by_side(
     stretches = []
     for rank, (push, its_runs) in enumerate(zip(pushes, runs, strict=True)):
         for start, stop in its_runs.tolist():
-            tiles, scale = range(start // TILE_NUMEL, stop // TILE_NUMEL), push.header.grad_scale
-            stretches.append(_mean([push.gradient[index]], [scale], present[rank : rank + 1], tiles, extent))
+            terms = _Terms.of([push.header.grad_scale], present[rank : rank + 1], extent)
+            stretches.append(terms.mean([push.gradient[index]], _tiles(start, stop)))
     return tuple(stretches)
 
 
@@ -237,18 +237,31 @@ def written_out(stretch: Stretch, extent: ExtentBuffers, pieces: Iterable[range]
     return Stretch(stretch.tiles, parts, max_value=stretch.max_value, coefficient=stretch.coefficient)
 
 
-def _mean(
-    parts: Sequence[Tensor], scales: Sequence[float], present: Tensor, tiles: range, extent: ExtentBuffers
-) -> Stretch:
-    dtype, device = extent.extent.dtype, extent.device
-    inverse = torch.tensor([1.0 / scale for scale in scales], dtype=torch.float64)
-    return Stretch(
-        tiles,
-        tuple(part.to(device).view(-1, TILE_NUMEL) for part in parts),
-        here=present.to(device),
-        gains=None if all(scale == 1.0 for scale in scales) else inverse.to(device, dtype),
-        counts=present.sum(dim=0).clamp_min(1).to(device, dtype) if len(parts) > 1 else None,
-    )
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Terms:
+    """What all stretches of an extent have alike, see :class:`Stretch`; ``device`` is the shard's."""
+
+    device: torch.device
+    here: Tensor
+    gains: Tensor | None
+    counts: Tensor | None
+
+    @classmethod
+    def of(cls, scales: Sequence[float], present: Tensor, extent: ExtentBuffers) -> _Terms:
+        """Those of ranks with these scales, of which ``present`` says what each has."""
+        dtype, device = extent.extent.dtype, extent.device
+        inverse = torch.tensor([1.0 / scale for scale in scales], dtype=torch.float64, device="cpu")
+        return cls(
+            device,
+            here=present.to(device),
+            gains=None if all(scale == 1.0 for scale in scales) else inverse.to(device, dtype),
+            counts=present.sum(dim=0).clamp_min(1).to(device, dtype) if len(scales) > 1 else None,
+        )
+
+    def mean(self, parts: Sequence[Tensor], tiles: range) -> Stretch:
+        """One of the stretches, of which ``parts`` are the ranks'."""
+        rows = tuple(part.to(self.device).view(-1, TILE_NUMEL) for part in parts)
+        return Stretch(tiles, rows, here=self.here, gains=self.gains, counts=self.counts)
 
 
 def _place(whole: Tensor, values: Tensor, runs: Runs, present: Tensor) -> None:

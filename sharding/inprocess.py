@@ -121,7 +121,7 @@ class ShardGroup:
             else:
                 for buffers in shard.buffers.extents:
                     parts += [buffers.read(slot, piece) for piece in buffers.pieces(slot) if piece.param == param]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.spec.params[param].state_dtype)
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.spec.params[param].state_dtype, device="cpu")
 
 
 def run_in_lockstep(steps: Sequence[Reduction]) -> StepResult:

@@ -33,6 +33,12 @@ COMPILED_PIECE_TILES = 2**16
 CACHED_PIECE_TILES = 2**12
 """The same where a second pass follows at once, or where calls take and give values per element."""
 
+GPU_PIECE_TILES: Mapping[Kernel, int] = {"compiled": 2**22, "eager": 2**16}
+"""Tiles in one call on a GPU: as many as 32 bits number the elements of; eagerly as many as memory has room for beside.
+
+There Python has to be ahead of the GPU, and no pass finds in the cache what the one before has left.
+"""
+
 MAX_PARTS = 8
 """More ranks' gradients than that are averaged in a pass of their own; each would be read again by every pass."""
 
@@ -157,15 +163,22 @@ class Kernels:
         self, buffers: Buffers, gradient: Gradient, sinks: Sinks = (), *, is_in_cache: bool = False
     ) -> Iterator[_Piece]:
         is_compiled = self.kernel == "compiled"
-        compiled_tiles = CACHED_PIECE_TILES if is_in_cache or self._has_channels else COMPILED_PIECE_TILES
-        piece_tiles = compiled_tiles if is_compiled else PIECE_TILES
         for index, (extent, stretches) in enumerate(zip(buffers.extents, gradient, strict=True)):
             its_sinks = sinks[index] if sinks else ()
             edges = {edge for tiles, _ in its_sinks for edge in (tiles.start, tiles.stop)}
             for stretch in stretches:
                 whole = with_all_terms(stretch, extent.extent.dtype) if is_compiled else stretch
+                piece_tiles = self._piece_tiles(extent.device, is_in_cache=is_in_cache)
                 for tiles in cut(stretch.tiles, piece_tiles, edges):
                     yield _Piece(index, extent, tiles, whole.of(tiles), _parts(its_sinks, tiles))
+
+    def _piece_tiles(self, device: torch.device, *, is_in_cache: bool) -> int:
+        """How many tiles a call is for, at most."""
+        if device.type != "cpu" and not self._has_channels:
+            return GPU_PIECE_TILES[self.kernel]
+        if self.kernel == "eager":
+            return PIECE_TILES
+        return CACHED_PIECE_TILES if is_in_cache or self._has_channels else COMPILED_PIECE_TILES
 
     def _run(self, function: Pass, piece: _Piece, *args: Any) -> list[Tensor]:
         stride, rows = piece.extent.stride, piece.rows()

@@ -70,7 +70,7 @@ class Keys:
     def initial(self, slot: KeySlot) -> Tensor:
         """A key slot before the first step, ``(num_keys,)`` float64."""
         total = self.num_tensors if slot.scope is Scope.TENSOR else self.num_channels
-        return torch.full((total,), slot.init, dtype=torch.float64)
+        return torch.full((total,), slot.init, dtype=torch.float64, device="cpu")
 
 
 @final

@@ -228,7 +228,7 @@ class Layout:
 
     def group_of_tensor(self) -> torch.Tensor:
         """``(num_tensors,)`` int64."""
-        return torch.tensor([param.group for param in self.params], dtype=torch.int64)
+        return torch.tensor([param.group for param in self.params], dtype=torch.int64, device="cpu")
 
 
 def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
@@ -237,8 +237,8 @@ def wire_dtype(layout: Layout, extent: Extent) -> torch.dtype:
     return dtype_from_name(dtypes.pop()) if len(dtypes) == 1 else extent.dtype
 
 
-def number_runs(edges: NDArray[np.int64], tiles: range) -> NDArray[np.int64]:
-    """The run that each of ``tiles`` lies in, ``(len(tiles),)`` int64; an empty run has none.
+def runs_within(edges: NDArray[np.int64], tiles: range) -> tuple[int, NDArray[np.int64]]:
+    """The runs that ``tiles`` lie in: the number of the first, and how many of the tiles each of them has.
 
     Args:
         edges: ``(num_runs + 1,)`` int64, ascending, where each run begins, and where the last one ends.
@@ -247,7 +247,12 @@ def number_runs(edges: NDArray[np.int64], tiles: range) -> NDArray[np.int64]:
     first = int(np.searchsorted(edges, tiles.start, side="right")) - 1
     last = int(np.searchsorted(edges, tiles.stop, side="left"))
     within = np.clip(edges[first : last + 1], tiles.start, tiles.stop)
-    lengths = within[1:] - within[:-1]
+    return first, within[1:] - within[:-1]
+
+
+def number_runs(edges: NDArray[np.int64], tiles: range) -> NDArray[np.int64]:
+    """The run that each of ``tiles`` lies in, ``(len(tiles),)`` int64; an empty run has none."""
+    first, lengths = runs_within(edges, tiles)
     return np.repeat(np.arange(first, first + len(lengths), dtype=np.int64), lengths)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -140,17 +141,10 @@ class Members:
         rank, member = push.header.rank, self[push.header.rank]
         extents = check_gradient(push.gradient, member.pushed_numels, rank, may_be_cut=self._spec.gradients == "local")
         for pieces, padding in zip(extents, member.padding, strict=True):
-            start = 0
-            for piece in pieces:
-                where = padding
-                if len(pieces) > 1:
-                    first, last = torch.searchsorted(padding, torch.tensor((start, start + len(piece)))).tolist()
-                    where = padding[first:last] - start
-                if bool(piece.index_select(0, where.to(piece.device)).any()):
-                    raise MessageError(
-                        f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
-                    )
-                start += len(piece)
+            if any(bool(values.any()) for values in _between_tensors(pieces, padding)):
+                raise MessageError(
+                    f"gradient of rank {rank}: expected zeros between tensors; the layout is not the shard's"
+                )
 
     def _check_reloaded(self, push: Push, *, is_heard: bool) -> None:
         """Refuse parameters changed by hand that are not the job's, not this rank's to send, or not finite."""
@@ -172,3 +166,12 @@ class Members:
             coverage.within(index, tiles.start * TILE_NUMEL, tiles.stop * TILE_NUMEL)[0]
             for index, tiles in enumerate(owned)
         ]
+
+
+def _between_tensors(pieces: Sequence[Tensor], padding: Tensor) -> Iterator[Tensor]:
+    """What an extent's pieces hold in the places of padding."""
+    starts = [0, *itertools.accumulate(map(len, pieces))]
+    edges = torch.searchsorted(padding, torch.tensor(starts, device="cpu")).tolist()
+    for piece, start, first, last in zip(pieces, starts, edges, edges[1:], strict=False):
+        if first < last:
+            yield piece.index_select(0, (padding[first:last] - start).to(piece.device))

@@ -86,7 +86,7 @@ class OwnedState:
         layout = spec.layout()
         self._lay_out(spec, layout, self._allocate(spec, layout))
         self.scalars: Mapping[str, float] = spec.rule.initial_scalars(spec.num_groups)
-        self.step_count = torch.zeros(len(spec.params), dtype=torch.float64)
+        self.step_count = torch.zeros(len(spec.params), dtype=torch.float64, device="cpu")
         self.history = History(timeline)
         self._extension: Extension | None = None
         self._snapshots: list[Snapshot] = []
@@ -241,7 +241,7 @@ class OwnedState:
         added, self._extension = self._extension, None
         self._lay_out(added.spec, added.layout, self.buffers.extended(added.buffers))
         num_added = len(added.spec.params) - len(self.step_count)
-        self.step_count = torch.cat((self.step_count, torch.zeros(num_added, dtype=torch.float64)))
+        self.step_count = torch.cat((self.step_count, torch.zeros(num_added, dtype=torch.float64, device="cpu")))
         self.scalars = {**added.spec.rule.initial_scalars(added.spec.num_groups), **self.scalars}
         self._begin(timeline)
 
@@ -260,7 +260,7 @@ class OwnedState:
         self._inbox = Inbox()
         self.buffers.load(source)
         counts = [source.step_counts.get(index, 0) for index in range(len(self.spec.params))]
-        self.step_count = torch.tensor(counts, dtype=torch.float64)
+        self.step_count = torch.tensor(counts, dtype=torch.float64, device="cpu")
         self.scalars = {**self.spec.rule.initial_scalars(self.spec.num_groups), **source.scalars}
         self.history.go_on_from(source.sequence, source.step, source.skipped_steps)
         self._lost = None
@@ -287,7 +287,7 @@ class OwnedState:
             status: Where they stood.
             replicated: What they had in common.
         """
-        self.step_count = torch.tensor(status.step_counts, dtype=torch.float64)
+        self.step_count = torch.tensor(status.step_counts, dtype=torch.float64, device="cpu")
         self.scalars = status.scalars
         self.history = replicated.history.copied()
         self.history.last_sums = ()  # of another group, whose votes were of another length

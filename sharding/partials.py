@@ -1,9 +1,9 @@
 """Partials and totals: sums over the flat space whose bits do not depend on how it is sharded.
 
-A kernel returns one partial per tile, or one term per element where sums are over channels. They are added, in order
-and in float64, into one partial per (block, key); a block lies in one chunk, so each of these is computed by exactly
-one shard, all others hold 0.0 for it. An all-reduce therefore only ever adds zeros, which is exact in any order. Then
-every shard adds a key's partials in block order.
+A kernel returns one partial per tile, or one term per element where sums are over channels. They are added in float64,
+in order or on a GPU by halves, into one partial per (block, key); a block lies in one chunk, so each of these is
+computed by exactly one shard, all others hold 0.0 for it. An all-reduce therefore only ever adds zeros, which is exact
+in any order. Then every shard adds a key's partials in block order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 from ..optim import TILE_NUMEL, ReducingRule, Rule, Scope
 from .channels import ChannelMap, run_sums
 from .keys import Keys
-from .layout import Extent, Layout, number_runs
+from .layout import Extent, Layout, number_runs, runs_within
+from .run_sums import RunSums
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class SumTable(abc.ABC):
 
     def empty(self, num_sums: int) -> Tensor:
         """A vector of partials with nothing in it, ``(num_sums, num_segments)`` float64."""
-        return torch.zeros(num_sums, self.num_segments, dtype=torch.float64)
+        return torch.zeros(num_sums, self.num_segments, dtype=torch.float64, device="cpu")
 
     def folded(self, num_sums: int, outputs: Iterable[Output]) -> Tensor:
         """Add what a kernel returns to the segments, in order; what a GPU returns all at once, so as to wait once.
@@ -73,25 +74,28 @@ class SumTable(abc.ABC):
         Returns:
             ``(num_sums, num_segments)`` float64 on the CPU, 0 in segments that no output is of.
         """
-        partials, waiting = self.empty(num_sums), []
+        partials, elsewhere = self.empty(num_sums), dict[int, list[Output]]()
         for output in outputs:
-            segments, values = self._reduced(output)
-            if _is_at_hand(values):
-                _add(partials, segments, values)
+            if _is_at_hand(output):
+                _add(partials, *self._reduced(output))
             else:
-                waiting.append((segments, values))
-        if waiting:
-            segments, values = (torch.cat(each, dim=-1) for each in zip(*waiting, strict=True))
-            _add(partials, segments, values.cpu())
+                elsewhere.setdefault(output.extent, []).append(output)
+        for waiting in elsewhere.values():
+            segments, sums = self._folded_there(waiting)
+            _add(partials, segments, sums.cpu())
         return partials
 
     @abc.abstractmethod
     def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
-        """Segments ``(n,)`` int64 on the CPU, and what goes to each, ``(num_sums, n)`` float64 where the output is."""
+        """Segments ``(n,)`` int64 on the CPU, ascending, and what goes to each, ``(num_sums, n)`` float64, there."""
+
+    @abc.abstractmethod
+    def _folded_there(self, outputs: Sequence[Output]) -> tuple[Tensor, Tensor]:
+        """The same for all that a shard has of an extent, added up per segment where the outputs are."""
 
     def totals(self, names: Sequence[str], partials: Tensor) -> dict[str, Tensor]:
         """Add every key's partials in block order: sum name to ``(num_keys,)`` float64."""
-        totals = torch.zeros(len(names), self.num_keys, dtype=torch.float64)
+        totals = torch.zeros(len(names), self.num_keys, dtype=torch.float64, device="cpu")
         for row, values in zip(totals, partials, strict=True):
             row.index_add_(0, self._key_of_segment, values)
         return dict(zip(names, totals, strict=True))
@@ -113,12 +117,25 @@ class TileSumTable(SumTable):
             keys_of_segments.append(keys)
         num_keys = {Scope.MODEL: 1, Scope.GROUP: num_groups, Scope.TENSOR: len(layout.params)}[scope]
         super().__init__(num_keys, keys_of_segments)
+        self._folds: dict[object, tuple[Tensor, RunSums]] = {}
 
     def _reduced(self, output: Output) -> tuple[Tensor, Tensor]:
         """See :class:`SumTable`."""
         values, first = torch.stack(list(output.parts)).to(torch.float64), output.first_tile
         numbers = number_runs(self._edges[output.extent], range(first, first + values.shape[1]))
         return torch.from_numpy(numbers + self._first_segment[output.extent]), values
+
+    def _folded_there(self, outputs: Sequence[Output]) -> tuple[Tensor, Tensor]:
+        """See :class:`SumTable`. Which tiles go to which segment is worked out once."""
+        extent, first = outputs[0].extent, outputs[0].first_tile
+        values = torch.cat([torch.stack(list(output.parts)) for output in outputs], dim=1)
+        key = extent, first, values.shape[1], values.device
+        if key not in self._folds:
+            run, lengths = runs_within(self._edges[extent], range(first, first + values.shape[1]))
+            segments = torch.arange(run, run + len(lengths), device="cpu") + self._first_segment[extent]
+            self._folds[key] = segments, RunSums(lengths, values.device)
+        segments, sums = self._folds[key]
+        return segments, sums.of(values)
 
 
 @final
@@ -139,14 +156,21 @@ class ChannelSumTable(SumTable):
         parts, channels = output.parts, self._channels[output.extent]
         tiles = range(output.first_tile, output.first_tile + len(parts[0]))
         if not channels.any_in(tiles):
-            return torch.zeros(0, dtype=torch.int64), parts[0].new_zeros((len(parts), 0), dtype=torch.float64)
+            return torch.zeros(0, dtype=torch.int64, device="cpu"), parts[0].new_zeros(
+                (len(parts), 0), dtype=torch.float64
+            )
         runs = channels.runs(tiles)
         is_within = runs.channel >= 0
         base = self._segments[output.extent].bases(tiles)
         segments = torch.from_numpy((base[runs.tile] + runs.channel)[is_within])
-        lengths = torch.from_numpy(runs.lengths)
         kept = torch.from_numpy(np.flatnonzero(is_within)).to(parts[0].device, non_blocking=True)
-        return segments, torch.stack([run_sums(values, lengths)[kept] for values in parts])
+        return segments, run_sums(torch.stack(list(parts)), runs.lengths)[:, kept]
+
+    def _folded_there(self, outputs: Sequence[Output]) -> tuple[Tensor, Tensor]:
+        """See :class:`SumTable`. A segment may go on from one output to the next."""
+        parts, values = zip(*map(self._reduced, outputs), strict=True)
+        segments, lengths = np.unique_counts(torch.cat(parts).numpy())
+        return torch.from_numpy(segments), RunSums(lengths, values[0].device).of(torch.cat(values, dim=1))
 
 
 def sum_table(layout: Layout, rule: Rule, *, keys: Keys, num_groups: int) -> SumTable:
@@ -160,9 +184,9 @@ def sum_vectors(vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(vectors)).sum(dim=0) if len(vectors) > 1 else vectors[0]
 
 
-def _is_at_hand(values: Tensor) -> bool:
-    """Whether reading values waits for no other device."""
-    return values.device.type == "cpu"
+def _is_at_hand(output: Output) -> bool:
+    """Whether reading it waits for no other device."""
+    return output.parts[0].device.type == "cpu"
 
 
 def _add(partials: Tensor, segments: Tensor, values: Tensor) -> None:

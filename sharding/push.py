@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
@@ -125,13 +126,14 @@ def by_extent(gradient: Sequence[Tensor], numels: Sequence[int]) -> list[list[Te
     Raises:
         ValueError: If it does not fit, or an extent is not cut between tiles.
     """
-    extents, pieces = [], list(gradient)
+    extents, got, pieces = list[list[Tensor]](), list[int](), collections.deque(gradient)
     for numel in numels:
-        taken = [pieces.pop(0)] if pieces else []
-        while pieces and sum(piece.numel() for piece in taken) < numel:
-            taken.append(pieces.pop(0))
+        taken, its_numel = list[Tensor](), 0
+        while pieces and (its_numel < numel or not taken):
+            taken.append(pieces.popleft())
+            its_numel += taken[-1].numel()
         extents.append(taken)
-    got = [sum(piece.numel() for piece in taken) for taken in extents]
+        got.append(its_numel)
     if got != list(numels) or pieces or not all(extents):
         raise ValueError(f"expected {list(numels)} elements per extent")
     if any(piece.numel() % TILE_NUMEL for taken in extents for piece in taken[:-1]):

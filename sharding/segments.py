@@ -92,7 +92,7 @@ class Segment(mmap.mmap):
         """
         itemsize = span.dtype.itemsize
         if span.numel == 0:
-            return torch.empty(0, dtype=span.dtype)
+            return torch.empty(0, dtype=span.dtype, device="cpu")
         is_within = span.offset >= ALIGNMENT and span.offset + span.numel * itemsize <= len(self)
         if not is_within or span.numel < 0 or span.offset % itemsize:
             raise MessageError(

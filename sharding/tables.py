@@ -45,8 +45,8 @@ class Tables:
             keys=keys,
             channels=keys.channels,
             group_of_tensor=layout.group_of_tensor(),
-            numel=torch.tensor([param.numel for param in spec.params], dtype=torch.float64),
-            decays=torch.tensor([param.decays for param in spec.params], dtype=torch.bool),
+            numel=torch.tensor([param.numel for param in spec.params], dtype=torch.float64, device="cpu"),
+            decays=torch.tensor([param.decays for param in spec.params], dtype=torch.bool, device="cpu"),
             sums=sum_table(layout, spec.rule, keys=keys, num_groups=spec.num_groups),
             squares=TileSumTable(layout, Scope.MODEL, spec.num_groups),
         )

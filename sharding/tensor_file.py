@@ -156,7 +156,7 @@ class TensorFile:
         if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
             self._fill(byte_view(out))
             return
-        staged = torch.empty(min(out.numel(), STAGED_BYTES // dtype.itemsize), dtype=dtype)
+        staged = torch.empty(min(out.numel(), STAGED_BYTES // dtype.itemsize), dtype=dtype, device="cpu")
         for begin in range(0, out.numel(), max(len(staged), 1)):
             part = out[begin : begin + len(staged)]
             self._fill(byte_view(staged[: len(part)]))

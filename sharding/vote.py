@@ -81,7 +81,7 @@ def cast_vote(
         num_nonfinite=num_nonfinite,
     )
     votes = [own if index == shard else Vote(0, 0, 0, 0, 0) for index in range(num_shards)]
-    return torch.cat((torch.tensor(votes, dtype=torch.int64).view(-1), square_sums.view(torch.int64)))
+    return torch.cat((torch.tensor(votes, dtype=torch.int64, device="cpu").view(-1), square_sums.view(torch.int64)))
 
 
 def open_votes(total: Tensor, num_shards: int) -> tuple[list[Vote], Tensor]:

@@ -50,7 +50,7 @@ def _stand_in(spec: JobSpec, dtype: torch.dtype) -> JobSpec:
 def _take_step(spec: JobSpec, dtype: torch.dtype, device: torch.device, is_delivered: bool) -> None:
     group, hyper = ShardGroup(spec, device=device), spec.rule.hyper(spec.rule.defaults())
     group.load(StateSource(_read_ones, frozenset({(0, MASTER.name)})), timeline=1)
-    gradient = torch.ones(spec.params[0].numel, dtype=dtype)
+    gradient = torch.ones(spec.params[0].numel, dtype=dtype, device="cpu")
     for rank in range(spec.world_size):
         group.admit(rank, "stand-in")
         header = PushHeader(

@@ -293,6 +293,7 @@ class Run:
         rank_0: Fields of the headers of rank 0, in each of its pushes.
         kernel: How passes run; None for ``$STEPWELL_KERNEL``, as for services.
         is_elastic: Whether ranks may come and go.
+        device: Where the shards live; None for the CPU. Gradients come from there, whatever it is.
     """
 
     def __init__(
@@ -309,13 +310,14 @@ class Run:
         rank_0: Mapping[str, object] | None = None,
         kernel: Kernel | None = None,
         is_elastic: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.problem, self.rule, self.world_size, self.wire_dtype = problem, rule, world_size, wire_dtype
         self.rank_0 = dict(rank_0 or {})
         kernel = kernel or chosen_kernel()
         spec = JobSpec(rule, problem.specs(), problem.num_groups, world_size, chunk_numel, kernel=kernel)
         world = World(tuple(range(world_size)), is_elastic=is_elastic, timeout_s=5.0)
-        self.group = ShardGroup(spec, num_shards=num_shards, world=world)
+        self.group = ShardGroup(spec, num_shards=num_shards, world=world, device=device)
         self.group.load(source or initial_state(problem), timeline=1)
         for rank in range(world_size):
             self.group.admit(rank, f"worker-{rank}")
@@ -336,13 +338,13 @@ class Run:
         return self.group.shards[0].sequence + 1
 
     def params(self) -> list[Tensor]:
-        """The parameters in the model's dtype and their shapes."""
+        """The parameters in the model's dtype and their shapes, on the CPU."""
         shards = self.group.shards
         dtypes, first = [extent.dtype for extent in self.layout.extents], self.world.ranks[0]
         parts = zip(*(shard.parameters(dtypes, first, "held") for shard in shards), strict=True)
         flat = [torch.cat(part) for part in parts]
         return [
-            view.to(dtype_from_name(tensor.dtype), copy=True)
+            view.to("cpu", dtype_from_name(tensor.dtype), copy=True)
             for view, tensor in zip(views(self.layout, flat), self.problem.tensors, strict=True)
         ]
 

@@ -53,7 +53,7 @@ class FaultyTransport(Transport):
     """
 
     def __init__(self, inner: Transport, *faults: Fault) -> None:
-        self.service = inner.service
+        self.service, self.reads_in_place = inner.service, inner.reads_in_place
         self._inner, self._faults = inner, faults
         self._num_calls: dict[str, int] = {}
         self.headers: list[PushHeader] = []
@@ -150,6 +150,8 @@ class _SharedService(InProcessService):
 
 class SharedTransport(InProcessTransport):
     """One worker's line to :class:`SharedShards`."""
+
+    reads_in_place = False
 
     def __init__(self, shared: SharedShards, rank: int) -> None:
         super().__init__(shared.service)

@@ -17,8 +17,9 @@ import stepwell
 from stepwell.client import model_buffers, node_memory, overlap, staging
 from stepwell.client.inprocess import InProcessService, InProcessTransport
 from stepwell.client.node_memory import NodeMemory
-from stepwell.client.staging import Staging, pin
+from stepwell.client.staging import Staging
 from stepwell.sharding.errors import SegmentError
+from stepwell.sharding.pinning import pin
 from stepwell.sharding.segments import allocate
 from tests.client.lines import reached_by
 from tests.client.test_streaming import FarTransport

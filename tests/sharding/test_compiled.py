@@ -106,6 +106,27 @@ def test_bits_do_not_depend_on_threads(name: str) -> None:
     assert_same_state(*states)
 
 
+STRIDED = """
+import hashlib, sys
+from stepwell.optim import ProdigyRule
+from tests.zoo import Run, straddling
+for stride in [*map(int, sys.argv[1:]), 11]:
+    state = Run(straddling(), ProdigyRule(d0=1e-4, slice_p=stride), kernel="compiled").steps(3).state()
+print(hashlib.sha256(b"".join(each.numpy().tobytes() for each in state.params)).hexdigest())
+"""
+
+
+def test_bits_do_not_depend_on_what_the_process_compiled_before() -> None:
+    """As one shard was started again, and the others have had other jobs."""
+    printed = []
+    for before in ([], ["1", "3"]):
+        command = [sys.executable, "-c", STRIDED, *before]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+        assert run.returncode == 0, run.stderr
+        printed.append(run.stdout)
+    assert printed[0] == printed[1]
+
+
 def test_nothing_is_compiled_again_over_a_run() -> None:
     """Whatever changes from step to step: hyperparameters, limits, scales, which tensors there are, ranks' order."""
     run = Run(small(), ProdigyRule(d0=1e-4), world_size=2, num_shards=3, kernel="compiled")

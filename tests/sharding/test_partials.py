@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stepwell.optim import AdamGCCRule, Scope, StableAdamRule
-from stepwell.sharding.channels import run_sums, shifted_run_sums
+from stepwell.sharding import partials
+from stepwell.sharding.channels import run_sums
 from stepwell.sharding.keys import Keys
 from stepwell.sharding.layout import Layout, ParamSpec
 from stepwell.sharding.partials import ChannelSumTable, Output, SumTable, TileSumTable, sum_vectors
+from stepwell.sharding.run_sums import RunSums
 
 TILE_SCOPES = (Scope.MODEL, Scope.GROUP, Scope.TENSOR)
 SHAPES = st.lists(st.tuples(st.integers(1, 3000)), min_size=1, max_size=20)
@@ -35,7 +38,9 @@ def tile_partials(layout: Layout) -> list[Tensor]:
     ]
 
 
-def fold_on_shards(table: SumTable, layout: Layout, values: list[Tensor], num_shards: int, at_once: int) -> Tensor:
+def fold_on_shards(
+    table: SumTable, layout: Layout, values: list[Tensor], num_shards: int, at_once: int, *, as_on_gpu: bool
+) -> Tensor:
     vectors = []
     for shard in range(num_shards):
         outputs = []
@@ -43,23 +48,26 @@ def fold_on_shards(table: SumTable, layout: Layout, values: list[Tensor], num_sh
             tiles = extent.tile_range(shard, num_shards)
             for first in range(tiles.start, tiles.stop, at_once):
                 outputs.append(Output(index, first, [values[index][first : min(first + at_once, tiles.stop)]]))
-        vectors.append(table.folded(1, outputs))
+        with mock.patch.object(partials, "_is_at_hand", return_value=not as_on_gpu):
+            vectors.append(table.folded(1, outputs))
     return sum_vectors(vectors)
 
 
-@given(SHAPES, st.sampled_from(TILE_SCOPES), st.integers(1, 9), st.sampled_from([1, 3, 256]))
+@given(SHAPES, st.sampled_from(TILE_SCOPES), st.integers(1, 9), st.sampled_from([1, 3, 256]), st.booleans())
 def test_totals_are_the_same_for_any_number_of_shards(
-    shapes: list[tuple[int]], scope: Scope, num_shards: int, at_once: int
+    shapes: list[tuple[int]], scope: Scope, num_shards: int, at_once: int, as_on_gpu: bool
 ) -> None:
     layout = layout_of(shapes)
     table, values = TileSumTable(layout, scope, num_groups=2), tile_partials(layout)
-    (expected,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 10**6)).values()
-    (actual,) = table.totals(["x"], fold_on_shards(table, layout, values, num_shards, at_once)).values()
+    (expected,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 10**6, as_on_gpu=as_on_gpu)).values()
+    (actual,) = table.totals(
+        ["x"], fold_on_shards(table, layout, values, num_shards, at_once, as_on_gpu=as_on_gpu)
+    ).values()
     assert torch.equal(actual, expected)
 
 
-@given(SHAPES, st.sampled_from(TILE_SCOPES))
-def test_totals_are_the_sums_over_their_keys(shapes: list[tuple[int]], scope: Scope) -> None:
+@given(SHAPES, st.sampled_from(TILE_SCOPES), st.booleans())
+def test_totals_are_the_sums_over_their_keys(shapes: list[tuple[int]], scope: Scope, as_on_gpu: bool) -> None:
     layout = layout_of(shapes)
     table, values = TileSumTable(layout, scope, num_groups=2), tile_partials(layout)
     terms: dict[int, list[float]] = {}
@@ -69,7 +77,7 @@ def test_totals_are_the_sums_over_their_keys(shapes: list[tuple[int]], scope: Sc
         ):
             key = {Scope.MODEL: 0, Scope.GROUP: layout.params[param].group, Scope.TENSOR: param}[scope]
             terms.setdefault(key, []).append(value)
-    (totals,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 100)).values()
+    (totals,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 100, as_on_gpu=as_on_gpu)).values()
     assert totals.dtype == torch.float64
     assert len(totals) == table.num_keys
     for key, total in enumerate(totals.tolist()):
@@ -121,19 +129,21 @@ def element_terms(layout: Layout) -> list[Tensor]:
     ]
 
 
-@given(CHANNEL_SHAPES, st.integers(1, 9), st.sampled_from([1, 3, 256]))
+@given(CHANNEL_SHAPES, st.integers(1, 9), st.sampled_from([1, 3, 256]), st.booleans())
 def test_channel_totals_are_the_same_for_any_number_of_shards(
-    shapes: list[tuple[int, ...]], num_shards: int, at_once: int
+    shapes: list[tuple[int, ...]], num_shards: int, at_once: int, as_on_gpu: bool
 ) -> None:
     layout = channel_layout(shapes)
     table, values = ChannelSumTable(layout, Keys.build(layout.params, AdamGCCRule())), element_terms(layout)
-    (expected,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 10**6)).values()
-    (actual,) = table.totals(["x"], fold_on_shards(table, layout, values, num_shards, at_once)).values()
+    (expected,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 10**6, as_on_gpu=as_on_gpu)).values()
+    (actual,) = table.totals(
+        ["x"], fold_on_shards(table, layout, values, num_shards, at_once, as_on_gpu=as_on_gpu)
+    ).values()
     assert torch.equal(actual, expected)
 
 
-@given(CHANNEL_SHAPES)
-def test_channel_totals_are_the_sums_over_their_channels(shapes: list[tuple[int, ...]]) -> None:
+@given(CHANNEL_SHAPES, st.booleans())
+def test_channel_totals_are_the_sums_over_their_channels(shapes: list[tuple[int, ...]], as_on_gpu: bool) -> None:
     layout = channel_layout(shapes)
     table, values = ChannelSumTable(layout, Keys.build(layout.params, AdamGCCRule())), element_terms(layout)
     expected: list[Tensor] = []
@@ -146,7 +156,7 @@ def test_channel_totals_are_the_sums_over_their_channels(shapes: list[tuple[int,
         if len(param.shape) == 4 and param.numel:
             extent, first = where[index]
             expected += values[extent].flatten()[first * 256 :][: param.numel].view(param.shape[0], -1)
-    (totals,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 100)).values()
+    (totals,) = table.totals(["x"], fold_on_shards(table, layout, values, 1, 100, as_on_gpu=as_on_gpu)).values()
     assert len(totals) == table.num_keys == len(expected)
     for total, terms in zip(totals.tolist(), expected, strict=True):
         size = math.fsum(terms.abs().tolist())
@@ -161,18 +171,34 @@ def test_channels_that_a_rule_excludes_have_no_sum() -> None:
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(0, 2**31))
-def test_run_sums_are_the_sums_of_the_runs_on_any_device(lengths: list[int], seed: int) -> None:
-    """In order on the CPU; elsewhere by shifted rows, which are independent of each other."""
+def test_run_sums_on_the_cpu_are_added_up_in_order(lengths: list[int], seed: int) -> None:
     ends = np.unique(np.concatenate((np.cumsum(lengths), np.arange(256, sum(lengths) + 256, 256))))
     ends = ends[ends <= -(-sum(lengths) // 256) * 256]
-    runs = torch.from_numpy(np.diff(ends, prepend=0))
-    values = torch.randn(int(ends[-1]) // 256, 256, generator=torch.Generator().manual_seed(seed))
-    in_order, shifted = run_sums(values, runs), shifted_run_sums(values.double(), runs)
-    for index, terms in enumerate(torch.split(values.flatten().double(), runs.tolist())):
+    runs = np.diff(ends, prepend=0)
+    values = torch.randn(1, int(ends[-1]) // 256, 256, generator=torch.Generator().manual_seed(seed))
+    (sums,) = run_sums(values, runs)
+    for actual, terms in zip(sums.tolist(), torch.split(values.flatten().double(), runs.tolist()), strict=True):
         total = 0.0
         for term in terms.tolist():
             total += term
-        assert float(in_order[index]) == total
-        assert abs(float(shifted[index]) - math.fsum(terms.tolist())) <= 1e-13 * float(terms.abs().sum())
-    last = runs[torch.from_numpy(ends > ends[-1] - 256)]
-    assert torch.equal(shifted_run_sums(values[-1:].double(), last), shifted[-len(last) :])
+        assert actual == total
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=30), st.integers(0, 2**31))
+def test_runs_are_folded_alike_wherever_they_lie(lengths: list[int], seed: int) -> None:
+    """As on a GPU, where several are added up side by side."""
+    runs, device = np.array(lengths), torch.device("cpu")
+    values = torch.randn(2, int(runs.sum()), generator=torch.Generator().manual_seed(seed))
+    sums = RunSums(runs, device).of(values)
+    assert sums.dtype == torch.float64
+    for index, terms in enumerate(torch.split(values.double(), lengths, dim=1)):
+        alone = RunSums(runs[index : index + 1], device).of(terms.float())
+        assert torch.equal(sums[:, index], alone[:, 0])
+        assert torch.allclose(alone[:, 0], terms.sum(dim=1), rtol=1e-13, atol=1e-13 * float(terms.abs().sum()))
+
+
+def test_what_is_not_finite_stays_in_its_run() -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0, torch.nan, torch.inf, 4.0]])
+    (sums,) = RunSums(np.array([3, 1, 1, 1]), torch.device("cpu")).of(values).tolist()
+    assert (sums[0], sums[2], sums[3]) == (6.0, torch.inf, 4.0)
+    assert sums[1] != sums[1]
