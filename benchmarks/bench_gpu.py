@@ -31,7 +31,7 @@ from contestants import (
     ray_of_its_own,
     service_of,
 )
-from harness import Contestant, Race, Row, main, race, tell
+from harness import Contestant, Race, Row, cores, main, race, tell
 
 PRODIGYOPT, COPY, OLD = "prodigyopt", "a copy", 'Prodigy, eps_d="old"'
 COPIED_BYTES = 2**31
@@ -125,7 +125,10 @@ def _services(shapes: Sequence[torch.Size], budget_s: float) -> list[Row]:
     with contextlib.ExitStack() as stack:
         optimizers = {alone: ours("Prodigy", workload.params(with_grads=True))}
         for name, num_shards, num_gpus in (("a shard on the GPU", 1, 0.3), ("2 shards on CPUs", 2, 0.0)):
-            service = stack.enter_context(service_of(num_shards, num_gpus_per_shard=num_gpus))
+            # So that there is room for both, and for what Ray runs beside them.
+            num_threads = 0 if num_gpus else max(1, cores() // 2 // num_shards)
+            launched = service_of(num_shards, num_gpus_per_shard=num_gpus, num_threads=num_threads)
+            service = stack.enter_context(launched)
             optimizers[f"Prodigy, {name}"] = ours("Prodigy", workload.params(with_grads=True), service=service)
         num_bytes = (STEP_BYTES["Prodigy"] + MODEL_COPY_BYTES) * workload.numel
         contestants = []

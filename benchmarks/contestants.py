@@ -161,9 +161,12 @@ def ray_of_its_own() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def service_of(num_shards: int, *, redundancy: int = 0, num_gpus_per_shard: float = 0) -> Iterator[stepwell.Service]:
-    """A service whose shards have as many threads together as there are cores, and at least one each."""
-    num_threads = max(1, cores() // num_shards)
+def service_of(
+    num_shards: int, *, redundancy: int = 0, num_gpus_per_shard: float = 0, num_threads: int | None = None
+) -> Iterator[stepwell.Service]:
+    """A service whose shards have ``num_threads`` each; None: as many together as there are cores, and at least one."""
+    if num_threads is None:
+        num_threads = max(1, cores() // num_shards)
     service = stepwell.launch(
         num_shards=num_shards,
         # A shard without a CPU of its own has one thread; Ray would start a process in stock for every CPU.

@@ -79,7 +79,7 @@ class Row:
         against: What ``theirs`` is.
         low, high: Quartiles of the ratio.
         gb_per_s: ``bytes`` over our time.
-        bandwidth: That over what torch's fused AdamW achieves in the turns right before.
+        bandwidth: That over what the yardstick achieves right before: torch's fused AdamW, or on a GPU a copy.
         section: The heading that it stands under.
         key: What the goals and the picture know it by.
         x: Its place on the picture's axis, such as a number of parameters.
@@ -315,7 +315,7 @@ def main(rows: Callable[[bool], list[Row]], description: str | None) -> None:
     for row in found:
         theirs = "" if row.theirs is None else f", {row.theirs:.3f} {row.against}"
         ratio = "" if row.ratio is None else f"; {row.ratio:.3f} x {row.against}"
-        share = "" if row.bandwidth is None else f"; {row.gb_per_s:.1f} GB/s, {row.bandwidth:.2f} of fused AdamW's"
+        share = "" if row.bandwidth is None else f"; {row.gb_per_s:.1f} GB/s, {row.bandwidth:.2f} of the yardstick's"
         print(f"{row.section}: {row.name}: {row.ours:.3f} {row.unit}{theirs}{ratio}{share}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in found], indent=1))

@@ -30,6 +30,7 @@ class Run:
         load_before: The machine's load average before it: what others were doing; None if nobody has noted it.
         rows: What it found, those of a section one after the other.
         failure: Why it found nothing, a sentence; empty if it went well.
+        machine: Where, if that was not the page's machine; else empty.
     """
 
     topic: str
@@ -38,6 +39,7 @@ class Run:
     load_before: float | None
     rows: tuple[Row, ...]
     failure: str = ""
+    machine: str = ""
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Run:
@@ -74,14 +76,20 @@ class Page:
 
 
 def read(folder: Path, *, quick: bool) -> Page:
-    """The page in a folder, if it is of such a machine and such a run; else an empty one."""
+    """The page in a folder; if it is of another kind of machine or run, only what it has from still others."""
     empty, path = Page(_machine(), quick), folder / "results.json"
     if not path.exists():
         return empty
     before = json.loads(path.read_text())
-    if (before["machine"], before["quick"]) != (empty.machine, quick):
-        return empty
-    return empty.with_runs([Run.from_dict(run) for run in before["runs"]])
+    is_same = (before["machine"], before["quick"]) == (empty.machine, quick)
+    return empty.with_runs([run for run in map(Run.from_dict, before["runs"]) if is_same or run.machine])
+
+
+def taken(path: Path) -> list[Run]:
+    """The runs of a ``results.json`` that another machine has written; those that failed stay there."""
+    there = json.loads(path.read_text())
+    found = [Run.from_dict(run) for run in there["runs"] if run["rows"]]
+    return [dataclasses.replace(run, machine=run.machine or _described(there["machine"])) for run in found]
 
 
 def write(folder: Path, page: Page) -> None:
@@ -124,14 +132,14 @@ def _markdown(page: Page, verdicts: Sequence[Verdict]) -> str:
     machine = page.machine
     parts = [
         "# Benchmarks",
-        f"Written by `make bench`: {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}.\n",
+        f"Written by `make bench`: {_described(machine)}.\n",
         *(["**With --quick: these are no figures.**\n"] if page.quick else []),
         f"Who steps in one process has {machine['cores']} threads; a service's shards have as many together, one at "
         "least each; of several ranks each has its share.\n",
         "Contestants took turns, finely interleaved in one run. A ratio is the median over rounds of our time over "
         "theirs in the same round, with its quartiles; below 1 we are faster. GB/s are the bytes that must move over "
-        "the median time; the last column sets them against those of torch's fused AdamW right before, in the same "
-        "rounds. A yardstick's ratio to its own turn before is the noise.\n",
+        "the median time; the last column sets them against those of the yardstick right before, in the same rounds: "
+        "torch's fused AdamW, or on a GPU a copy. A yardstick's ratio to its own turn before is the noise.\n",
         *_warnings(page.rows),
         "![The figures at a glance](results.png)\n",
         "## Goals\n",
@@ -146,10 +154,10 @@ def _markdown(page: Page, verdicts: Sequence[Verdict]) -> str:
 
 
 def _runs_table(runs: Sequence[Run]) -> str:
-    lines = ["| topic | begun | took | load before |", "|---|---|---:|---:|"]
+    lines = ["| topic | begun | took | load before | where, if not here |", "|---|---|---:|---:|---|"]
     for run in runs:
         load = "" if run.load_before is None else f"{run.load_before:.1f}"
-        lines.append(f"| {run.topic} | {run.date} | {run.taken_s:.0f} s | {load} |")
+        lines.append(f"| {run.topic} | {run.date} | {run.taken_s:.0f} s | {load} | {run.machine} |")
     return "\n".join(lines)
 
 
@@ -166,7 +174,7 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
 
 def _rows_table(rows: Sequence[Row]) -> str:
     lines = [
-        "| ours | time or size | against | theirs | ratio | GB/s | of fused AdamW's |",
+        "| ours | time or size | against | theirs | ratio | GB/s | of the yardstick's |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -199,11 +207,18 @@ def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _described(machine: dict[str, Any]) -> str:
+    gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
+    return f"{gpu}{machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}"
+
+
 def _machine() -> dict[str, Any]:
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cores": cores(),
         "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **gpu,
     }

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("topics", nargs="*", help="such as step or workers; all if none is named")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: whether it runs, no figures")
     parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder for the results")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="run nothing; take another machine's results.json in")
     parser.add_argument("--rows-of", metavar="TOPIC", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     # Whoever starts this may have them ignored or left to end this process alone; the topic that runs has to end too.
@@ -54,6 +55,9 @@ def _main(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     if arguments.rows_of is not None:
         _write_rows(arguments.rows_of, arguments.quick, arguments.out)
         return
+    if arguments.take is not None:
+        _write(report.taken(arguments.take), arguments.quick, arguments.out)
+        return
     there = sorted((path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")), key=_place)
     if unknown := sorted(set(arguments.topics) - set(there)):
         parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(there)}")
@@ -68,12 +72,18 @@ def _place(topic: str) -> tuple[int, str]:
 def _run_all(topics: Sequence[str], quick: bool, out: Path) -> bool:
     """Run topics and write what they found; whether all went well."""
     runs = [_run(topic, quick) for topic in topics]
-    page = report.read(out, quick=quick)
-    page = page.with_runs(sorted([*page.runs_but(topics), *runs], key=lambda run: _place(run.topic)))
+    _write(runs, quick, out)
+    return not any(run.failure for run in runs)
+
+
+def _write(runs: Sequence[report.Run], quick: bool, out: Path) -> None:
+    """Write what runs have found into the page; one that had nothing to measure here leaves what stood there."""
+    page, new = report.read(out, quick=quick), [run for run in runs if run.rows or run.failure]
+    kept = page.runs_but([run.topic for run in new])
+    page = page.with_runs(sorted([*kept, *new], key=lambda run: _place(run.topic)))
     report.write(out, page)
     print(report.goals_table(judge(page.rows)))
     print(f"\n{len(page.rows)} rows in {out / 'TABLE.md'}")
-    return not any(run.failure for run in runs)
 
 
 def _run(topic: str, quick: bool) -> report.Run:

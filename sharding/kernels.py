@@ -208,14 +208,8 @@ class _Piece:
 
     def rows(self) -> Rows:
         """What a pass is given."""
-        where = slice(self.tiles.start, self.tiles.stop)
-        return Rows(
-            {name: values[where] for name, values in self.extent.slots.items()},
-            self.gradient,
-            self.extent.tensor_of_tile[where],
-            self.extent.index_in_tensor[where],
-            self.sinks,
-        )
+        views = self.extent.views(self.tiles)
+        return Rows(views.slots, self.gradient, views.tensor_of_tile, views.index_in_tensor, self.sinks)
 
 
 class _Second:
