@@ -23,7 +23,7 @@ OTHER_BATCH_NUMEL = 2**27
 CPU_LARGE_NUMEL = 2**20
 """A gradient of so many elements is worth calls of the kernels for itself, and no copy."""
 
-OTHER_LARGE_NUMEL = 2**24
+OTHER_LARGE_NUMEL = 2**26
 """The same elsewhere, where a call takes longer than such a gradient's memory."""
 
 Seen = list[Tensor]

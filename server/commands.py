@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import ray
@@ -20,6 +21,7 @@ from ..sharding.folder import Destination
 from ..sharding.stopwatch import PHASES
 from . import cluster
 from .config import Placement
+from .recoveries import Recovery
 from .service import Service, connect, end, launch, service_names
 
 Name = Annotated[str, typer.Argument(help="The service's name.", show_default=False)]
@@ -255,6 +257,7 @@ def _status_table(fields: dict[str, Any]) -> Table:
     if phases:
         parts = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items())
         shown["last step"] = f"{1e3 * sum(phases.values()):.1f} ms: {parts}"
+    shown["redundancy"], shown["recoveries"] = _copies(**fields["redundancy"]), _recoveries(**fields["recoveries"])
     shown["standby"] = "{ready} of {wanted} ready".format_map(fields["standby"])
     if fields["rule"] is None:
         shown["rule"] = "none yet: no worker has registered"
@@ -262,6 +265,23 @@ def _status_table(fields: dict[str, Any]) -> Table:
         if key not in ("name", "scalars", "steps_per_s", "last_step"):
             table.add_row(key, escape(str(value)))
     return table
+
+
+def _copies(wanted: int, shards: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """What keepers have of the shards, in words."""
+    if wanted == 0:
+        return "0: a lost shard takes the service back to its last checkpoint"
+    lacking = [str(shard) for shard, held in enumerate(shards) if len(held) < wanted]
+    if not any(shards):
+        return f"{wanted} wanted, none there yet"
+    oldest = min(copy["step"] for held in shards for copy in held.values())
+    there = f"{wanted} of each shard" if not lacking else f"{wanted} wanted, fewer of shard {', '.join(lacking)}"
+    return f"{there}; the oldest is of step {oldest}"
+
+
+def _recoveries(count: int, last: Mapping[str, Any] | None) -> str:
+    """How often shards were brought back, and the last time, in words."""
+    return str(count) if last is None else f"{count}; the last time {Recovery(**last)}"
 
 
 def _say(markup: str) -> None:

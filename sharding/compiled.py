@@ -87,7 +87,8 @@ class _CompiledPass:
         return compiled
 
     def _run(self, compiled: Pass, operands: _Operands) -> list[Tensor]:
-        return compiled(*self._fixed, operands.rows, operands.coefficients, *operands.args)
+        with torch.no_grad():  # as it was compiled: torch would compile it again, for these sizes alone
+            return compiled(*self._fixed, operands.rows, operands.coefficients, *operands.args)
 
 
 def _guarded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import platform
 import shutil
@@ -32,6 +33,8 @@ SLOW_S = 3.0
 """Compiling for longer is told of: the first time, for some seconds."""
 
 logger = logging.getLogger("stepwell")
+
+_numbers = itertools.count()
 
 _Pass = TypeVar("_Pass", bound=Callable[..., Any])
 
@@ -97,16 +100,15 @@ def compile_pass(function: _Pass, num_threads: int) -> _Pass:
         function: The pass.
         num_threads: How many threads share a call on the CPU.
     """
-    # torch keeps what it has compiled with the code object, and looks for the variant that fits there.
-    own = types.FunctionType(
-        function.__code__.replace(co_name=function.__name__), function.__globals__, function.__name__
-    )
+    # torch keeps what it has compiled with the code object, and looks for the variant that fits there. By its name it
+    # notes what has varied so far. Had another pass the same name, a stride would become a variable where that one had
+    # another stride; and the code, and with it the bits, would depend on what else this process has compiled.
+    name = f"{function.__name__}_{next(_numbers)}"
+    own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
     wanted = {"cpp.threads": num_threads, "compile_threads": 1, "deterministic": True}
     there = torch._inductor.list_options()
     options: dict[str, Any] = {name: value for name, value in wanted.items() if name in there}
-    # Nothing is dynamic but what is marked so. Else a stride would become a variable where torch has seen another one
-    # before; and the code, and with it the bits, would depend on what else a process has compiled.
-    return cast(_Pass, torch.compile(own, fullgraph=True, dynamic=False, options=options))
+    return cast(_Pass, torch.compile(own, fullgraph=True, options=options))
 
 
 def compiled_code() -> bytes:

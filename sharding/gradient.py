@@ -226,7 +226,8 @@ def written_out(stretch: Stretch, extent: ExtentBuffers, pieces: Iterable[range]
     """The same gradient with its mean computed, in pieces that stay in cache; limits stay to be observed."""
     assert stretch.here is not None, "computed once"
     parts = stretch.parts
-    is_whole = len(parts) == 1 and bool(stretch.here[0, list(extent.extent.params)].all())
+    # Rather of all tensors at once than of those of an extent, which are found one by one.
+    is_whole = len(parts) == 1 and bool(stretch.here.all() or stretch.here[0, list(extent.extent.params)].all())
     if not is_whole or stretch.gains is not None:
         written = torch.empty(len(stretch.tiles), TILE_NUMEL, dtype=extent.extent.dtype, device=extent.device)
         for tiles in pieces:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import stepwell
+from stepwell.client import gathering
 from stepwell.sharding import kernels
 from stepwell.sharding.errors import JobMismatchError, NotRegisteredError, TimelineError
 from tests.client.training import assert_equal, assert_same_state, make_net, train, values_of
@@ -150,3 +152,25 @@ def test_restore_of_what_other_kernels_computed_is_told(tmp_path: Path, caplog: 
     (said,) = (record.message for record in caplog.records if "was computed by" in record.message)
     assert said.startswith(f"{uri} was computed by [torch")
     assert "later steps may differ" in said
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_all_that_a_step_needs_is_compiled_when_the_job_is_registered(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the sizes of calls, and whether the caller records gradients or casts."""
+    monkeypatch.setattr(gathering, "CPU_LARGE_NUMEL", 1)
+    shapes = [(256 * numel,) for numel in (1, 2, 5, 3, 17)]
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = stepwell.Prodigy(params, kernel="compiled", overlap=overlap)
+    compiled = counters["stats"]["unique_graphs"]
+    for chosen in (params, params[1:], params[::2], params[:3]):
+        optimizer.zero_grad()
+        torch.stack([param.sum() for param in chosen]).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with torch.no_grad():
+            optimizer.step()
+    assert counters["stats"]["unique_graphs"] == compiled
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # once more: it is part of what torch compiles for
+        optimizer.step()
+    assert optimizer.service.status()["step"] == 9

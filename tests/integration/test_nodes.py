@@ -14,7 +14,7 @@ from stepwell.sharding.errors import CheckpointRestoreNeededError
 from tests.integration.conftest import launcher
 from tests.integration.nodes import Nodes, kill, node_of
 from tests.integration.training import D0, Trainer, assert_same_training
-from tests.integration.victims import await_copies
+from tests.integration.victims import Victims, await_copies
 from tests.zoo import straddling
 
 LIMIT_S = 120.0
@@ -77,5 +77,30 @@ def test_shard_and_keeper_that_are_lost_at_once_cost_no_step_with_two(nodes: Nod
         await_copies(service, 2)
         nodes.lose(node_of(service.shards[1]))
         trainer.run(17)
+        assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
+        trainer.optimizer.close()
+
+
+@pytest.mark.timeout(600)
+def test_spare_takes_the_place_of_a_shard_whose_node_is_lost_and_of_one_whose_node_is_drained(nodes: Nodes) -> None:
+    with launcher() as launch:
+        for _ in range(3):
+            nodes.add()
+        service = launch(2, num_cpus_per_shard=1, redundancy=1, standby=1)
+        spare = ray.get_actor(service.config.spare_name(0), namespace=NAMESPACE)
+        trainer = trainer_of(service).run(5)
+        Victims(service)  # waits until the spare is ready
+        await_copies(service)
+        lost = node_of(service.shards[1])
+        assert lost not in (node_of(spare), node_of(service.shards[0]))
+        nodes.lose(lost)
+        trainer.run(11)
+        assert service.find_shards()[1] == spare
+        assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
+        drained = node_of(service.find_shards()[1])
+        service.drain(drained)
+        trainer.run(17)
+        assert drained not in set(map(node_of, service.find_shards()))
+        assert service.status()["standby"]["wanted"] == 1
         assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
         trainer.optimizer.close()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -161,7 +162,10 @@ def test_save_and_status_say_it_in_words(own_ray: Path, checkpoint: str, cli: Cl
     assert f"saved step 3 of service trainer to {checkpoint}" in cli("save", "trainer", checkpoint).out
     kept = cli("save", "trainer", str(own_ray / "run"), "--keep-last", "2", "--json")
     assert json.loads(kept.out)["uri"] == str(own_ray / "run" / "step-00000003")
-    assert "Prodigy" in cli("status").out
+    shown = cli("status").out
+    assert "Prodigy" in shown
+    assert re.search(r"redundancy\s+│ 1 (wanted|of each shard)", shown)
+    assert re.search(r"recoveries\s+│ 0 ", shown)
 
 
 def test_save_to_an_unwritable_place_names_it(own_ray: Path, checkpoint: str, cli: Cli) -> None:
