@@ -20,8 +20,11 @@ CPU_BATCH_NUMEL = 2**20
 OTHER_BATCH_NUMEL = 2**27
 """The same elsewhere, where each call costs a launch and the cache is of no account."""
 
-CPU_LARGE_NUMEL = 2**20
-"""A gradient of so many elements is worth calls of the kernels for itself, and no copy."""
+CPU_LARGE_NUMEL = 2**24
+"""A gradient of so many elements is worth calls of the kernels for itself, and no copy: 0.85 to 0.9 of the step's time.
+
+With those of 2^20 to 2^22 elements the step took 1.03 to 1.1 of what it takes with copies.
+"""
 
 OTHER_LARGE_NUMEL = 2**26
 """The same elsewhere, where a call takes longer than such a gradient's memory."""
