@@ -82,7 +82,8 @@ def test_shard_and_keeper_that_are_lost_at_once_cost_no_step_with_two(nodes: Nod
 
 
 @pytest.mark.timeout(600)
-def test_spare_takes_the_place_of_a_shard_whose_node_is_lost_and_of_one_whose_node_is_drained(nodes: Nodes) -> None:
+def test_spare_takes_the_place_of_a_shard_whose_node_is_lost_and_is_drained_with_its_own(nodes: Nodes) -> None:
+    """It stands beside a shard, so that the other one's node is lost; from then on one node has all of them."""
     with launcher() as launch:
         for _ in range(3):
             nodes.add()
@@ -91,13 +92,12 @@ def test_spare_takes_the_place_of_a_shard_whose_node_is_lost_and_of_one_whose_no
         trainer = trainer_of(service).run(5)
         Victims(service)  # waits until the spare is ready
         await_copies(service)
-        lost = node_of(service.shards[1])
-        assert lost not in (node_of(spare), node_of(service.shards[0]))
+        drained = node_of(spare)
+        ((index, lost),) = [each for each in enumerate(map(node_of, service.shards)) if each[1] != drained]
         nodes.lose(lost)
         trainer.run(11)
-        assert service.find_shards()[1] == spare
+        assert service.find_shards()[index] == spare
         assert_same_training(trainer, trainer_of("inprocess").run(trainer.step))
-        drained = node_of(service.find_shards()[1])
         service.drain(drained)
         trainer.run(17)
         assert drained not in set(map(node_of, service.find_shards()))
