@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import torch
 from contestants import Workload, layered, lora
 from goals import Goal, judge
 from harness import Contestant, Race, Row, available_bytes, left_out, race
-from report import Run, read, write
+from report import Run, read, taken, write
+
+ROOT = Path(__file__).parents[2]
 
 
 class Machine:
@@ -120,6 +125,32 @@ def test_report_keeps_other_topics_of_the_same_kind_of_run(tmp_path: Path) -> No
     assert read(tmp_path, quick=False).runs == runs
     assert read(tmp_path, quick=False).runs_but(["step"]) == [runs[1]]
     assert read(tmp_path, quick=True).runs == ()
+
+
+def test_report_takes_what_another_machine_has_found_and_keeps_it(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    rows = (Row(name="Prodigy", ours=24.0, ratio=0.46, key="gpu/1 B/Prodigy", bandwidth=0.79),)
+    write(there, read(there, quick=False).with_runs([Run("gpu", "today", 1.0, 0.0, rows), Run("x", "", 1.0, 0.0, ())]))
+    other = json.loads((there / "results.json").read_text())
+    other["machine"] = {"cores": 16, "cpu": "C", "torch": "2.11", "python": "3.12", "gpu": "G"}
+    (there / "results.json").write_text(json.dumps(other))
+    (run,) = taken(there / "results.json")
+    assert (run.topic, run.machine) == ("gpu", "G, 16 cores (C), torch 2.11")
+    write(here, read(here, quick=False).with_runs([run, Run("step", "today", 1.0, 0.0, ())]))
+    assert "| gpu | today | 1 s | 0.0 | G, 16 cores (C), torch 2.11 |" in (here / "TABLE.md").read_text()
+    assert read(here, quick=True).runs == (run,), "of another kind of run what came from elsewhere stays"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured where there is one")
+def test_topic_that_finds_nothing_here_leaves_what_stood_there(tmp_path: Path) -> None:
+    rows = (Row(name="Prodigy", ours=24.0, key="gpu/1 B/Prodigy"),)
+    before = Run("gpu", "today", 1.0, 0.0, rows, machine="elsewhere")
+    write(tmp_path, read(tmp_path, quick=True).with_runs([before]))
+    command = [sys.executable, "benchmarks/run.py", "gpu", "--quick", "--out", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    assert "no GPU here" in ended.stderr
+    assert read(tmp_path, quick=True).runs == (before,)
 
 
 @pytest.mark.parametrize("numel", [1_000, 1_000_000, 17_000_000])
