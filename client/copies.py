@@ -37,7 +37,7 @@ class Snapshot:
 
 def take_snapshot(worker: Worker, service: InProcessService) -> Snapshot:
     """The state behind ``worker``, between two steps."""
-    values, status = worker.transport.read_state()
+    values, status = worker.read_state()
     header = LoadHeader(
         step_counts=dict(enumerate(status.step_counts)),
         scalars=dict(status.scalars),

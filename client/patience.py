@@ -62,3 +62,11 @@ class Patience:
         """Say that it has succeeded, if it was to be waited for."""
         if self._num_tries:
             logger.warning("%s: going on after %.1f s", self._what, time.monotonic() - self._began)
+
+
+def patiently(action: Callable[[], T], limit_s: float, what: str) -> T:
+    """Do something, with shards that are lost once they are back; see :class:`Patience`."""
+    patience = Patience(limit_s, what)
+    done = patience.go_on_with(action)
+    patience.done()
+    return done

@@ -46,7 +46,7 @@ def read_states(worker: Worker) -> dict[int, dict[str, Any]]:
     Before the first step all have their initial state: torch.distributed.checkpoint cannot load a full state dict into
     an optimizer that shows none.
     """
-    values, status = worker.transport.read_state()
+    values, status = worker.read_state()
     is_fresh = not any(status.step_counts)
     return {
         index: to_param_state(worker.spec, index, values, count)

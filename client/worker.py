@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -27,11 +28,11 @@ from ..sharding.errors import (
 from ..sharding.job import JobSpec
 from ..sharding.pieces import PieceValues
 from ..sharding.push import PushHeader
-from ..sharding.reports import StepResult
+from ..sharding.reports import ShardStatus, StepResult
 from ..sharding.saved import manifest_digest
 from ..sharding.vote import Decision
 from .model_buffers import DEFAULT_OPTIONS, GatherOptions, ModelBuffers, common_device, values_of
-from .patience import Patience
+from .patience import Patience, patiently
 from .replicas import replica_group
 from .transport import Transport, Values, as_pieces
 
@@ -87,13 +88,8 @@ class Worker:
         self.take_parameters()
 
     def _register(self, spec: JobSpec) -> Registration:
-        """Register, with shards that are lost once they are back."""
-        patience = Patience(self.transport.recovery_timeout_s, f"rank {self.rank}, registration")
-        registration = patience.go_on_with(
-            lambda: self.transport.register(spec, self.rank, self._incarnation, self._holdings)
-        )
-        patience.done()
-        return registration
+        register = functools.partial(self.transport.register, spec, self.rank, self._incarnation, self._holdings)
+        return patiently(register, self.transport.recovery_timeout_s, f"rank {self.rank}, registration")
 
     def extend(self, spec: JobSpec, params: Sequence[Tensor], holdings: Holdings | None) -> None:
         """Take more parameters into the job; called on every rank.
@@ -170,9 +166,8 @@ class Worker:
         """Push the gradients, wait for the step and take the parameters over.
 
         If a shard is lost meanwhile, and can be brought back, this waits for it and goes on; if others take its place,
-        this goes on with them. After another failure the
-        next call first asks whether the failed step was taken after all: if so it takes its result over and goes on
-        with the step after it; else it pushes under a new attempt.
+        this goes on with them. After another failure the next call first asks whether the failed step was taken after
+        all: if so it takes its result over and goes on with the step after it; else it pushes under a new attempt.
 
         Args:
             hyper: Of a rank that :attr:`is_heard`: hyperparameter name to one value per group. Else None.
@@ -294,11 +289,14 @@ class Worker:
         return self.transport.refresh(self.rank, self._incarnation)
 
     def take_parameters(self) -> None:
-        """Take over the service's parameters, from a lost shard once it is back."""
-        patience = Patience(self.transport.recovery_timeout_s, f"rank {self.rank}, parameters")
-        patience.go_on_with(lambda: self.transport.read_parameters(self._buffers.held))
-        patience.done()
+        """Take over the service's parameters."""
+        read = functools.partial(self.transport.read_parameters, self._buffers.held)
+        patiently(read, self.transport.recovery_timeout_s, f"rank {self.rank}, parameters")
         self._buffers.write_parameters()
+
+    def read_state(self) -> tuple[dict[tuple[int, str], Tensor], ShardStatus]:
+        """All of the state, see :meth:`Transport.read_state`."""
+        return patiently(self.transport.read_state, self.transport.recovery_timeout_s, f"rank {self.rank}, the state")
 
     def restore(self, uri: str, digest: str) -> None:
         """Restore the service from a checkpoint; called on every rank, rank 0 does it.

@@ -214,7 +214,7 @@ def test_load_state_dict_after_a_failed_step_begins_anew() -> None:
     assert_same_state(optimizer.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize("method", ["register", "read_parameters", "step"])
+@pytest.mark.parametrize("method", ["register", "read_parameters", "step", "read_state"])
 def test_worker_waits_for_a_lost_shard_whatever_it_is_at(method: str) -> None:
     params = copies_of(make_net().parameters())
     lost = [Fault(method, call, "before", ShardLostError("a shard died")) for call in (1, 2)]
@@ -228,11 +228,17 @@ def test_worker_waits_for_a_lost_shard_whatever_it_is_at(method: str) -> None:
     assert_same_state(optimizer.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize("method", ["register", "read_parameters", "step"])
+@pytest.mark.parametrize("method", ["register", "read_parameters", "step", "read_state"])
 def test_worker_does_not_wait_for_what_nobody_has(method: str) -> None:
     params = copies_of(make_net().parameters())
     lost = Fault(method, 1, "before", CheckpointRestoreNeededError("nobody has it; restore"))
     transport = FaultyTransport(InProcessTransport(InProcessService(num_shards=2)), lost)
     transport.recovery_timeout_s = 60.0
+
+    def state_after_three_steps() -> None:
+        optimizer = stepwell.Prodigy(params)
+        drive(params, optimizer, range(3))
+        optimizer.state_dict()
+
     with reached_by(lambda rank: transport), pytest.raises(CheckpointRestoreNeededError, match="nobody has it"):
-        drive(params, stepwell.Prodigy(params), range(3))
+        state_after_three_steps()
