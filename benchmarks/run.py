@@ -56,7 +56,11 @@ def _main(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         _write_rows(arguments.rows_of, arguments.quick, arguments.out)
         return
     if arguments.take is not None:
-        _write(report.taken(arguments.take), arguments.quick, arguments.out)
+        try:
+            runs = report.taken(arguments.take)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            parser.error(f"--take: expected a results.json that run.py has written, got {arguments.take} ({error!r})")
+        _write(runs, arguments.quick, arguments.out)
         return
     there = sorted((path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")), key=_place)
     if unknown := sorted(set(arguments.topics) - set(there)):

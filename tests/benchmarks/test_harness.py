@@ -153,6 +153,18 @@ def test_topic_that_finds_nothing_here_leaves_what_stood_there(tmp_path: Path) -
     assert read(tmp_path, quick=True).runs == (before,)
 
 
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
+def test_file_that_cannot_be_taken_is_named(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text)
+    command = [sys.executable, "benchmarks/run.py", "--take", str(path), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2
+    assert f"--take: expected a results.json that run.py has written, got {path}" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("numel", [1_000, 1_000_000, 17_000_000])
 def test_layered_has_so_many_parameters(numel: int) -> None:
     assert sum(shape.numel() for shape in layered(numel)) == numel
