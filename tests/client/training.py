@@ -23,10 +23,11 @@ def make_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def loss_of(net: nn.Module, step: int) -> Tensor:
-    """The loss on the batch of ``step``."""
-    x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step))
+    """The loss on the batch of ``step``, where the network is."""
+    first = next(net.parameters())
+    x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step)).to(first.device)
     y = torch.stack([x[:, i] * x[:, i + 1].sin() for i in range(5)], dim=1)
-    loss: Tensor = (net(x.to(next(net.parameters()).dtype)).float() - y).square().mean()
+    loss: Tensor = (net(x.to(first.dtype)).float() - y).square().mean()
     return loss
 
 

@@ -62,10 +62,26 @@ def drive(params: Iterable[Tensor], optimizer: torch.optim.Optimizer, steps: Ite
         optimizer.step()
 
 
+def begun(
+    launch: Any, num_steps: int, redundancy: int
+) -> tuple[stepwell.Service, list[nn.Parameter], stepwell.ServiceOptimizer]:
+    """Two shards and their worker on the GPU, after some steps."""
+    service = launch(2, redundancy=redundancy, **ON_GPU)
+    params = params_on(GPU)
+    optimizer = stepwell.Prodigy(params, d0=1e-4, service=service)
+    drive(params, optimizer, range(num_steps))
+    return service, params, optimizer
+
+
+def on_cpu(params: Iterable[Tensor]) -> list[Tensor]:
+    """Copies of the values."""
+    return [param.detach().to("cpu", copy=True) for param in params]
+
+
 def trained_in_process(where: torch.device, num_steps: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     params = params_on(where, dtype)
     drive(params, stepwell.Prodigy(params, d0=1e-4), range(num_steps))
-    return [param.detach().cpu() for param in params]
+    return on_cpu(params)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -83,29 +99,23 @@ def test_bits_are_those_of_one_process_where_the_shards_are(
     where = GPU if shards is ON_GPU else CPU
     assert f", {where.type} " in service.status()["kernel"]
     assert service.status()["step"] == 6
-    assert_equal([param.detach().cpu() for param in params], trained_in_process(where, 6, dtype))
+    assert_equal(on_cpu(params), trained_in_process(where, 6, dtype))
     optimizer.close()
 
 
 def test_killed_shard_on_a_gpu_costs_no_step(launch: Any) -> None:
-    service = launch(2, redundancy=1, **ON_GPU)
-    params = params_on(GPU)
-    optimizer = stepwell.Prodigy(params, d0=1e-4, service=service)
-    drive(params, optimizer, range(4))
+    service, params, optimizer = begun(launch, 4, redundancy=1)
     for victim in (0, 1):
         os.kill(pid_of(service.find_shards()[victim]), signal.SIGKILL)
         drive(params, optimizer, range(4 + 3 * victim, 7 + 3 * victim))
-    assert_equal([param.detach().cpu() for param in params], trained_in_process(GPU, 10))
+    assert_equal(on_cpu(params), trained_in_process(GPU, 10))
     optimizer.close()
 
 
 def test_saved_on_gpus_and_restored_on_cpus(launch: Any, tmp_path: Path) -> None:
-    service = launch(2, redundancy=0, **ON_GPU)
-    params = params_on(GPU)
-    optimizer = stepwell.Prodigy(params, d0=1e-4, service=service)
-    drive(params, optimizer, range(3))
+    service, params, optimizer = begun(launch, 3, redundancy=0)
     pending = service.save(str(tmp_path), wait=False)
-    expected = [param.detach().cpu() for param in params]
+    expected = on_cpu(params)
     drive(params, optimizer, range(3, 6))
     assert pending.result() == 3
     other = launch(3, redundancy=0, **ON_CPU)
@@ -113,18 +123,15 @@ def test_saved_on_gpus_and_restored_on_cpus(launch: Any, tmp_path: Path) -> None
     successor = stepwell.Prodigy(others, d0=1e-4, service=other)
     other.restore(str(tmp_path))
     successor.refresh()
-    assert_equal([param.detach().cpu() for param in others], expected)
+    assert_equal(on_cpu(others), expected)
     drive(others, successor, range(3, 5))
     for each in (optimizer, successor):
         each.close()
 
 
 def test_shards_on_a_gpu_are_cut_anew(launch: Any) -> None:
-    service = launch(2, redundancy=0, **ON_GPU)
-    params = params_on(GPU)
-    optimizer = stepwell.Prodigy(params, d0=1e-4, service=service)
-    drive(params, optimizer, range(3))
+    service, params, optimizer = begun(launch, 3, redundancy=0)
     service.resize(1)
     drive(params, optimizer, range(3, 6))
-    assert_equal([param.detach().cpu() for param in params], trained_in_process(GPU, 6))
+    assert_equal(on_cpu(params), trained_in_process(GPU, 6))
     optimizer.close()

@@ -14,37 +14,20 @@ from torch import Tensor, nn
 
 import stepwell
 from stepwell.client import gathering
-from tests.client.training import assert_close, assert_equal, assert_same_state, values_of
+from tests.client.training import assert_close, assert_equal, assert_same_state, loss_of, train, values_of
 
 DEVICE = torch.device("cuda")
 MAKERS: list[Callable[..., stepwell.ServiceOptimizer]] = [stepwell.Prodigy, stepwell.AdamW, stepwell.LAMB]
 
 
 def make_net(dtype: torch.dtype = torch.float32, device: torch.device = DEVICE) -> nn.Sequential:
+    """Weights of whole tiles, so that gradients can be read in place."""
     generator = torch.Generator().manual_seed(7)
     net = nn.Sequential(nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 5))
     with torch.no_grad():
         for param in net.parameters():
             param.copy_(torch.randn(param.shape, generator=generator) * 0.3)
     return net.to(device, dtype)
-
-
-def loss_of(net: nn.Module, step: int) -> Tensor:
-    first = next(net.parameters())
-    x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step)).to(first.device)
-    y = torch.stack([x[:, i] * x[:, i + 1].sin() for i in range(5)], dim=1)
-    loss: Tensor = (net(x.to(first.dtype)).float() - y).square().mean()
-    return loss
-
-
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> float:
-    loss = torch.zeros(())
-    for step in steps:
-        optimizer.zero_grad()
-        loss = loss_of(net, step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return loss.item()
 
 
 @pytest.fixture(params=[1, 2**30], ids=["in place", "copied"])
