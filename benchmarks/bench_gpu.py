@@ -10,17 +10,15 @@ nothing is measured, and what another machine has found stays: ``run.py --take``
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
 
-import prodigyopt
 import torch
+from bench_step import OLD, PRODIGYOPT, THEIRS
 from contestants import (
-    ADAMW_BYTES,
+    COPY,
     FUSED,
-    GROWTH_RATE,
     MODEL_COPY_BYTES,
     STEP_BYTES,
     Workload,
@@ -33,13 +31,8 @@ from contestants import (
 )
 from harness import Contestant, Race, Row, cores, main, race, tell
 
-PRODIGYOPT, COPY, OLD = "prodigyopt", "a copy", 'Prodigy, eps_d="old"'
 COPIED_BYTES = 2**31
 
-THEIRS: dict[str, tuple[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], int]] = {
-    PRODIGYOPT: (functools.partial(prodigyopt.Prodigy, growth_rate=GROWTH_RATE), STEP_BYTES["Prodigy"]),
-    FUSED: (functools.partial(torch.optim.AdamW, fused=True), ADAMW_BYTES),
-}
 FIELDS = (("Prodigy", PRODIGYOPT), (OLD, PRODIGYOPT), ("AdamW", FUSED))
 """Of ours each beside one other, as memory has no room for all of them at a time."""
 

@@ -103,14 +103,15 @@ class FlatBuffer:
         for index, (extent, part) in enumerate(zip(layout.extents, self.parts, strict=True)):
             tiles = extent.tile_range(shard, num_shards)
             taken, stop = tiles.start * TILE_NUMEL, tiles.stop * TILE_NUMEL
-            its_places = ((self.places[at], values) for at, values in sorted(self.elsewhere.items()))
-            for place, values in ((place, values) for place, values in its_places if place.part == index):
+            its_pieces = []
+            for at, values in sorted(self.elsewhere.items()):
+                place = self.places[at]
                 first, last = max(place.start, taken), min(place.start + len(values), stop)
-                if first < last:
-                    pieces += [part[taken:first]] if taken < first else []
-                    pieces.append(values[first - place.start : last - place.start])
+                if place.part == index and first < last:
+                    its_pieces += [part[taken:first], values[first - place.start : last - place.start]]
                     taken = last
-            pieces += [part[taken:stop]] if taken < stop or len(tiles) == 0 else []
+            its_pieces.append(part[taken:stop])
+            pieces += [piece for piece in its_pieces if len(piece)] or its_pieces  # of no tiles one piece
         return pieces
 
 

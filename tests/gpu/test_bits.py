@@ -11,29 +11,19 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from stepwell.optim import RULES, ProdigyRule, ReducingRule, Rule, Scope
+from stepwell.optim import ProdigyRule
 from stepwell.sharding import kernels
 from stepwell.sharding.compiling import KERNELS, Kernel
 from stepwell.sharding.shard import Shard
-from tests.zoo import Problem, Run, State, ZooTensor, assert_same_state, convolutions, straddling
+from tests.sharding.test_compiled import EVERY_RULE, problem_for
+from tests.zoo import Problem, Run, State, ZooTensor, assert_same_state, straddling
 
 DEVICE = torch.device("cuda")
 ROOT = Path(__file__).parents[2]
 
-EVERY_RULE: dict[str, Rule] = {
-    **{name: RULES.build(name, {}) for name in RULES.names()},
-    "Prodigy-slice_p": ProdigyRule(d0=1e-4, slice_p=11, weight_decay=0.01),
-    "Prodigy-one pass": ProdigyRule(d0=1e-4, eps_d="old"),
-    "Prodigy-bfloat16": ProdigyRule(d0=1e-4, stat_dtype="bfloat16"),
-}
 EACH_RULE = pytest.mark.parametrize("name", EVERY_RULE)
 SOME_RULES = pytest.mark.parametrize("name", ["Prodigy-slice_p", "LAMB", "AdamAWD"])
 EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS)
-
-
-def problem_for(rule: Rule) -> Problem:
-    has_channels = isinstance(rule, ReducingRule) and rule.scope is Scope.CHANNEL
-    return convolutions() if has_channels else straddling()
 
 
 def run(name: str, kernel: Kernel, *, num_steps: int = 5, num_shards: int = 1, world_size: int = 1) -> Run:
